@@ -1,0 +1,255 @@
+//! Flags with the same meaning in every subcommand, defined once.
+
+use crate::exec::Executor;
+use crate::exec::cpu::Cpu;
+use crate::methods::generate::Settings;
+use crate::methods::pipeline::Pipeline;
+use crate::models::config::{Family, Prediction, Spacing};
+use crate::program::DType;
+use crate::sampler::{self, Method, Rng};
+use crate::weights::Model;
+use crate::{Error, Result};
+use clap::{Args, ValueEnum};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Which model, where and how it runs.
+#[derive(Args, Clone)]
+pub struct ModelFlags {
+    /// A diffusers folder or a single-file checkpoint (.safetensors) [default: the embedded `shapes` model]
+    #[arg(long, value_name = "DIR|FILE")]
+    pub model: Option<PathBuf>,
+    /// UNet weights that replace the model's own (how SDXL-Lightning ships)
+    #[arg(long, value_name = "FILE")]
+    pub unet: Option<PathBuf>,
+    /// What the UNet predicts, where the model does not say
+    #[arg(long, value_enum)]
+    pub prediction: Option<PredictionFlag>,
+    /// Where to run: auto, cpu
+    #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
+    pub device: Device,
+    /// Number type of weights and activations; the CPU computes in f32, or in f64 as its own oracle
+    #[arg(long, value_enum, default_value = "auto")]
+    pub dtype: DTypeFlag,
+    /// Refuse to start when the plan needs more, e.g. 6G or 800M
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub memory_limit: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PredictionFlag {
+    Epsilon,
+    V,
+    Sample,
+}
+
+impl From<PredictionFlag> for Prediction {
+    fn from(flag: PredictionFlag) -> Prediction {
+        match flag {
+            PredictionFlag::Epsilon => Prediction::Epsilon,
+            PredictionFlag::V => Prediction::V,
+            PredictionFlag::Sample => Prediction::Sample,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SpacingFlag {
+    Leading,
+    Linspace,
+    Trailing,
+}
+
+impl From<SpacingFlag> for Spacing {
+    fn from(flag: SpacingFlag) -> Spacing {
+        match flag {
+            SpacingFlag::Leading => Spacing::Leading,
+            SpacingFlag::Linspace => Spacing::Linspace,
+            SpacingFlag::Trailing => Spacing::Trailing,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DTypeFlag {
+    Auto,
+    F32,
+    F64,
+    F16,
+    Bf16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Device, String> {
+        match text {
+            "auto" => Ok(Device::Auto),
+            "cpu" => Ok(Device::Cpu),
+            "cuda" => Ok(Device::Cuda(0)),
+            _ => text
+                .strip_prefix("cuda:")
+                .and_then(|n| n.parse().ok())
+                .map(Device::Cuda)
+                .ok_or_else(|| "auto, cpu, cuda or cuda:N".to_string()),
+        }
+    }
+}
+
+impl ModelFlags {
+    pub fn open(&self) -> Result<Pipeline> {
+        let model = match &self.model {
+            Some(path) => Model::open(path, self.unet.as_deref())?,
+            None if self.unet.is_some() => {
+                return Err(Error::Usage("--unet replaces the UNet of a --model; name the base model too".into()));
+            }
+            None => crate::assets::shapes()?,
+        };
+        Pipeline::open(model, self.prediction.map(Prediction::from))
+    }
+
+    /// The model's name as images record it.
+    pub fn name(&self) -> String {
+        let stem = |path: &PathBuf| path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+        match (&self.model, &self.unet) {
+            (None, _) => "shapes".to_string(),
+            (Some(model), None) => stem(model),
+            (Some(model), Some(unet)) => format!("{}+{}", stem(model), stem(unet)),
+        }
+    }
+
+    pub fn program_dtype(&self) -> Result<DType> {
+        match self.dtype {
+            DTypeFlag::Auto | DTypeFlag::F32 => Ok(DType::F32),
+            DTypeFlag::F64 => Ok(DType::F64),
+            DTypeFlag::F16 | DTypeFlag::Bf16 => {
+                Err(Error::Usage("--dtype: the CPU computes in f32 (or f64); f16 and bf16 need a GPU".into()))
+            }
+        }
+    }
+
+    pub fn executor(&self, check_finite: bool) -> Result<Box<dyn Executor>> {
+        if let Device::Cuda(_) = self.device {
+            return Err(Error::Usage("--device cuda: this build has no CUDA kernels; use --device cpu".into()));
+        }
+        Ok(match self.program_dtype()? {
+            DType::F64 => Box::new(Cpu::<f64>::new().check_finite(check_finite)),
+            DType::F32 | DType::F16 | DType::BF16 | DType::I32 => {
+                Box::new(Cpu::<f32>::new().check_finite(check_finite))
+            }
+        })
+    }
+}
+
+/// How latents become images.
+#[derive(Args)]
+pub struct SamplingFlags {
+    /// Seed of the first image; image i uses SEED+i and is the same image alone
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+    pub seed: u64,
+    /// Noise generator: philox is the same on every device, torch-cpu and torch-cuda repeat PyTorch's
+    #[arg(long, default_value = "philox", value_name = "philox|torch-cpu|torch-cuda")]
+    pub rng: Rng,
+    /// Sampling steps
+    #[arg(long, default_value_t = 50, allow_negative_numbers = true)]
+    pub steps: usize,
+    /// ddim, euler, euler-a, dpmpp-2m, dpmpp-2m-karras or pndm [default: the model's]
+    #[arg(long)]
+    pub sampler: Option<Method>,
+    /// How timesteps are spread [default: the model's]
+    #[arg(long, value_enum)]
+    pub spacing: Option<SpacingFlag>,
+    /// Share of fresh noise in DDIM, 0 to 1
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    pub eta: f64,
+    /// Classifier-free guidance weight; 1 runs the prompt's branch only [default: 7.5, SDXL 5, CFG++ 0.6]
+    #[arg(long, allow_negative_numbers = true)]
+    pub guidance: Option<f64>,
+    /// CFG++: renoise with the unconditional prediction; guidance in (0, 1]
+    #[arg(long)]
+    pub cfg_pp: bool,
+    /// What the image should not show
+    #[arg(long, value_name = "PROMPT")]
+    pub negative: Option<String>,
+    /// Image size in pixels, multiples of 8 [default: the model's]
+    #[arg(long, value_name = "WxH", value_parser = parse_size)]
+    pub size: Option<(usize, usize)>,
+}
+
+impl SamplingFlags {
+    /// The flags with the model's defaults filled in.
+    pub fn settings(&self, pipeline: &Pipeline, dtype: DType) -> Result<Settings> {
+        let config = &pipeline.config;
+        let (width, height) = self.size.unwrap_or((config.image_size, config.image_size));
+        let usual_guidance = match (self.cfg_pp, config.family) {
+            (true, _) => 0.6,
+            (false, Family::Sdxl) => 5.0,
+            (false, Family::Sd1 | Family::Sd2) => 7.5,
+        };
+        Ok(Settings {
+            width,
+            height,
+            sampler: sampler::Settings {
+                method: self.sampler.unwrap_or_else(|| Method::default_for(&config.scheduler)),
+                spacing: self.spacing.map(Into::into),
+                steps: self.steps,
+                eta: self.eta,
+                guidance: self.guidance.unwrap_or(usual_guidance),
+                cfg_pp: self.cfg_pp,
+            },
+            rng: self.rng,
+            dtype,
+        })
+    }
+}
+
+fn parse_size(text: &str) -> Result<(usize, usize), String> {
+    let (w, h) = text.split_once(['x', 'X']).ok_or("write WIDTHxHEIGHT, e.g. 512x512")?;
+    let side = |s: &str| s.trim().parse::<usize>().map_err(|_| "write WIDTHxHEIGHT, e.g. 512x512".to_string());
+    let (w, h) = (side(w)?, side(h)?);
+    if w.max(h) > 16384 {
+        return Err("at most 16384 pixels a side".to_string());
+    }
+    Ok((w, h))
+}
+
+/// `800M`, `6G`, `6GiB`, plain bytes.
+fn parse_bytes(text: &str) -> Result<usize, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kb" | "kib" => 1024.0,
+        "m" | "mb" | "mib" => 1024.0 * 1024.0,
+        "g" | "gb" | "gib" => 1024.0 * 1024.0 * 1024.0,
+        _ => return Err("write bytes, or a number with K, M or G".to_string()),
+    };
+    let number: f64 = digits.parse().map_err(|_| "write bytes, or a number with K, M or G".to_string())?;
+    if !(number >= 0.0 && number * unit < 1e18) {
+        return Err("out of range".to_string());
+    }
+    Ok((number * unit) as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_and_bytes() {
+        assert_eq!(parse_size("512x768"), Ok((512, 768)));
+        assert!(parse_size("512").is_err() && parse_size("512x-8").is_err() && parse_size("99999x8").is_err());
+        assert_eq!(parse_bytes("2K"), Ok(2048));
+        assert_eq!(parse_bytes("1.5GiB"), Ok(3 << 29));
+        assert_eq!(parse_bytes("77"), Ok(77));
+        assert!(parse_bytes("-1").is_err() && parse_bytes("x").is_err() && parse_bytes("1T").is_err());
+        assert_eq!("cuda:1".parse(), Ok(Device::Cuda(1)));
+        assert!("gpu".parse::<Device>().is_err());
+    }
+}

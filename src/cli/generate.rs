@@ -1,0 +1,300 @@
+//! `rarebit generate`: prompts to PNG files.
+
+use crate::cli::flags::{ModelFlags, SamplingFlags};
+use crate::cli::metadata::{self, Record};
+use crate::cli::progress::Reporter;
+use crate::cli::prompts::{self, Target};
+use crate::cli::{atomic, tensors};
+use crate::methods::generate::{Generator, Image, Job, Loaded, Progress, Settings};
+use crate::methods::pipeline::Pipeline;
+use crate::plan::show_bytes;
+use crate::{Error, Result};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+#[derive(clap::Args)]
+pub struct Generate {
+    /// What the image should show
+    #[arg(required_unless_present = "prompts", conflicts_with = "prompts")]
+    prompt: Option<String>,
+    /// Prompts from a file, one per line; images that are already in --out are not made again
+    #[arg(long, value_name = "FILE")]
+    prompts: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelFlags,
+    #[command(flatten)]
+    sampling: SamplingFlags,
+    /// Starting noise: safetensors, tensor `noise`, f32 [B, C, H/f, W/f], unit variance, one row per image
+    #[arg(long, value_name = "FILE")]
+    noise: Option<PathBuf>,
+    /// Images per prompt
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
+    count: usize,
+    /// Images sampled together
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
+    batch: usize,
+    /// The PNG to write, or the folder for --prompts [default: image.png, or images/]
+    #[arg(long, value_name = "PATH")]
+    out: Option<PathBuf>,
+    /// Write the final latents of all images: safetensors, tensor `latents`
+    #[arg(long, value_name = "FILE")]
+    latents_out: Option<PathBuf>,
+    /// Make images again that --prompts finds already made
+    #[arg(long)]
+    overwrite: bool,
+    /// Write no text chunks into the PNGs
+    #[arg(long)]
+    no_metadata: bool,
+    /// Stop at the first op whose output is not finite
+    #[arg(long)]
+    check_finite: bool,
+    /// Worker threads [default: one per core]
+    #[arg(long)]
+    threads: Option<usize>,
+    /// No progress, no remarks
+    #[arg(long)]
+    quiet: bool,
+    /// Events as JSON lines on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+impl Generate {
+    pub fn threads(&self) -> Option<usize> {
+        self.threads
+    }
+
+    /// The record images of this run carry; prompt and seed are the target's.
+    fn record(&self, pipeline: &Pipeline, settings: &Settings, target: &Target) -> Record {
+        let scheduler = &pipeline.config.scheduler;
+        let name = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
+        Record {
+            version: env!("CARGO_PKG_VERSION").into(),
+            method: "generate".into(),
+            model: self.model.name(),
+            prompt: target.prompt.clone(),
+            negative: self.sampling.negative.clone(),
+            seed: target.seed,
+            rng: settings.rng.to_string(),
+            noise: self.noise.as_ref().map(|path| format!("{}#{}", path.display(), target.index)),
+            steps: settings.sampler.steps,
+            sampler: settings.sampler.method.to_string(),
+            spacing: name(&settings.sampler.spacing.unwrap_or(scheduler.spacing)),
+            eta: settings.sampler.eta,
+            guidance: settings.sampler.guidance,
+            cfg_pp: settings.sampler.cfg_pp,
+            prediction: name(&scheduler.prediction),
+            width: settings.width,
+            height: settings.height,
+            dtype: settings.dtype.to_string(),
+        }
+    }
+
+    fn targets(&self) -> Result<Vec<Target>> {
+        let (seed, count) = (self.sampling.seed, self.count);
+        let targets = match (&self.prompts, &self.prompt) {
+            (Some(file), _) => {
+                let out = self.out.as_deref().unwrap_or(Path::new("images"));
+                prompts::for_file(&prompts::read_file(file)?, seed, count, out)
+            }
+            (None, prompt) => {
+                let out = self.out.as_deref().unwrap_or(Path::new("image.png"));
+                let out = if out.is_dir() { out.join("image.png") } else { out.to_path_buf() };
+                prompts::for_prompt(prompt.as_deref().unwrap_or_default(), seed, count, &out)
+            }
+        };
+        Ok(targets)
+    }
+}
+
+pub fn run(args: &Generate) -> Result<()> {
+    if args.count == 0 || args.batch == 0 {
+        return Err(Error::Usage("--count and --batch must be at least 1".into()));
+    }
+    let mut reporter = Reporter::new(args.json, args.quiet);
+    let opened = Instant::now();
+    let targets = args.targets()?;
+    let pipeline = args.model.open()?;
+    let settings = args.sampling.settings(&pipeline, args.model.program_dtype()?)?;
+    let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
+    let channels = pipeline.config.unet.in_channels;
+    let noise = match &args.noise {
+        Some(path) => Some(tensors::read_noise(path, [targets.len(), channels, height, width])?),
+        None => None,
+    };
+    prepare_output(args, &targets)?;
+    let missing = missing(args, &pipeline, &settings, targets)?;
+    warn_of_cut_tokens(args, &pipeline, &missing, &reporter)?;
+    let Some(largest) = (!missing.is_empty()).then(|| missing.len().min(args.batch)) else {
+        reporter.note("all images are already there");
+        return reporter.event(json!({"event": "done", "images": 0}));
+    };
+
+    let mut executor = args.model.executor(args.check_finite)?;
+    let footprint = Generator::plan(&pipeline, &*executor, settings.clone(), largest)?.footprint();
+    check_memory(args, footprint.total())?;
+    let interrupt = catch_interrupt()?;
+    let batches = missing.chunks(args.batch).count();
+    let calls = Generator::plan(&pipeline, &*executor, settings.clone(), largest)?.calls();
+
+    let faults = major_faults();
+    let mut latents = Vec::new();
+    let mut rest = &missing[..];
+    let mut loaded_seconds = None;
+    while !rest.is_empty() {
+        // Whole batches share one set of programs; a smaller last batch gets its own.
+        let batch = rest.len().min(args.batch);
+        executor.clear();
+        let mut generator = Generator::plan(&pipeline, &*executor, settings.clone(), batch)?.load(&mut *executor)?;
+        if loaded_seconds.is_none() {
+            let seconds = opened.elapsed().as_secs_f64();
+            loaded_seconds = Some(seconds);
+            report_load(&reporter, seconds, major_faults().saturating_sub(faults), footprint.total())?;
+            reporter.start(batches * calls);
+        }
+        let whole = rest.len() - rest.len() % batch;
+        for targets in rest[..whole].chunks(batch) {
+            let started = Instant::now();
+            let images = sample(args, &mut generator, targets, noise.as_deref(), &interrupt, &reporter)?;
+            let seconds = started.elapsed().as_secs_f64() / batch as f64;
+            for (target, image) in targets.iter().zip(images) {
+                save(args, &args.record(&pipeline, &settings, target), target, &image, seconds, &reporter)?;
+                latents.extend(image.latents);
+            }
+        }
+        rest = &rest[whole..];
+    }
+    reporter.finish();
+    if let Some(path) = &args.latents_out {
+        tensors::write_latents(path, [missing.len(), channels, height, width], &latents)?;
+    }
+    reporter.event(json!({"event": "done", "images": missing.len()}))
+}
+
+/// Output folders exist and can be written to before the first image is computed.
+fn prepare_output(args: &Generate, targets: &[Target]) -> Result<()> {
+    if let (Some(_), Some(out)) = (&args.prompts, targets.first().and_then(|t| t.path.parent())) {
+        std::fs::create_dir_all(out).map_err(Error::io("create", out))?;
+    }
+    let files = targets.iter().map(|t| &t.path).take(1).chain(&args.latents_out);
+    for path in files {
+        if path.is_dir() {
+            return Err(Error::Usage(format!("{}: is a folder, not a file to write", path.display())));
+        }
+        atomic::probe(path)?;
+    }
+    Ok(())
+}
+
+/// Targets that are not made yet; without a prompt file every image is made.
+fn missing(args: &Generate, pipeline: &Pipeline, settings: &Settings, targets: Vec<Target>) -> Result<Vec<Target>> {
+    if args.prompts.is_none() || args.overwrite {
+        return Ok(targets);
+    }
+    let mut missing = Vec::new();
+    for target in targets {
+        if !prompts::is_finished(&target.path, &args.record(pipeline, settings, &target))? {
+            missing.push(target);
+        }
+    }
+    Ok(missing)
+}
+
+fn warn_of_cut_tokens(args: &Generate, pipeline: &Pipeline, targets: &[Target], reporter: &Reporter) -> Result<()> {
+    let mut prompts: Vec<&str> =
+        targets.iter().map(|t| t.prompt.as_str()).chain(args.sampling.negative.as_deref()).collect();
+    prompts.dedup();
+    for prompt in prompts {
+        let cut = pipeline.tokenize(prompt)?.swap_remove(0).cut;
+        if !cut.is_empty() {
+            let kept = pipeline.tokens() - 2;
+            reporter.warn(&format!("'{prompt}': only {kept} tokens fit, cut: {}", cut.join(" ")));
+            reporter.event(json!({"event": "cut", "prompt": prompt, "tokens": cut}))?;
+        }
+    }
+    Ok(())
+}
+
+fn check_memory(args: &Generate, needed: usize) -> Result<()> {
+    match args.model.memory_limit {
+        Some(limit) if needed > limit => Err(Error::Memory(format!(
+            "--memory-limit {}: the plan needs {}; a smaller {} would need less",
+            show_bytes(limit),
+            show_bytes(needed),
+            if args.batch > 1 { "--batch or --size" } else { "--size" }
+        ))),
+        Some(_) | None => Ok(()),
+    }
+}
+
+fn report_load(reporter: &Reporter, seconds: f64, faults: u64, planned: usize) -> Result<()> {
+    // Pages that had to come from the disk: a first load after boot or after other files pushed this one out.
+    let state = if faults > 0 { "cold" } else { "warm" };
+    reporter.note(&format!("loaded in {seconds:.2} s ({state}), {} planned", show_bytes(planned)));
+    reporter.event(json!({
+        "event": "load", "seconds": seconds, "state": state, "major_faults": faults, "planned_bytes": planned
+    }))
+}
+
+fn sample(
+    args: &Generate,
+    generator: &mut Loaded<'_, '_>,
+    targets: &[Target],
+    noise: Option<&[Vec<f32>]>,
+    interrupt: &AtomicBool,
+    reporter: &Reporter,
+) -> Result<Vec<Image>> {
+    let jobs: Vec<Job> = targets
+        .iter()
+        .map(|target| Job {
+            prompt: target.prompt.clone(),
+            negative: args.sampling.negative.clone(),
+            seed: target.seed,
+            draws: noise.map(|rows| rows[target.index].clone()).into_iter().collect(),
+        })
+        .collect();
+    generator.run(&jobs, &mut |progress| {
+        if let Progress::Step { .. } = progress {
+            reporter.step();
+        }
+        if interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+    })
+}
+
+fn save(
+    args: &Generate,
+    record: &Record,
+    target: &Target,
+    image: &Image,
+    seconds: f64,
+    reporter: &Reporter,
+) -> Result<()> {
+    let chunks = (!args.no_metadata).then_some(record);
+    atomic::write(&target.path, |out| metadata::write_png(out, image.width, image.height, &image.rgb, chunks))?;
+    let event = json!({"event": "image", "path": target.path, "seconds": seconds, "record": record});
+    reporter.image(&target.path, event)
+}
+
+/// A flag that the first Ctrl-C raises; the second ends the process at once.
+fn catch_interrupt() -> Result<Arc<AtomicBool>> {
+    let raised = Arc::new(AtomicBool::new(false));
+    let handler = Arc::clone(&raised);
+    ctrlc::set_handler(move || {
+        if handler.swap(true, Ordering::Relaxed) {
+            std::process::exit(1);
+        }
+        eprintln!("\nrarebit: stopping after this step; press Ctrl-C again to stop at once");
+    })
+    .map_err(|error| Error::Usage(format!("cannot watch for Ctrl-C: {error}")))?;
+    Ok(raised)
+}
+
+/// Major page faults of this process so far (`/proc/self/stat`, field 12); 0 where there is no such file.
+fn major_faults() -> u64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    after_name.split_whitespace().nth(9).and_then(|field| field.parse().ok()).unwrap_or(0)
+}

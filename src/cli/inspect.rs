@@ -1,0 +1,203 @@
+//! `rarebit inspect`: what a model holds and needs, or how an image was made.
+
+use crate::cli::flags::{ModelFlags, SamplingFlags};
+use crate::cli::{metadata, print_line};
+use crate::exec::Executor;
+use crate::methods::generate::Generator;
+use crate::methods::pipeline::Pipeline;
+use crate::plan::{Footprint, show_bytes};
+use crate::weights::Component;
+use crate::{Error, Result};
+use serde_json::{Value, json};
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::path::{Path, PathBuf};
+
+#[derive(clap::Args)]
+pub struct Inspect {
+    /// A model (folder or .safetensors) or a PNG [default: the embedded model]
+    #[arg(value_name = "MODEL|IMAGE.png", conflicts_with = "model")]
+    path: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelFlags,
+    #[command(flatten)]
+    sampling: SamplingFlags,
+    /// Print the memory plan of every program for these sampling flags
+    #[arg(long)]
+    plan: bool,
+    /// Print every op of every program
+    #[arg(long)]
+    ops: bool,
+    /// Images sampled together, for the plan
+    #[arg(long, default_value_t = 1)]
+    batch: usize,
+    /// One JSON object on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+const PNG_SIGNATURE: [u8; 8] = *b"\x89PNG\r\n\x1a\n";
+
+pub fn run(args: &Inspect) -> Result<()> {
+    match &args.path {
+        Some(path) if is_png(path)? => inspect_image(path, args.json),
+        path => {
+            let mut flags = args.model.clone();
+            flags.model = path.clone().or(flags.model);
+            inspect_model(args, &flags)
+        }
+    }
+}
+
+fn is_png(path: &Path) -> Result<bool> {
+    if path.is_dir() {
+        return Ok(false);
+    }
+    let mut start = Vec::new();
+    let file = File::open(path).map_err(Error::io("read", path))?;
+    file.take(8).read_to_end(&mut start).map_err(Error::io("read", path))?;
+    Ok(start == PNG_SIGNATURE)
+}
+
+fn inspect_image(path: &Path, json: bool) -> Result<()> {
+    let file = File::open(path).map_err(Error::io("read", path))?;
+    let texts = metadata::read_text(&path.display().to_string(), BufReader::new(file))?;
+    if json {
+        // The record is JSON itself; other chunks are strings.
+        let chunk = |(key, text): &(String, String)| {
+            let value = if key == metadata::RECORD { serde_json::from_str(text).ok() } else { None };
+            (key.clone(), value.unwrap_or_else(|| Value::String(text.clone())))
+        };
+        return print_line(&Value::Object(texts.iter().map(chunk).collect()).to_string());
+    }
+    if texts.is_empty() {
+        return print_line("no text chunks");
+    }
+    for (key, text) in &texts {
+        print_line(&format!("{key}: {text}"))?;
+    }
+    Ok(())
+}
+
+fn inspect_model(args: &Inspect, flags: &ModelFlags) -> Result<()> {
+    let pipeline = flags.open()?;
+    let executor = flags.executor(false)?;
+    let plan = match args.plan || args.ops {
+        true => Some(plan(args, flags, &pipeline, &*executor)?),
+        false => None,
+    };
+    if args.json {
+        let mut report = describe_json(&pipeline);
+        if let Some(plan) = &plan {
+            report["plan"] = plan_json(&plan.footprint());
+        }
+        return print_line(&report.to_string());
+    }
+    describe(&pipeline)?;
+    let Some(plan) = plan else { return Ok(()) };
+    if args.ops {
+        for planned in plan.programs().all() {
+            print_line(planned.program.to_string().trim_end())?;
+        }
+    }
+    print_line(plan.footprint().to_string().trim_end())
+}
+
+fn plan<'p>(
+    args: &Inspect,
+    flags: &ModelFlags,
+    pipeline: &'p Pipeline,
+    executor: &dyn Executor,
+) -> Result<Generator<'p>> {
+    let settings = args.sampling.settings(pipeline, flags.program_dtype()?)?;
+    Generator::plan(pipeline, executor, settings, args.batch.max(1))
+}
+
+/// Tensors, parameters, bytes and stored types of a component.
+struct Contents {
+    tensors: usize,
+    parameters: usize,
+    bytes: usize,
+    dtypes: Vec<String>,
+}
+
+fn contents(pipeline: &Pipeline, component: Component) -> Contents {
+    let model = &pipeline.model;
+    let mut contents = Contents { tensors: 0, parameters: 0, bytes: 0, dtypes: vec![] };
+    for key in model.keys(component) {
+        let (Some(shape), Some(dtype)) = (model.shape(component, key), model.dtype(component, key)) else { continue };
+        let parameters: usize = shape.iter().product();
+        contents.tensors += 1;
+        contents.parameters += parameters;
+        contents.bytes += parameters * dtype.bitsize() / 8;
+        contents.dtypes.push(dtype.to_string());
+    }
+    contents.dtypes.sort();
+    contents.dtypes.dedup();
+    contents
+}
+
+fn describe(pipeline: &Pipeline) -> Result<()> {
+    let config = &pipeline.config;
+    print_line(&format!("model       {}", pipeline.model.path().display()))?;
+    print_line(&format!(
+        "layout      {}",
+        if pipeline.model.is_single_file() { "single file" } else { "diffusers folder" }
+    ))?;
+    print_line(&format!("family      {:?}, predicts {:?}", config.family, config.scheduler.prediction).to_lowercase())?;
+    print_line(&format!("image       {0}x{0}, {1} prompt tokens", config.image_size, pipeline.tokens()))?;
+    print_line(&format!("scheduler   {}", config.scheduler.class))?;
+    for component in Component::ALL.into_iter().filter(|&c| pipeline.model.has(c)) {
+        let c = contents(pipeline, component);
+        print_line(&format!(
+            "{:<15} {:>5} tensors {:>14} parameters {:>10} {}",
+            component.name(),
+            c.tensors,
+            c.parameters,
+            show_bytes(c.bytes),
+            c.dtypes.join("+")
+        ))?;
+    }
+    Ok(())
+}
+
+fn describe_json(pipeline: &Pipeline) -> Value {
+    let config = &pipeline.config;
+    let lower = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
+    let components: serde_json::Map<String, Value> = Component::ALL
+        .into_iter()
+        .filter(|&c| pipeline.model.has(c))
+        .map(|component| {
+            let c = contents(pipeline, component);
+            let value = json!({"tensors": c.tensors, "parameters": c.parameters, "bytes": c.bytes, "dtypes": c.dtypes});
+            (component.name().to_string(), value)
+        })
+        .collect();
+    json!({
+        "model": pipeline.model.path(),
+        "layout": if pipeline.model.is_single_file() { "single file" } else { "diffusers folder" },
+        "family": lower(&config.family),
+        "prediction": lower(&config.scheduler.prediction),
+        "image_size": config.image_size,
+        "tokens": pipeline.tokens(),
+        "scheduler": config.scheduler.class,
+        "components": components,
+    })
+}
+
+fn plan_json(footprint: &Footprint) -> Value {
+    let programs: Vec<Value> = footprint
+        .lines
+        .iter()
+        .map(|line| {
+            json!({
+                "program": line.program, "ops": line.ops, "macs": line.macs, "arena_bytes": line.arena_bytes,
+                "live_bytes": line.live_bytes, "peak_op": line.peak_op
+            })
+        })
+        .collect();
+    json!({
+        "total_bytes": footprint.total(), "weight_bytes": footprint.weight_bytes,
+        "buffer_bytes": footprint.buffer_bytes, "arena_bytes": footprint.arena_bytes, "programs": programs
+    })
+}

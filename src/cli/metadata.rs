@@ -1,0 +1,172 @@
+//! What a PNG says about how it was made: the `parameters` text of the A1111 convention and a JSON record that reproduces it.
+
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::io::{BufRead, Seek, Write};
+
+/// PNG text keywords.
+pub const PARAMETERS: &str = "parameters";
+pub const RECORD: &str = "rarebit";
+
+/// Everything that decides the pixels.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    pub version: String,
+    pub method: String,
+    pub model: String,
+    pub prompt: String,
+    pub negative: Option<String>,
+    pub seed: u64,
+    pub rng: String,
+    /// The starting noise came from a file.
+    pub noise: Option<String>,
+    pub steps: usize,
+    pub sampler: String,
+    pub spacing: String,
+    pub eta: f64,
+    pub guidance: f64,
+    pub cfg_pp: bool,
+    pub prediction: String,
+    pub width: usize,
+    pub height: usize,
+    pub dtype: String,
+}
+
+impl Record {
+    /// The text that AUTOMATIC1111's web UI writes and the tools around it read.
+    pub fn parameters(&self) -> String {
+        let negative = match &self.negative {
+            Some(negative) if !negative.is_empty() => format!("\nNegative prompt: {negative}"),
+            Some(_) | None => String::new(),
+        };
+        format!(
+            "{}{negative}\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}x{}, Model: {}, Version: rarebit {}",
+            self.prompt,
+            self.steps,
+            self.sampler,
+            self.guidance,
+            self.seed,
+            self.width,
+            self.height,
+            self.model,
+            self.version
+        )
+    }
+}
+
+/// Writes an 8-bit RGB PNG; `record` as text chunks, unless the user wants none.
+pub fn write_png(
+    out: &mut dyn Write,
+    width: usize,
+    height: usize,
+    rgb: &[u8],
+    record: Option<&Record>,
+) -> std::io::Result<()> {
+    let mut encoder = png::Encoder::new(out, width as u32, height as u32);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    if let Some(record) = record {
+        add_text(&mut encoder, PARAMETERS, record.parameters())?;
+        add_text(&mut encoder, RECORD, serde_json::to_string(record)?)?;
+    }
+    let mut writer = encoder.write_header()?;
+    writer.write_image_data(rgb)?;
+    writer.finish()?;
+    Ok(())
+}
+
+/// tEXt holds Latin-1 only; anything else goes into iTXt, as PIL does.
+fn add_text<W: Write>(encoder: &mut png::Encoder<'_, W>, key: &str, text: String) -> std::io::Result<()> {
+    let latin1 = text.chars().all(|c| (c as u32) < 256);
+    let added = if latin1 {
+        encoder.add_text_chunk(key.to_string(), text)
+    } else {
+        encoder.add_itxt_chunk(key.to_string(), text)
+    };
+    Ok(added?)
+}
+
+/// The text chunks of a PNG, in file order, as (keyword, text); `name` is for errors.
+pub fn read_text(name: &str, file: impl BufRead + Seek) -> Result<Vec<(String, String)>> {
+    let broken = |error: png::DecodingError| Error::file(name, format!("not a readable PNG: {error}"));
+    let mut reader = png::Decoder::new(file).read_info().map_err(broken)?;
+    // Text may follow the pixels.
+    reader.finish().map_err(broken)?;
+    let info = reader.info();
+    let mut texts = Vec::new();
+    for chunk in &info.uncompressed_latin1_text {
+        texts.push((chunk.keyword.clone(), chunk.text.clone()));
+    }
+    for chunk in &info.compressed_latin1_text {
+        texts.push((chunk.keyword.clone(), chunk.get_text().map_err(broken)?));
+    }
+    for chunk in &info.utf8_text {
+        texts.push((chunk.keyword.clone(), chunk.get_text().map_err(broken)?));
+    }
+    Ok(texts)
+}
+
+/// The JSON record among text chunks, if there is one this version understands.
+pub fn record(texts: &[(String, String)]) -> Option<Record> {
+    texts.iter().find(|(key, _)| key == RECORD).and_then(|(_, text)| serde_json::from_str(text).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example(prompt: &str) -> Record {
+        Record {
+            version: "0.1.0".into(),
+            method: "generate".into(),
+            model: "shapes".into(),
+            prompt: prompt.into(),
+            negative: Some("blue".into()),
+            seed: u64::MAX,
+            rng: "philox".into(),
+            noise: None,
+            steps: 20,
+            sampler: "ddim".into(),
+            spacing: "leading".into(),
+            eta: 0.0,
+            guidance: 7.5,
+            cfg_pp: false,
+            prediction: "epsilon".into(),
+            width: 2,
+            height: 1,
+            dtype: "f32".into(),
+        }
+    }
+
+    #[test]
+    fn round_trip() {
+        for prompt in ["a red star", "a café", "星 ☆\nsecond line", ""] {
+            let record = example(prompt);
+            let mut bytes = Vec::new();
+            write_png(&mut bytes, 2, 1, &[1, 2, 3, 4, 5, 6], Some(&record)).unwrap();
+            let texts = read_text("test.png", std::io::Cursor::new(&bytes)).unwrap();
+            assert_eq!(super::record(&texts), Some(record.clone()));
+            assert_eq!(texts[0], (PARAMETERS.to_string(), record.parameters()), "{prompt}");
+        }
+    }
+
+    #[test]
+    fn parameters_follow_the_convention() {
+        let text = example("a red star").parameters();
+        assert_eq!(
+            text,
+            "a red star\nNegative prompt: blue\nSteps: 20, Sampler: ddim, CFG scale: 7.5, Seed: 18446744073709551615, \
+             Size: 2x1, Model: shapes, Version: rarebit 0.1.0"
+        );
+    }
+
+    #[test]
+    fn no_metadata_and_broken_files() {
+        let mut bytes = Vec::new();
+        write_png(&mut bytes, 1, 1, &[0, 0, 0], None).unwrap();
+        assert!(read_text("x", std::io::Cursor::new(&bytes)).unwrap().is_empty());
+        for length in 0..bytes.len() - 12 {
+            assert!(read_text("x", std::io::Cursor::new(&bytes[..length])).is_err(), "{length}");
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! The command line: one file per subcommand, flags defined once, errors turned into one line and an exit code here.
+
+mod atomic;
+mod flags;
+mod generate;
+mod inspect;
+pub mod metadata;
+mod progress;
+mod prompts;
+mod tensors;
+
+use crate::{Error, Result};
+use clap::Parser;
+use std::process::ExitCode;
+
+/// Rare, diverse and better images out of a frozen Stable Diffusion model.
+#[derive(Parser)]
+#[command(name = "rarebit", version, about, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Make images from prompts.
+    Generate(Box<generate::Generate>),
+    /// Show what a model holds and needs, or how an image was made.
+    Inspect(inspect::Inspect),
+}
+
+/// Parses, runs, reports: 0 done, 1 failed, 2 bad usage.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(error),
+    };
+    let outcome = match cli.command {
+        Command::Generate(args) => in_pool(args.threads(), || generate::run(&args)),
+        Command::Inspect(args) => in_pool(None, || inspect::run(&args)),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our output has gone; that is no failure worth words.
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("rarebit: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// Help and version as clap prints them; a mistake as one line.
+fn usage(error: clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        return match error.print() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        };
+    }
+    if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        let _ = error.print(); // Nothing is left to be said where stderr is closed.
+        return ExitCode::from(2);
+    }
+    let text = error.to_string();
+    let message: Vec<&str> = text.split("\n\n").next().unwrap_or("bad usage").lines().map(str::trim).collect();
+    eprintln!("rarebit: {}; see --help", message.join(" ").trim_start_matches("error: "));
+    ExitCode::from(2)
+}
+
+/// Runs `work` as a task of a pool of `threads`, so that parallel ops start without a hand-over.
+fn in_pool(threads: Option<usize>, work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads.unwrap_or(0))
+        .build()
+        .map_err(|error| Error::Usage(format!("cannot start the worker threads: {error}")))?;
+    pool.install(work)
+}
+
+/// One line to stdout.
+fn print_line(line: &str) -> Result<()> {
+    use std::io::Write;
+    writeln!(std::io::stdout().lock(), "{line}").map_err(Error::io("write", "standard output"))
+}

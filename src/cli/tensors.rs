@@ -1,0 +1,60 @@
+//! Safetensors files a user hands in or asks for: starting noise and final latents.
+
+use crate::cli::atomic;
+use crate::{Error, Result};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use std::path::Path;
+
+/// Tensor `noise`, f32 `[B, C, H/f, W/f]`, unit variance: one row per image.
+pub fn read_noise(path: &Path, shape: [usize; 4]) -> Result<Vec<Vec<f32>>> {
+    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+    let file =
+        SafeTensors::deserialize(&bytes).map_err(|e| Error::file(path, format!("not a safetensors file: {e}")))?;
+    let tensor = file.tensor("noise").map_err(|_| Error::file(path, "holds no tensor 'noise'"))?;
+    if tensor.dtype() != Dtype::F32 || tensor.shape() != shape {
+        return Err(Error::file(
+            path,
+            format!("'noise' is {:?} {:?}, this run needs F32 {shape:?}", tensor.dtype(), tensor.shape()),
+        ));
+    }
+    let values: Vec<f32> =
+        tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    if values.iter().any(|x| !x.is_finite()) {
+        return Err(Error::file(path, "'noise' holds values that are not finite"));
+    }
+    Ok(values.chunks(shape[1] * shape[2] * shape[3]).map(<[f32]>::to_vec).collect())
+}
+
+/// Tensor `latents`, f32, all images of a run in order.
+pub fn write_latents(path: &Path, shape: [usize; 4], latents: &[f32]) -> Result<()> {
+    let bytes: Vec<u8> = latents.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let invalid = |e: safetensors::SafeTensorError| Error::file(path, e.to_string());
+    let view = TensorView::new(Dtype::F32, shape.to_vec(), &bytes).map_err(invalid)?;
+    let file = safetensors::serialize([("latents", view)], None).map_err(invalid)?;
+    atomic::write(path, |out| out.write_all(&file))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn noise_is_checked() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("noise.safetensors");
+        let write = |name: &str, values: &[f32]| {
+            let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let view = TensorView::new(Dtype::F32, vec![1, 1, 1, values.len()], &bytes).unwrap();
+            std::fs::write(&path, safetensors::serialize([(name, view)], None).unwrap()).unwrap();
+        };
+        write("noise", &[0.5, -1.0]);
+        assert_eq!(read_noise(&path, [1, 1, 1, 2]).unwrap(), [[0.5, -1.0]]);
+        assert!(read_noise(&path, [2, 1, 1, 1]).unwrap_err().to_string().contains("needs F32 [2, 1, 1, 1]"));
+        write("noise", &[f32::NAN]);
+        assert!(read_noise(&path, [1, 1, 1, 1]).unwrap_err().to_string().contains("not finite"));
+        write("latents", &[0.0]);
+        assert!(read_noise(&path, [1, 1, 1, 1]).unwrap_err().to_string().contains("'noise'"));
+        std::fs::write(&path, b"short").unwrap();
+        assert!(read_noise(&path, [1, 1, 1, 1]).is_err());
+    }
+}

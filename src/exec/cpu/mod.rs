@@ -1,0 +1,367 @@
+//! The CPU executor: planned programs on all cores, in f32 (fast) or f64 (the oracle), one code for both.
+//!
+//! Weights are packed once at load, the way products stream them; everything a run touches is allocated by `load`. Work is cut
+//! so that the bits of a sample depend on neither its batch, nor the number of threads, nor earlier runs. Call from inside a
+//! rayon pool (`pool.install`): work handed to a pool from outside goes through a queue that allocates now and then.
+
+mod attention;
+mod check;
+mod conv2d;
+mod elementwise;
+mod embedding;
+mod gemm;
+mod microkernel;
+mod norm;
+mod pack;
+mod product;
+mod real;
+mod resample;
+mod store;
+mod update;
+
+pub use real::Real;
+
+use super::{Data, DataMut, Executor, ProgramId};
+use crate::plan::{Planned, Region};
+use crate::program::{Node, Op, Origin, Program, ValueId};
+use crate::weights::Model;
+use crate::{Error, Result};
+use pack::{Aligned, Tiling};
+use pulp::Arch;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+use store::{Buffer, Store};
+
+/// The processor at hand.
+#[derive(Clone, Copy)]
+struct Machine {
+    arch: Arch,
+    tiling: Tiling,
+    /// Threads that cuts of work are made for; any other number runs them too, with the same bits.
+    threads: usize,
+}
+
+/// Runs programs of type f32 (`Cpu<f32>`) or f64 (`Cpu<f64>`).
+pub struct Cpu<T> {
+    machine: Machine,
+    store: Store<T>,
+    programs: Vec<Loaded>,
+    arena: Aligned<T>,
+    scratch: Scratch<T>,
+    guards: bool,
+    check_finite: bool,
+}
+
+/// A program with everything looked up.
+struct Loaded {
+    planned: Planned,
+    /// Per value.
+    places: Vec<Place>,
+    /// Buffer and value of each output.
+    outputs: Vec<(usize, ValueId)>,
+}
+
+/// Where a value lies.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    Arena(usize, usize),
+    Weight(usize),
+    Buffer(usize),
+}
+
+impl<T: Real> Cpu<T> {
+    /// An executor for the rayon pool it is made in.
+    pub fn new() -> Cpu<T> {
+        let arch = Arch::new();
+        let tiling = arch.dispatch(microkernel::Detect::<T>(std::marker::PhantomData));
+        let threads = rayon::current_num_threads();
+        Cpu {
+            machine: Machine { arch, tiling, threads },
+            store: Store::default(),
+            programs: Vec::new(),
+            arena: Aligned::zeroed(0),
+            scratch: Scratch::new(threads),
+            guards: false,
+            check_finite: false,
+        }
+    }
+
+    /// For tests, slow: fills dead memory with NaN and fails when an op writes outside its outputs and workspace.
+    pub fn with_guards(mut self, on: bool) -> Cpu<T> {
+        self.guards = on;
+        self
+    }
+
+    /// Fails at the first op whose output is not finite, naming it.
+    pub fn check_finite(mut self, on: bool) -> Cpu<T> {
+        self.check_finite = on;
+        self
+    }
+
+    /// Bytes of thread scratch: what `load` holds besides weights, buffers and arena.
+    pub fn scratch_bytes(&self) -> usize {
+        self.scratch.slots.len() * self.scratch.len * size_of::<T>()
+    }
+
+    /// Bytes of weights as held: packed, with padding.
+    pub fn weight_bytes(&self) -> usize {
+        self.store.weight_bytes()
+    }
+
+    /// Elements of thread scratch an op needs.
+    fn scratch(&self, program: &Program, node: &Node) -> usize {
+        match &node.op {
+            Op::Gemm(op) => gemm::scratch(op, program, self.machine.tiling),
+            Op::Conv2d(op) => conv2d::scratch(op, program),
+            Op::Attention(op) => attention::scratch(op, program, self.machine.tiling),
+            Op::Norm(_) | Op::Elementwise(_) | Op::Resample(_) | Op::Embedding(_) | Op::Update(_) => 0,
+        }
+    }
+
+    /// Runs op `index`.
+    fn step(&mut self, program: ProgramId, index: usize) -> Result<()> {
+        let Loaded { planned: Planned { program, plan }, places, .. } = &self.programs[program.0];
+        let node = &program.nodes[index];
+        let elements = |r: Region| r.offset / size_of::<T>()..r.end().div_ceil(size_of::<T>());
+        let mut ranges = [const { 0..0 }; MOST_RANGES];
+        for (range, output) in ranges.iter_mut().zip(&node.outputs) {
+            *range = plan.regions[output.index()].map_or(0..0, elements);
+        }
+        ranges[MOST_RANGES - 1] = plan.workspace[index].map_or(0..0, elements);
+        let ([a, b, c, workspace], arena) = carve(self.arena.as_mut_slice(), &ranges);
+        let cx = Cx { program, places, store: &self.store, arena, machine: self.machine, scratch: &self.scratch };
+        let outputs = Outputs { values: [a, b, c], workspace, in_place: plan.in_place[index].is_some() };
+        match &node.op {
+            Op::Gemm(op) => gemm::run(&cx, op, outputs),
+            Op::Conv2d(op) => conv2d::run(&cx, op, outputs),
+            Op::Attention(op) => attention::run(&cx, op, outputs),
+            Op::Norm(op) => norm::run(&cx, op, outputs),
+            Op::Elementwise(op) => elementwise::run(&cx, op, outputs),
+            Op::Resample(op) => resample::run(&cx, op, outputs),
+            Op::Embedding(op) => {
+                return embedding::run(&cx, op, outputs)
+                    .map_err(|what| Error::Numeric(check::describe(program, index, &what)));
+            }
+            Op::Update(op) => update::run(&cx, op, outputs),
+        }
+        Ok(())
+    }
+}
+
+impl<T: Real> Default for Cpu<T> {
+    fn default() -> Cpu<T> {
+        Cpu::new()
+    }
+}
+
+impl<T: Real> Executor for Cpu<T> {
+    fn workspace(&self, program: &Program, node: &Node) -> usize {
+        let elements = match &node.op {
+            Op::Gemm(op) => gemm::workspace(op, program, &self.machine),
+            Op::Conv2d(op) => conv2d::workspace(op, program, &self.machine),
+            Op::Attention(op) => attention::workspace(op, program, &self.machine),
+            Op::Norm(op) => norm::workspace::<T>(op, program),
+            Op::Elementwise(_) | Op::Resample(_) | Op::Embedding(_) | Op::Update(_) => 0,
+        };
+        elements * size_of::<T>()
+    }
+
+    fn load(&mut self, planned: Planned, weights: &Model) -> Result<ProgramId> {
+        let program = &planned.program;
+        if program.dtype != T::DTYPE {
+            let what = format!("computes in {}, this executor in {}", program.dtype, T::DTYPE);
+            return Err(Error::Program { program: program.name.clone(), what, at: "load".into() });
+        }
+        let mut places = Vec::with_capacity(program.values.len());
+        for (index, value) in program.values.iter().enumerate() {
+            places.push(match &value.origin {
+                Origin::Input(name) => Place::Buffer(self.store.buffer(program, name, value)?),
+                Origin::Weight(weight) => {
+                    let form = store::form(program, ValueId(index as u32))?;
+                    Place::Weight(self.store.weight(weight, form, self.machine.tiling, weights)?)
+                }
+                Origin::Op(_) => {
+                    let offset = planned.plan.regions[index].map_or(0, |r| r.offset);
+                    Place::Arena(offset / size_of::<T>(), value.len())
+                }
+            });
+        }
+        let mut outputs = Vec::new();
+        for (name, id) in &program.outputs {
+            outputs.push((self.store.buffer(program, name, program.value(*id))?, *id));
+        }
+        let scratch = program.nodes.iter().map(|node| self.scratch(program, node)).max();
+        self.scratch.grow(scratch.unwrap_or(0));
+        let arena = planned.plan.arena_bytes.div_ceil(size_of::<T>());
+        if arena > self.arena.as_slice().len() {
+            self.arena = Aligned::zeroed(0); // the old one goes first
+            self.arena = Aligned::zeroed(arena);
+        }
+        self.programs.push(Loaded { planned, places, outputs });
+        Ok(ProgramId(self.programs.len() - 1))
+    }
+
+    fn clear(&mut self) {
+        self.programs.clear();
+        self.store.clear_buffers();
+        self.arena = Aligned::zeroed(0);
+        self.scratch = Scratch::new(self.machine.threads);
+    }
+
+    fn write(&mut self, buffer: &str, data: Data<'_>) -> Result<()> {
+        self.store.write(buffer, data)
+    }
+
+    fn run(&mut self, program: ProgramId) -> Result<()> {
+        let mut guard = self.guards.then(|| check::Guard::new(self.arena.as_mut_slice()));
+        for index in 0..self.programs[program.0].planned.program.nodes.len() {
+            self.step(program, index)?;
+            let planned = &self.programs[program.0].planned;
+            if let Some(guard) = &mut guard {
+                guard.check(planned, index, self.arena.as_mut_slice())?;
+            }
+            if self.check_finite {
+                check::finite(planned, index, self.arena.as_slice())?;
+            }
+        }
+        let Loaded { outputs, places, .. } = &self.programs[program.0];
+        for &(buffer, id) in outputs {
+            if let (Place::Arena(offset, len), Buffer::Float(values)) =
+                (places[id.index()], &mut self.store.buffers[buffer].values)
+            {
+                elementwise::copy(values, &self.arena.as_slice()[offset..offset + len]);
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&self, buffer: &str, out: DataMut<'_>) -> Result<()> {
+        self.store.read(buffer, out)
+    }
+}
+
+/// What an op writes: its outputs (empty where it has fewer) and its workspace.
+struct Outputs<'a, T> {
+    values: [&'a mut [T]; MOST_RANGES - 1],
+    workspace: &'a mut [T],
+    /// Output 0 holds the value the op may overwrite.
+    in_place: bool,
+}
+
+/// What an op reads.
+struct Cx<'a, T> {
+    program: &'a Program,
+    places: &'a [Place],
+    store: &'a Store<T>,
+    arena: Rest<'a, T>,
+    machine: Machine,
+    scratch: &'a Scratch<T>,
+}
+
+impl<'a, T: Real> Cx<'a, T> {
+    fn shape(&self, id: ValueId) -> &'a [usize] {
+        self.program.shape(id)
+    }
+
+    /// A float value; of a weight the row-by-row form.
+    fn value(&self, id: ValueId) -> &'a [T] {
+        match self.places[id.index()] {
+            Place::Arena(offset, len) => self.arena.get(offset, len),
+            Place::Weight(index) => self.store.weights[index].as_slice(),
+            Place::Buffer(index) => match &self.store.buffers[index].values {
+                Buffer::Float(values) => values,
+                Buffer::Int(_) => unreachable!("the program's types are checked"),
+            },
+        }
+    }
+
+    /// A weight in panels; `None` for other values.
+    fn packed(&self, id: ValueId) -> Option<&'a [T]> {
+        match self.places[id.index()] {
+            Place::Weight(index) => Some(self.store.weights[index].as_slice()),
+            Place::Arena(..) | Place::Buffer(_) => None,
+        }
+    }
+
+    fn ints(&self, id: ValueId) -> &'a [i32] {
+        match self.places[id.index()] {
+            Place::Buffer(index) => match &self.store.buffers[index].values {
+                Buffer::Int(values) => values,
+                Buffer::Float(_) => unreachable!("the program's types are checked"),
+            },
+            Place::Arena(..) | Place::Weight(_) => unreachable!("ops make no integers"),
+        }
+    }
+}
+
+fn is_weight(program: &Program, id: ValueId) -> bool {
+    matches!(program.value(id).origin, Origin::Weight(_))
+}
+
+/// Outputs and workspace of an op.
+const MOST_RANGES: usize = 4;
+
+/// The arena around an op's own ranges, to be read: at most one piece more than there are ranges.
+struct Rest<'a, T> {
+    pieces: [(usize, &'a [T]); MOST_RANGES + 1],
+}
+
+impl<'a, T> Rest<'a, T> {
+    fn get(&self, offset: usize, len: usize) -> &'a [T] {
+        let (start, piece) = self
+            .pieces
+            .iter()
+            .find(|(start, piece)| *start <= offset && offset + len <= start + piece.len())
+            .expect("the plan keeps an op's inputs apart from what it writes");
+        &piece[offset - start..][..len]
+    }
+}
+
+/// Cuts `ranges` out of the arena to be written and leaves the rest to be read.
+fn carve<'a, T>(
+    mut arena: &'a mut [T],
+    ranges: &[Range<usize>; MOST_RANGES],
+) -> ([&'a mut [T]; MOST_RANGES], Rest<'a, T>) {
+    let mut order = [0, 1, 2, 3];
+    order.sort_unstable_by_key(|&i| ranges[i].start);
+    let mut cut: [&mut [T]; MOST_RANGES] = Default::default();
+    let mut pieces: [(usize, &[T]); MOST_RANGES + 1] = Default::default();
+    let mut at = 0;
+    for (piece, i) in order.into_iter().enumerate().filter(|&(_, i)| !ranges[i].is_empty()) {
+        let (before, rest) = arena.split_at_mut(ranges[i].start - at);
+        let (own, rest) = rest.split_at_mut(ranges[i].len());
+        pieces[piece] = (at, before);
+        cut[i] = own;
+        at = ranges[i].end;
+        arena = rest;
+    }
+    pieces[MOST_RANGES] = (at, arena);
+    (cut, Rest { pieces })
+}
+
+/// One stretch of memory per thread, for gathered rows, scores and tiles.
+struct Scratch<T> {
+    slots: Vec<Mutex<Aligned<T>>>,
+    len: usize,
+}
+
+impl<T: Real> Scratch<T> {
+    fn new(threads: usize) -> Scratch<T> {
+        Scratch { slots: (0..threads).map(|_| Mutex::new(Aligned::zeroed(0))).collect(), len: 0 }
+    }
+
+    fn grow(&mut self, len: usize) {
+        if len > self.len {
+            self.len = len;
+            self.slots.iter_mut().for_each(|slot| *slot = Mutex::new(Aligned::zeroed(len)));
+        }
+    }
+
+    /// Lends this thread's stretch; its content is whatever was left there. `f` must not wait for other threads.
+    fn with<R>(&self, f: impl FnOnce(&mut [T]) -> R) -> R {
+        // More threads than slots (a larger pool than the one at `new`) take turns.
+        let slot = rayon::current_thread_index().unwrap_or(0) % self.slots.len();
+        let mut slot = self.slots[slot].lock().unwrap_or_else(PoisonError::into_inner);
+        f(slot.as_mut_slice())
+    }
+}

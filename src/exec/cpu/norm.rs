@@ -1,0 +1,236 @@
+//! Group and layer normalisation, with the statistics the backward needs as outputs.
+//!
+//! Contract: group norm over `x [B, .., C]`, each group of `C / groups` channels and all pixels of a sample; layer norm over the
+//! last dimension; biased variance; `y = (x - mean) rstd gamma + beta`, SiLU if asked; `mean` and `rstd` as outputs. Sums are
+//! taken in f64. Group norm sums per channel over chunks of pixels whose number depends on the sample's shape only, then adds
+//! the chunks in order; layer norm sums a row in fixed lanes: bits depend on neither batch nor threads. `y` may be `x`.
+
+use super::elementwise::activate;
+use super::real::Real;
+use super::{Cx, Outputs};
+use crate::program::{Activation, Norm, Program};
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+
+/// Elements of a group norm chunk.
+const CHUNK: usize = 32 * 1024;
+/// Partial sums of a layer norm row.
+const LANES: usize = 16;
+/// Rows of a layer norm task.
+const ROWS: usize = 16;
+
+/// Group norm's sizes: pixels of a sample, channels, pixels of a chunk, chunks of a sample.
+fn sizes(shape: &[usize]) -> (usize, usize, usize, usize) {
+    let channels = shape[shape.len() - 1];
+    let pixels = shape[1..shape.len() - 1].iter().product::<usize>();
+    let chunk = (CHUNK / channels).clamp(1, pixels);
+    (pixels, channels, chunk, pixels.div_ceil(chunk))
+}
+
+/// Elements of workspace: per chunk and channel a sum and a sum of squares in f64, per sample and channel a scale and a shift.
+pub fn workspace<T: Real>(op: &Norm, program: &Program) -> usize {
+    match op {
+        Norm::Group { x, .. } => {
+            let shape = program.shape(*x);
+            let (_, channels, _, chunks) = sizes(shape);
+            shape[0] * channels * 2 * (chunks * size_of::<f64>() / size_of::<T>() + 1)
+        }
+        Norm::Layer { .. } => 0,
+    }
+}
+
+pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Norm, outputs: Outputs<'_, T>) {
+    match *op {
+        Norm::Group { x, gamma, beta, groups, eps, silu } => {
+            let affine = (cx.value(gamma), cx.value(beta));
+            group(
+                cx,
+                cx.shape(x),
+                if outputs.in_place { None } else { Some(cx.value(x)) },
+                affine,
+                groups,
+                eps,
+                silu,
+                outputs,
+            );
+        }
+        Norm::Layer { x, gamma, beta, eps } => {
+            let (gamma, beta) = (cx.value(gamma), cx.value(beta));
+            let Outputs { values: [y, mean, rstd], in_place, .. } = outputs;
+            let x = if in_place { None } else { Some(cx.value(x)) };
+            let width = gamma.len();
+            let rows = y.par_chunks_mut(ROWS * width).zip(mean.par_chunks_mut(ROWS)).zip(rstd.par_chunks_mut(ROWS));
+            rows.enumerate().for_each(|(i, ((y, mean), rstd))| {
+                if let Some(x) = x {
+                    y.copy_from_slice(&x[i * ROWS * width..][..y.len()]);
+                }
+                cx.machine.arch.dispatch(Layer { y, mean, rstd, gamma, beta, eps });
+            });
+        }
+    }
+}
+
+struct Layer<'a, T> {
+    y: &'a mut [T],
+    mean: &'a mut [T],
+    rstd: &'a mut [T],
+    gamma: &'a [T],
+    beta: &'a [T],
+    eps: f64,
+}
+
+impl<T: Real> WithSimd for Layer<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let width = self.gamma.len();
+        let stats = self.mean.iter_mut().zip(self.rstd);
+        for (y, (mean, rstd)) in self.y.chunks_exact_mut(width).zip(stats) {
+            let mu = sum(y, |x| x) / width as f64;
+            let variance = sum(y, |x| (x - mu) * (x - mu)) / width as f64;
+            let r = 1.0 / (variance + self.eps).sqrt();
+            (*mean, *rstd) = (T::from_f64(mu), T::from_f64(r));
+            for ((y, &gamma), &beta) in y.iter_mut().zip(self.gamma).zip(self.beta) {
+                *y = ((*y - *mean) * *rstd).fma::<S>(gamma, beta);
+            }
+        }
+    }
+}
+
+/// Σ f(x) in f64, in fixed lanes.
+#[inline(always)]
+fn sum<T: Real>(values: &[T], f: impl Fn(f64) -> f64) -> f64 {
+    let mut lanes = [0.0; LANES];
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane += f(x.to_f64());
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane += f(x.to_f64());
+    }
+    lanes.iter().sum()
+}
+
+#[allow(clippy::too_many_arguments)]
+fn group<T: Real>(
+    cx: &Cx<'_, T>,
+    shape: &[usize],
+    x: Option<&[T]>,
+    (gamma, beta): (&[T], &[T]),
+    groups: usize,
+    eps: f64,
+    silu: bool,
+    outputs: Outputs<'_, T>,
+) {
+    let Outputs { values: [y, mean, rstd], workspace, .. } = outputs;
+    let arch = cx.machine.arch;
+    let (batch, (pixels, channels, chunk, chunks)) = (shape[0], sizes(shape));
+    let (affine, partial) = workspace.split_at_mut(batch * 2 * channels);
+    let partial = &mut partial[..batch * chunks * 2 * channels * size_of::<f64>() / size_of::<T>()];
+    let partial: &mut [f64] = bytemuck::cast_slice_mut(partial);
+
+    let source = x.unwrap_or(y);
+    partial.par_chunks_mut(2 * channels).enumerate().for_each(|(i, partial)| {
+        let (sample, first) = (i / chunks, i % chunks * chunk);
+        let x = &source[(sample * pixels + first) * channels..][..chunk.min(pixels - first) * channels];
+        arch.dispatch(ChannelSums { x, partial });
+    });
+
+    let (size, stats) = (channels / groups, partial.chunks_exact(chunks * 2 * channels));
+    for (sample, (partial, affine)) in stats.zip(affine.chunks_exact_mut(2 * channels)).enumerate() {
+        let (scale, shift) = affine.split_at_mut(channels);
+        for group in 0..groups {
+            let members = group * size..(group + 1) * size;
+            let (sum, squares) = partial.chunks_exact(2 * channels).fold((0.0, 0.0), |(sum, squares), chunk| {
+                let of = |values: &[f64]| values[members.clone()].iter().sum::<f64>();
+                (sum + of(&chunk[..channels]), squares + of(&chunk[channels..]))
+            });
+            let count = (pixels * size) as f64;
+            let mu = sum / count;
+            let r = 1.0 / ((squares / count - mu * mu).max(0.0) + eps).sqrt();
+            mean[sample * groups + group] = T::from_f64(mu);
+            rstd[sample * groups + group] = T::from_f64(r);
+            for c in members {
+                let a = r * gamma[c].to_f64();
+                (scale[c], shift[c]) = (T::from_f64(a), T::from_f64(beta[c].to_f64() - mu * a));
+            }
+        }
+    }
+
+    let affine = &*affine;
+    y.par_chunks_mut(pixels * channels).enumerate().for_each(|(sample, y)| {
+        let (scale, shift) = affine[sample * 2 * channels..][..2 * channels].split_at(channels);
+        y.par_chunks_mut(chunk * channels).enumerate().for_each(|(i, y)| {
+            let x = x.map(|x| &x[(sample * pixels + i * chunk) * channels..][..y.len()]);
+            arch.dispatch(Apply { x, y, scale, shift, silu });
+        });
+    });
+}
+
+/// Per channel Σ x and Σ x² over the pixels of a chunk.
+struct ChannelSums<'a, T> {
+    x: &'a [T],
+    partial: &'a mut [f64],
+}
+
+impl<T: Real> WithSimd for ChannelSums<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let channels = self.partial.len() / 2;
+        let (sums, squares) = self.partial.split_at_mut(channels);
+        sums.fill(0.0);
+        squares.fill(0.0);
+        // Four pixels at a time: a quarter of the traffic to the sums.
+        let mut quads = self.x.chunks_exact(4 * channels);
+        for quad in &mut quads {
+            let (ab, cd) = quad.split_at(2 * channels);
+            let ((a, b), (c, d)) = (ab.split_at(channels), cd.split_at(channels));
+            for i in 0..channels {
+                let [a, b, c, d] = [a[i].to_f64(), b[i].to_f64(), c[i].to_f64(), d[i].to_f64()];
+                sums[i] += (a + b) + (c + d);
+                squares[i] += (a * a + b * b) + (c * c + d * d);
+            }
+        }
+        for pixel in quads.remainder().chunks_exact(channels) {
+            for i in 0..channels {
+                let x = pixel[i].to_f64();
+                sums[i] += x;
+                squares[i] += x * x;
+            }
+        }
+    }
+}
+
+/// `y = x scale + shift` per channel, then SiLU, pixel by pixel.
+struct Apply<'a, T> {
+    x: Option<&'a [T]>,
+    y: &'a mut [T],
+    scale: &'a [T],
+    shift: &'a [T],
+    silu: bool,
+}
+
+impl<T: Real> WithSimd for Apply<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let channels = self.scale.len();
+        for (i, y) in self.y.chunks_exact_mut(channels).enumerate() {
+            if let Some(x) = self.x {
+                y.copy_from_slice(&x[i * channels..][..channels]);
+            }
+            for ((y, &scale), &shift) in y.iter_mut().zip(self.scale).zip(self.shift) {
+                *y = y.fma::<S>(scale, shift);
+            }
+            if self.silu {
+                activate::<T, S>(y, Activation::Silu);
+            }
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! The element types of the executor, f32 and f64, with the scalar functions its loops are made of.
+//!
+//! The functions are branch-free where speed matters (f32), so a plain loop over a slice inside `Simd::vectorize` becomes
+//! vector code. `S` only tells whether the processor fuses multiply and add.
+
+use crate::program::DType;
+use crate::weights::Rows;
+use bytemuck::Pod;
+use pulp::Simd;
+use std::fmt::Debug;
+use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Sub};
+
+/// Longest K block of a product; also the length of the zero row convolution reads outside the image.
+pub const LONGEST_BLOCK: usize = 512;
+
+/// f32 or f64.
+pub trait Real:
+    Pod
+    + Send
+    + Sync
+    + Debug
+    + Default
+    + PartialOrd
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + AddAssign
+    + MulAssign
+{
+    const DTYPE: DType;
+    const ZERO: Self;
+    const ONE: Self;
+    const NAN: Self;
+    const LOWEST: Self;
+    const ZEROS: &'static [Self; LONGEST_BLOCK];
+
+    /// One register of the instruction set.
+    type Vector<S: Simd>: Pod + Send + Sync;
+    fn splat<S: Simd>(simd: S, value: Self) -> Self::Vector<S>;
+    fn vector_add<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    /// `a b + c`.
+    fn vector_fma<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>, c: Self::Vector<S>) -> Self::Vector<S>;
+
+    fn from_f64(value: f64) -> Self;
+    fn to_f64(self) -> f64;
+    fn is_finite(self) -> bool;
+    /// Same bits, NaNs included.
+    fn same(self, other: Self) -> bool;
+    /// `self b + c`.
+    fn fma<S: Simd>(self, b: Self, c: Self) -> Self;
+    /// e^self; NaN stays NaN. The f32 form saturates at e^±87.
+    fn exp<S: Simd>(self) -> Self;
+    /// The error function.
+    fn erf<S: Simd>(self) -> Self;
+    /// Row `n` of a weight, converted.
+    fn fetch(rows: &Rows<'_>, n: usize, out: &mut [Self]);
+
+    #[inline(always)]
+    fn greater(self, other: Self) -> Self {
+        if other > self { other } else { self }
+    }
+
+    #[inline(always)]
+    fn sigmoid<S: Simd>(self) -> Self {
+        Self::ONE / (Self::ONE + (Self::ZERO - self).exp::<S>())
+    }
+
+    #[inline(always)]
+    fn silu<S: Simd>(self) -> Self {
+        self * self.sigmoid::<S>()
+    }
+
+    #[inline(always)]
+    fn quick_gelu<S: Simd>(self) -> Self {
+        self * (self * Self::from_f64(1.702)).sigmoid::<S>()
+    }
+
+    /// `x Φ(x)`.
+    #[inline(always)]
+    fn gelu<S: Simd>(self) -> Self {
+        let half = self * Self::from_f64(0.5);
+        half.fma::<S>((self * Self::from_f64(std::f64::consts::FRAC_1_SQRT_2)).erf::<S>(), half)
+    }
+}
+
+impl Real for f32 {
+    const DTYPE: DType = DType::F32;
+    const ZERO: f32 = 0.0;
+    const ONE: f32 = 1.0;
+    const NAN: f32 = f32::NAN;
+    const LOWEST: f32 = f32::MIN;
+    const ZEROS: &'static [f32; LONGEST_BLOCK] = &[0.0; LONGEST_BLOCK];
+    type Vector<S: Simd> = S::f32s;
+
+    #[inline(always)]
+    fn splat<S: Simd>(simd: S, value: f32) -> S::f32s {
+        simd.splat_f32s(value)
+    }
+    #[inline(always)]
+    fn vector_add<S: Simd>(simd: S, a: S::f32s, b: S::f32s) -> S::f32s {
+        simd.add_f32s(a, b)
+    }
+    #[inline(always)]
+    fn vector_fma<S: Simd>(simd: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s {
+        simd.mul_add_e_f32s(a, b, c)
+    }
+    #[inline(always)]
+    fn from_f64(value: f64) -> f32 {
+        value as f32
+    }
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        self as f64
+    }
+    #[inline(always)]
+    fn is_finite(self) -> bool {
+        self.is_finite()
+    }
+    #[inline(always)]
+    fn same(self, other: f32) -> bool {
+        self.to_bits() == other.to_bits()
+    }
+    #[inline(always)]
+    fn fma<S: Simd>(self, b: f32, c: f32) -> f32 {
+        if S::IS_SCALAR { self * b + c } else { self.mul_add(b, c) }
+    }
+
+    /// 2^n e^r with n the nearest integer to x/ln 2 and a degree-6 polynomial for e^r, |r| ≤ ln 2 / 2 (Cephes `expf`).
+    #[inline(always)]
+    fn exp<S: Simd>(self) -> f32 {
+        // Adding 1.5 2^23 rounds to an integer that then sits in the low bits.
+        const ROUND: f32 = 12_582_912.0;
+        let x = if self < -87.3 { -87.3 } else { self };
+        let x = if x > 88.3 { 88.3 } else { x };
+        let t = x.fma::<S>(std::f32::consts::LOG2_E, ROUND);
+        let n = t - ROUND;
+        let r = n.fma::<S>(-0.693_359_4, x);
+        let r = n.fma::<S>(2.121_944_4e-4, r);
+        let p = r.fma::<S>(1.987_569_1e-4, 1.398_2e-3);
+        let p = p.fma::<S>(r, 8.333_452e-3);
+        let p = p.fma::<S>(r, 4.166_579_6e-2);
+        let p = p.fma::<S>(r, 1.666_666_5e-1);
+        let p = p.fma::<S>(r, 0.5);
+        let p = p.fma::<S>(r * r, r) + 1.0;
+        p * f32::from_bits((t.to_bits() << 23).wrapping_add(0x3f80_0000))
+    }
+
+    /// Odd rational minimax on |x| ≤ 4 (the one of Eigen and XLA).
+    #[inline(always)]
+    fn erf<S: Simd>(self) -> f32 {
+        let x = if self < -4.0 { -4.0 } else { self };
+        let x = if x > 4.0 { 4.0 } else { x };
+        let s = x * x;
+        let p = s.fma::<S>(-2.726_142_3e-10, 2.770_681_4e-8);
+        let p = p.fma::<S>(s, -2.101_024e-6);
+        let p = p.fma::<S>(s, -5.692_506_5e-5);
+        let p = p.fma::<S>(s, -7.349_906_3e-4);
+        let p = p.fma::<S>(s, -2.954_599_8e-3);
+        let p = p.fma::<S>(s, -1.609_603_3e-2);
+        let q = s.fma::<S>(-1.456_607_2e-5, -2.133_740_6e-4);
+        let q = q.fma::<S>(s, -1.682_827e-3);
+        let q = q.fma::<S>(s, -7.373_329_2e-3);
+        let q = q.fma::<S>(s, -1.426_473_9e-2);
+        x * p / q
+    }
+
+    fn fetch(rows: &Rows<'_>, n: usize, out: &mut [f32]) {
+        rows.row_f32(n, out);
+    }
+}
+
+impl Real for f64 {
+    const DTYPE: DType = DType::F64;
+    const ZERO: f64 = 0.0;
+    const ONE: f64 = 1.0;
+    const NAN: f64 = f64::NAN;
+    const LOWEST: f64 = f64::MIN;
+    const ZEROS: &'static [f64; LONGEST_BLOCK] = &[0.0; LONGEST_BLOCK];
+    type Vector<S: Simd> = S::f64s;
+
+    #[inline(always)]
+    fn splat<S: Simd>(simd: S, value: f64) -> S::f64s {
+        simd.splat_f64s(value)
+    }
+    #[inline(always)]
+    fn vector_add<S: Simd>(simd: S, a: S::f64s, b: S::f64s) -> S::f64s {
+        simd.add_f64s(a, b)
+    }
+    #[inline(always)]
+    fn vector_fma<S: Simd>(simd: S, a: S::f64s, b: S::f64s, c: S::f64s) -> S::f64s {
+        simd.mul_add_e_f64s(a, b, c)
+    }
+    #[inline(always)]
+    fn from_f64(value: f64) -> f64 {
+        value
+    }
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        self
+    }
+    #[inline(always)]
+    fn is_finite(self) -> bool {
+        self.is_finite()
+    }
+    #[inline(always)]
+    fn same(self, other: f64) -> bool {
+        self.to_bits() == other.to_bits()
+    }
+    #[inline(always)]
+    fn fma<S: Simd>(self, b: f64, c: f64) -> f64 {
+        if S::IS_SCALAR { self * b + c } else { self.mul_add(b, c) }
+    }
+    #[inline(always)]
+    fn exp<S: Simd>(self) -> f64 {
+        self.exp()
+    }
+    #[inline(always)]
+    fn erf<S: Simd>(self) -> f64 {
+        libm::erf(self)
+    }
+    /// Through erfc, so that the left tail keeps its relative accuracy.
+    #[inline(always)]
+    fn gelu<S: Simd>(self) -> f64 {
+        0.5 * self * libm::erfc(-self * std::f64::consts::FRAC_1_SQRT_2)
+    }
+
+    fn fetch(rows: &Rows<'_>, n: usize, out: &mut [f64]) {
+        rows.row_f64(n, out);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pulp::{Arch, WithSimd};
+
+    /// The worst error of exp, gelu and silu over a grid, relative where the value exceeds one.
+    struct Worst;
+
+    impl WithSimd for Worst {
+        type Output = [f64; 3];
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) -> [f64; 3] {
+            let mut worst = [0.0f64; 3];
+            for i in -80_000..80_000 {
+                let x = i as f32 * 1.0007e-3;
+                let relative = (Real::exp::<S>(x) as f64 / (x as f64).exp() - 1.0).abs();
+                worst[0] = worst[0].max(relative);
+                let gelu = 0.5 * x as f64 * libm::erfc(-x as f64 * std::f64::consts::FRAC_1_SQRT_2);
+                worst[1] = worst[1].max((x.gelu::<S>() as f64 - gelu).abs() / gelu.abs().max(1.0));
+                let silu = x as f64 / (1.0 + (-x as f64).exp());
+                worst[2] = worst[2].max((x.silu::<S>() as f64 - silu).abs() / silu.abs().max(1.0));
+            }
+            worst
+        }
+    }
+
+    #[test]
+    fn f32_functions_are_accurate() {
+        for found in [Arch::new().dispatch(Worst), Worst.with_simd(pulp::Scalar::new())] {
+            let [exp, gelu, silu] = found;
+            assert!(exp < 1.5e-7 && gelu < 1.5e-7 && silu < 1.5e-7, "exp {exp:e} gelu {gelu:e} silu {silu:e}");
+        }
+        let up = |x: f32| Real::exp::<pulp::Scalar>(x);
+        assert!(up(f32::NAN).is_nan() && up(-1e9) < 1e-37 && up(1e9) > 1e38);
+    }
+}

@@ -1,0 +1,211 @@
+//! What outlives a run: packed weights, each held once, and named buffers.
+
+use super::pack::{Aligned, Columns, Tiling};
+use super::real::Real;
+use super::{Data, DataMut};
+use crate::program::{Activation, DType, Op, Program, Shape, Value, ValueId};
+use crate::weights::{Model, Pack, Rows, Weight};
+use crate::{Error, Result};
+use rayon::prelude::*;
+use std::collections::HashMap;
+
+/// How a weight is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// As its shape says.
+    Plain,
+    /// Right operand of a product: its columns in this many parts (two for GEGLU), each in panels.
+    Panels(usize),
+}
+
+/// A named buffer.
+pub struct Named<T> {
+    shape: Shape,
+    dtype: DType,
+    pub values: Buffer<T>,
+}
+
+pub enum Buffer<T> {
+    Float(Vec<T>),
+    Int(Vec<i32>),
+}
+
+pub struct Store<T> {
+    pub weights: Vec<Aligned<T>>,
+    by_weight: HashMap<(Weight, Form), usize>,
+    pub buffers: Vec<Named<T>>,
+    by_name: HashMap<String, usize>,
+}
+
+impl<T> Default for Store<T> {
+    fn default() -> Store<T> {
+        Store { weights: vec![], by_weight: HashMap::new(), buffers: vec![], by_name: HashMap::new() }
+    }
+}
+
+/// The form in which the ops of a program read a weight.
+pub fn form(program: &Program, id: ValueId) -> Result<Form> {
+    let mut form = None;
+    for node in &program.nodes {
+        let panels = match &node.op {
+            Op::Gemm(op) if op.w == id => Some(if op.activation == Activation::Geglu { 2 } else { 1 }),
+            Op::Conv2d(op) if op.w == id => Some(1),
+            _ => None,
+        };
+        let used = match panels {
+            Some(parts) => Form::Panels(parts),
+            None if node.op.inputs().contains(&id) => Form::Plain,
+            None => continue,
+        };
+        if form.is_some_and(|form| form != used) {
+            let what = format!("{}: a weight is read both whole and in panels", program.show_op(&node.op));
+            return Err(Error::Program { program: program.name.clone(), what, at: node.at.to_string() });
+        }
+        form = Some(used);
+    }
+    Ok(form.unwrap_or(Form::Plain))
+}
+
+impl<T: Real> Store<T> {
+    pub fn weight_bytes(&self) -> usize {
+        self.weights.iter().map(|w| size_of_val(w.as_slice())).sum()
+    }
+
+    /// The index of a weight, fetched and packed if it is not held yet.
+    pub fn weight(&mut self, weight: &Weight, form: Form, tiling: Tiling, model: &Model) -> Result<usize> {
+        if let Some(&index) = self.by_weight.get(&(weight.clone(), form)) {
+            return Ok(index);
+        }
+        let rows = model.rows(weight)?;
+        let held = match (form, weight.pack) {
+            (Form::Plain, Pack::Vector | Pack::Table) => plain(&rows),
+            (Form::Panels(parts), Pack::Linear | Pack::LinearTransposed | Pack::Conv) => panels(&rows, parts, tiling),
+            (Form::Plain, Pack::Linear | Pack::LinearTransposed | Pack::Conv)
+            | (Form::Panels(_), Pack::Vector | Pack::Table) => {
+                let what =
+                    format!("weight '{}' is packed as {:?} but read {form:?}", weight.keys.join("+"), weight.pack);
+                return Err(Error::Model(what));
+            }
+        };
+        model.release(weight);
+        self.weights.push(held);
+        self.by_weight.insert((weight.clone(), form), self.weights.len() - 1);
+        Ok(self.weights.len() - 1)
+    }
+
+    /// The index of a named buffer, made (zeroed) if there is none of that name.
+    pub fn buffer(&mut self, program: &Program, name: &str, value: &Value) -> Result<usize> {
+        if let Some(&index) = self.by_name.get(name) {
+            let held = &self.buffers[index];
+            if held.shape == value.shape && held.dtype == value.dtype {
+                return Ok(index);
+            }
+            let what = format!(
+                "buffer '{name}' is {} {:?} here and {} {:?} in a program loaded before",
+                value.dtype, value.shape, held.dtype, held.shape
+            );
+            return Err(Error::Program { program: program.name.clone(), what, at: "load".into() });
+        }
+        let values = match value.dtype {
+            DType::I32 => Buffer::Int(vec![0; value.len()]),
+            dtype if dtype == T::DTYPE => Buffer::Float(vec![T::ZERO; value.len()]),
+            dtype => {
+                let what = format!("buffer '{name}' is {dtype}, this executor computes in {}", T::DTYPE);
+                return Err(Error::Program { program: program.name.clone(), what, at: "load".into() });
+            }
+        };
+        self.buffers.push(Named { shape: value.shape.clone(), dtype: value.dtype, values });
+        self.by_name.insert(name.to_string(), self.buffers.len() - 1);
+        Ok(self.buffers.len() - 1)
+    }
+
+    pub fn clear_buffers(&mut self) {
+        self.buffers.clear();
+        self.by_name.clear();
+    }
+
+    pub fn write(&mut self, name: &str, data: Data<'_>) -> Result<()> {
+        let index = self.find(name)?;
+        let held = &mut self.buffers[index];
+        let len = match data {
+            Data::F32(values) => values.len(),
+            Data::F64(values) => values.len(),
+            Data::I32(values) => values.len(),
+        };
+        check_length(name, &held.shape, len)?;
+        match (&mut held.values, data) {
+            (Buffer::Float(out), Data::F32(values)) => fill(out, values, |x| T::from_f64(x as f64)),
+            (Buffer::Float(out), Data::F64(values)) => fill(out, values, T::from_f64),
+            (Buffer::Float(out), Data::I32(values)) => fill(out, values, |x| T::from_f64(x as f64)),
+            (Buffer::Int(out), Data::I32(values)) => out.copy_from_slice(values),
+            (Buffer::Int(_), Data::F32(_) | Data::F64(_)) => {
+                return Err(Error::Usage(format!("buffer '{name}' holds i32 and was given floats")));
+            }
+        }
+        Ok(())
+    }
+
+    pub fn read(&self, name: &str, out: DataMut<'_>) -> Result<()> {
+        let held = &self.buffers[self.find(name)?];
+        let len = match &out {
+            DataMut::F32(out) => out.len(),
+            DataMut::F64(out) => out.len(),
+        };
+        check_length(name, &held.shape, len)?;
+        match (&held.values, out) {
+            (Buffer::Float(values), DataMut::F32(out)) => fill(out, values, |x| x.to_f64() as f32),
+            (Buffer::Float(values), DataMut::F64(out)) => fill(out, values, |x| x.to_f64()),
+            (Buffer::Int(values), DataMut::F32(out)) => fill(out, values, |x| x as f32),
+            (Buffer::Int(values), DataMut::F64(out)) => fill(out, values, |x| x as f64),
+        }
+        Ok(())
+    }
+
+    fn find(&self, name: &str) -> Result<usize> {
+        self.by_name.get(name).copied().ok_or_else(|| Error::Usage(format!("no loaded program has a buffer '{name}'")))
+    }
+}
+
+fn check_length(name: &str, shape: &[usize], len: usize) -> Result<()> {
+    if len == shape.iter().product::<usize>() {
+        return Ok(());
+    }
+    Err(Error::Usage(format!("buffer '{name}' is {shape:?} and was given {len} values")))
+}
+
+fn fill<A: Copy, B>(out: &mut [B], values: &[A], convert: impl Fn(A) -> B) {
+    out.iter_mut().zip(values).for_each(|(out, &value)| *out = convert(value));
+}
+
+/// Row after row, in parallel.
+fn plain<T: Real>(rows: &Rows<'_>) -> Aligned<T> {
+    let width = rows.columns();
+    let mut held = Aligned::zeroed(rows.rows() * width);
+    held.as_mut_slice().par_chunks_mut(width).enumerate().for_each(|(n, out)| T::fetch(rows, n, out));
+    held
+}
+
+/// The rows of a weight are the columns of the product: a vector's worth of them is fetched and transposed into its panel.
+fn panels<T: Real>(rows: &Rows<'_>, parts: usize, tiling: Tiling) -> Aligned<T> {
+    let (k, n) = (rows.columns(), rows.rows() / parts);
+    let columns = Columns::new(n, tiling);
+    let mut held = Aligned::zeroed(parts * k * columns.padded());
+    held.as_mut_slice().chunks_exact_mut(k * columns.padded()).enumerate().for_each(|(part, data)| {
+        columns.fill(k, data, |panel, out| {
+            let width = panel.vectors * tiling.lanes;
+            let mut fetched = vec![T::ZERO; tiling.lanes * k];
+            for first in (0..panel.width).step_by(tiling.lanes) {
+                let lanes = tiling.lanes.min(panel.width - first);
+                for (lane, row) in fetched.chunks_exact_mut(k).take(lanes).enumerate() {
+                    T::fetch(rows, part * n + panel.start + first + lane, row);
+                }
+                for (k_index, out) in out.chunks_exact_mut(width).enumerate() {
+                    for (lane, out) in out[first..][..lanes].iter_mut().enumerate() {
+                        *out = fetched[lane * k + k_index];
+                    }
+                }
+            }
+        });
+    });
+    held
+}

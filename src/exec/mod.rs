@@ -1,0 +1,49 @@
+//! Executors run planned programs: one trait, no per-op methods in it.
+
+pub mod cpu;
+
+use crate::Result;
+use crate::plan::Planned;
+use crate::program::{Node, Program};
+use crate::weights::Model;
+
+/// Handle of a loaded program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProgramId(pub usize);
+
+/// Host data for a named buffer; converted to the buffer's type on the way.
+#[derive(Clone, Copy, Debug)]
+pub enum Data<'a> {
+    F32(&'a [f32]),
+    F64(&'a [f64]),
+    I32(&'a [i32]),
+}
+
+/// Host memory that receives a named buffer, converted from the buffer's type.
+#[derive(Debug)]
+pub enum DataMut<'a> {
+    F32(&'a mut [f32]),
+    F64(&'a mut [f64]),
+}
+
+/// Loads programs, holds their weights, named buffers and one arena, and runs them.
+pub trait Executor {
+    /// Bytes of scratch the op needs in the arena while it runs; given to the planner.
+    fn workspace(&self, program: &Program, node: &Node) -> usize;
+
+    /// Fetches the weights that are not held yet, creates the named buffers (zeroed), grows the arena to the plan.
+    /// Buffers of one name are one buffer in all programs and must agree in type.
+    fn load(&mut self, planned: Planned, weights: &Model) -> Result<ProgramId>;
+
+    /// Forgets programs and named buffers, keeps the weights.
+    fn clear(&mut self);
+
+    /// Fills a named buffer; the length must fit.
+    fn write(&mut self, buffer: &str, data: Data<'_>) -> Result<()>;
+
+    /// Runs every op, then copies the outputs into their named buffers. Allocates nothing.
+    fn run(&mut self, program: ProgramId) -> Result<()>;
+
+    /// Reads a named buffer; the length must fit.
+    fn read(&self, buffer: &str, out: DataMut<'_>) -> Result<()>;
+}

@@ -1,0 +1,19 @@
+//! rarebit: forward and input-gradient of Stable Diffusion pipelines as planned op programs.
+//!
+//! Data flows one way: `weights`, `text` → `program` → `models` → `plan` → `exec` → `sampler` → `methods` → `cli`.
+//! A module imports only from its left (`tests/layering.rs` enforces it).
+#![deny(unsafe_code)]
+
+pub mod assets;
+pub mod cli;
+pub mod error;
+pub mod exec;
+pub mod methods;
+pub mod models;
+pub mod plan;
+pub mod program;
+pub mod sampler;
+pub mod text;
+pub mod weights;
+
+pub use error::{Error, Result};

@@ -1,0 +1,290 @@
+//! Text to image: encode the prompts, sample a batch of latents, decode image by image.
+
+use crate::exec::{Data, DataMut, Executor, ProgramId};
+use crate::methods::pipeline::Pipeline;
+use crate::methods::programs::{Programs, Sizes, buffer, rows};
+use crate::plan::Footprint;
+use crate::program::DType;
+use crate::sampler::{self, Noise, Rng, Schedule};
+use crate::{Error, Result};
+use std::collections::HashMap;
+
+/// Everything that holds for a whole run.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Pixels.
+    pub width: usize,
+    pub height: usize,
+    pub sampler: sampler::Settings,
+    pub rng: Rng,
+    pub dtype: DType,
+}
+
+/// One image to make.
+#[derive(Clone, Debug)]
+pub struct Job {
+    pub prompt: String,
+    /// `None`: no negative prompt was given (SDXL base then uses a zero context).
+    pub negative: Option<String>,
+    pub seed: u64,
+    /// Unit-variance draws `[C, H/f, W/f]` in place of the generator's first ones: the starting noise, then one per noisy step.
+    pub draws: Vec<Vec<f32>>,
+}
+
+/// A finished image.
+#[derive(Clone, Debug)]
+pub struct Image {
+    pub width: usize,
+    pub height: usize,
+    /// `[H, W, 3]`.
+    pub rgb: Vec<u8>,
+    /// The latents it was decoded from, `[C, H/f, W/f]`, scaled as the UNet sees them.
+    pub latents: Vec<f32>,
+}
+
+/// Where a run is; the observer may stop it by returning an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Sampling step `done` of `steps` is finished.
+    Step { done: usize, steps: usize },
+    /// Image `done` of `images` in this batch is decoded.
+    Decoded { done: usize, images: usize },
+}
+
+pub type Observer<'a> = dyn FnMut(Progress) -> Result<()> + 'a;
+
+/// A prompt's states on the host: context `[T, D]`, and for SDXL the pooled projection `[P]` (else empty).
+#[derive(Clone, Debug)]
+pub struct Text {
+    pub context: Vec<f32>,
+    pub pooled: Vec<f32>,
+}
+
+/// The programs of one batch size, planned but not loaded: ask for the footprint, then [`Generator::load`].
+pub struct Generator<'p> {
+    pipeline: &'p Pipeline,
+    settings: Settings,
+    schedule: Schedule,
+    sizes: Sizes,
+    programs: Programs,
+}
+
+impl<'p> Generator<'p> {
+    pub fn plan(
+        pipeline: &'p Pipeline,
+        executor: &dyn Executor,
+        settings: Settings,
+        batch: usize,
+    ) -> Result<Generator<'p>> {
+        let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
+        let schedule = sampler::schedule(&pipeline.config.scheduler, &settings.sampler)?;
+        let sizes = Sizes { batch, height, width, tokens: pipeline.tokens() };
+        let programs = Programs::plan(pipeline, executor, settings.dtype, sizes, &schedule)?;
+        Ok(Generator { pipeline, settings, schedule, sizes, programs })
+    }
+
+    pub fn footprint(&self) -> Footprint {
+        self.programs.footprint()
+    }
+
+    /// UNet calls of one batch: the sampling steps, one more for samplers with a warm-up call.
+    pub fn calls(&self) -> usize {
+        self.schedule.steps.len()
+    }
+
+    pub fn programs(&self) -> &Programs {
+        &self.programs
+    }
+
+    /// Loads the weights that are not held yet.
+    pub fn load<'e>(self, executor: &'e mut dyn Executor) -> Result<Loaded<'p, 'e>> {
+        let model = &self.pipeline.model;
+        let Programs { text, condition, step, decode } = self.programs;
+        Ok(Loaded {
+            text: executor.load(text, model)?,
+            condition: executor.load(condition, model)?,
+            step: executor.load(step, model)?,
+            decode: executor.load(decode, model)?,
+            executor,
+            pipeline: self.pipeline,
+            settings: self.settings,
+            schedule: self.schedule,
+            sizes: self.sizes,
+            texts: HashMap::new(),
+        })
+    }
+}
+
+/// A generator with its programs on an executor.
+pub struct Loaded<'p, 'e> {
+    pipeline: &'p Pipeline,
+    settings: Settings,
+    schedule: Schedule,
+    sizes: Sizes,
+    executor: &'e mut dyn Executor,
+    text: ProgramId,
+    condition: ProgramId,
+    step: ProgramId,
+    decode: ProgramId,
+    /// Prompts encoded so far.
+    texts: HashMap<String, Text>,
+}
+
+impl Loaded<'_, '_> {
+    pub fn batch(&self) -> usize {
+        self.sizes.batch
+    }
+
+    /// Gives the states of a prompt, which is then not encoded: embeddings that come from elsewhere.
+    pub fn set_text(&mut self, prompt: &str, text: Text) {
+        self.texts.insert(prompt.to_string(), text);
+    }
+
+    /// Makes one full batch of images.
+    pub fn run(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
+        if jobs.len() != self.sizes.batch {
+            return Err(Error::Usage(format!("{} jobs for a batch of {}", jobs.len(), self.sizes.batch)));
+        }
+        self.condition(jobs)?;
+        let mut noises: Vec<Noise> = jobs.iter().map(|job| Noise::new(self.settings.rng, job.seed)).collect();
+        self.start(jobs, &mut noises)?;
+        for step in 0..self.schedule.steps.len() {
+            self.sample(step, jobs, &mut noises)?;
+            observe(Progress::Step { done: step + 1, steps: self.schedule.steps.len() })?;
+        }
+        self.finish(observe)
+    }
+
+    /// Encodes the prompts and computes what all steps share.
+    fn condition(&mut self, jobs: &[Job]) -> Result<()> {
+        let zero = self.pipeline.config.zero_empty_negative;
+        let mut texts = Vec::with_capacity(rows(self.sizes, &self.schedule));
+        if self.schedule.needs.uncond {
+            for job in jobs {
+                let mut text = self.encode(job.negative.as_deref().unwrap_or(""))?;
+                if zero && job.negative.is_none() {
+                    text.context.fill(0.0);
+                    text.pooled.fill(0.0);
+                }
+                texts.push(text);
+            }
+        }
+        for job in jobs {
+            texts.push(self.encode(&job.prompt)?);
+        }
+
+        let context: Vec<f32> = texts.iter().flat_map(|text| &text.context).copied().collect();
+        self.executor.write(buffer::CONTEXT, Data::F32(&context))?;
+        if self.pipeline.config.unet.added.is_some() {
+            let pooled: Vec<f32> = texts.iter().flat_map(|text| &text.pooled).copied().collect();
+            self.executor.write(buffer::POOLED, Data::F32(&pooled))?;
+            let (height, width) = (self.settings.height as f32, self.settings.width as f32);
+            let size_ids = [height, width, 0.0, 0.0, height, width].repeat(texts.len());
+            self.executor.write(buffer::SIZE_IDS, Data::F32(&size_ids))?;
+        }
+        let timesteps: Vec<f64> = self.schedule.steps.iter().map(|step| step.timestep).collect();
+        self.executor.write(buffer::TIMESTEPS, Data::F64(&timesteps))?;
+        self.executor.run(self.condition)
+    }
+
+    /// One prompt's text states; each prompt is encoded once.
+    fn encode(&mut self, prompt: &str) -> Result<Text> {
+        if let Some(text) = self.texts.get(prompt) {
+            return Ok(text.clone());
+        }
+        let config = &self.pipeline.config;
+        let encoded = self.pipeline.tokenize(prompt)?;
+        for (name, tokens) in buffer::IDS.iter().zip(&encoded) {
+            self.executor.write(name, Data::I32(&tokens.ids))?;
+        }
+        if let Some(tokens) = encoded.get(1) {
+            self.executor.write(buffer::EOS, Data::I32(&[tokens.eos as i32]))?;
+        }
+        self.executor.run(self.text)?;
+
+        let mut text = Text { context: vec![0.0; self.sizes.tokens * config.unet.context_width], pooled: vec![] };
+        self.executor.read(buffer::TEXT_CONTEXT, DataMut::F32(&mut text.context))?;
+        if let (Some(_), Some(width)) = (encoded.get(1), config.text.last().and_then(|tower| tower.projection)) {
+            text.pooled = vec![0.0; width];
+            self.executor.read(buffer::TEXT_POOLED, DataMut::F32(&mut text.pooled))?;
+        }
+        self.texts.insert(prompt.to_string(), text.clone());
+        Ok(text)
+    }
+
+    /// Draw `index` of every image, channels last: 0 is the starting noise, `k + 1` belongs to step `k`.
+    fn draw(&self, index: usize, jobs: &[Job], noises: &mut [Noise]) -> Vec<f32> {
+        let Sizes { height, width, .. } = self.sizes;
+        let channels = self.pipeline.config.unet.in_channels;
+        let mut unit = vec![0.0; channels * height * width];
+        let mut all = Vec::with_capacity(jobs.len() * unit.len());
+        for (job, noise) in jobs.iter().zip(noises) {
+            // The generator draws even where a given draw replaces its own, so that later draws do not depend on it.
+            noise.normal(&mut unit);
+            all.extend(to_channels_last(job.draws.get(index).unwrap_or(&unit), channels));
+        }
+        all
+    }
+
+    /// Writes the initial latents: unit noise times the sampler's initial sigma.
+    fn start(&mut self, jobs: &[Job], noises: &mut [Noise]) -> Result<()> {
+        let scale = self.schedule.initial_scale as f32;
+        let latents: Vec<f32> = self.draw(0, jobs, noises).into_iter().map(|x| x * scale).collect();
+        self.executor.write(sampler::LATENTS, Data::F32(&latents))
+    }
+
+    fn sample(&mut self, index: usize, jobs: &[Job], noises: &mut [Noise]) -> Result<()> {
+        let step = &self.schedule.steps[index];
+        self.executor.write(buffer::STEP, Data::I32(&[index as i32]))?;
+        for (name, coefficients) in step.buffers() {
+            self.executor.write(name, Data::F64(coefficients))?;
+        }
+        if self.schedule.needs.noise {
+            let noise = self.draw(index + 1, jobs, noises);
+            self.executor.write(sampler::NOISE, Data::F32(&noise))?;
+        }
+        self.executor.run(self.step)
+    }
+
+    /// Decodes the batch image by image: the decoder needs more memory than the UNet.
+    fn finish(&mut self, observe: &mut Observer<'_>) -> Result<Vec<Image>> {
+        let Sizes { batch, height, width, .. } = self.sizes;
+        let channels = self.pipeline.config.unet.in_channels;
+        let mut latents = vec![0.0; batch * height * width * channels];
+        self.executor.read(sampler::LATENTS, DataMut::F32(&mut latents))?;
+        let mut pixels =
+            vec![0.0; self.settings.height * self.settings.width * self.pipeline.config.vae.image_channels];
+        let mut images = Vec::with_capacity(batch);
+        for (index, latents) in latents.chunks(height * width * channels).enumerate() {
+            self.executor.write(buffer::DECODE_LATENTS, Data::F32(latents))?;
+            self.executor.run(self.decode)?;
+            self.executor.read(buffer::IMAGE, DataMut::F32(&mut pixels))?;
+            let rgb = pixels.iter().map(|&x| to_byte(x)).collect();
+            let latents = to_channels_first(latents, channels);
+            images.push(Image { width: self.settings.width, height: self.settings.height, rgb, latents });
+            observe(Progress::Decoded { done: index + 1, images: batch })?;
+        }
+        Ok(images)
+    }
+}
+
+/// `[-1, 1]` → `0..=255`, rounding halves to even (`VaeImageProcessor.postprocess`, `numpy_to_pil`).
+fn to_byte(x: f32) -> u8 {
+    ((x / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8
+}
+
+/// `[C, H, W]` → `[H, W, C]`.
+pub fn to_channels_last(x: &[f32], channels: usize) -> Vec<f32> {
+    transpose(x, channels)
+}
+
+/// `[H, W, C]` → `[C, H, W]`.
+pub fn to_channels_first(x: &[f32], channels: usize) -> Vec<f32> {
+    transpose(x, x.len() / channels)
+}
+
+/// `[rows, columns]` → `[columns, rows]`.
+fn transpose(x: &[f32], rows: usize) -> Vec<f32> {
+    let columns = x.len() / rows;
+    (0..x.len()).map(|i| x[(i % rows) * columns + i / rows]).collect()
+}

@@ -1,0 +1,158 @@
+//! The programs of a text-to-image run: text, condition (once per batch), step (once per sampling step), decode (once per image).
+
+use crate::exec::Executor;
+use crate::methods::pipeline::Pipeline;
+use crate::models::unet::{Added, Unet};
+use crate::models::{clip_text, vae};
+use crate::plan::{Footprint, Planned, plan};
+use crate::program::{Builder, DType, Program};
+use crate::sampler::{LATENTS, Schedule, append_update};
+use crate::{Error, Result};
+
+/// The sizes a set of programs is built for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    pub batch: usize,
+    /// Latent height and width.
+    pub height: usize,
+    pub width: usize,
+    /// Prompt tokens.
+    pub tokens: usize,
+}
+
+/// The planned programs of one batch size.
+pub struct Programs {
+    pub text: Planned,
+    pub condition: Planned,
+    pub step: Planned,
+    pub decode: Planned,
+}
+
+/// Named buffers by which the programs and the host exchange data.
+pub mod buffer {
+    /// Token ids per tower, `[1, T]`.
+    pub const IDS: [&str; 2] = ["text.ids", "text.ids_2"];
+    /// End-of-text position in the second tower's ids, `[1]`.
+    pub const EOS: &str = "text.eos_2";
+    pub const TEXT_CONTEXT: &str = "text.context";
+    pub const TEXT_POOLED: &str = "text.pooled";
+    /// Rows of the batch (twice with guidance: unconditional first), `[R, T, D]`.
+    pub const CONTEXT: &str = "context";
+    pub const POOLED: &str = "pooled";
+    pub const SIZE_IDS: &str = "size_ids";
+    pub const TIMESTEPS: &str = "timesteps";
+    pub const KV: &str = "kv";
+    pub const TIME: &str = "time";
+    /// Index of the sampling step, `[1]`.
+    pub const STEP: &str = "step";
+    pub const DECODE_LATENTS: &str = "decode.latents";
+    pub const IMAGE: &str = "image";
+}
+
+impl Programs {
+    pub fn plan(
+        pipeline: &Pipeline,
+        executor: &dyn Executor,
+        dtype: DType,
+        sizes: Sizes,
+        schedule: &Schedule,
+    ) -> Result<Programs> {
+        let plan = |program: Program| plan(program, |program, node| executor.workspace(program, node));
+        Ok(Programs {
+            text: plan(text(pipeline, dtype)?),
+            condition: plan(condition(pipeline, dtype, sizes, schedule)?),
+            step: plan(step(pipeline, dtype, sizes, schedule)?),
+            decode: plan(decode(pipeline, dtype, sizes)?),
+        })
+    }
+
+    pub fn all(&self) -> [&Planned; 4] {
+        [&self.text, &self.condition, &self.step, &self.decode]
+    }
+
+    pub fn footprint(&self) -> Footprint {
+        Footprint::of(&self.all())
+    }
+}
+
+/// Rows the UNet sees per batch: two per image under guidance.
+pub fn rows(sizes: Sizes, schedule: &Schedule) -> usize {
+    if schedule.needs.uncond { 2 * sizes.batch } else { sizes.batch }
+}
+
+/// One prompt's token ids → its text states.
+pub fn text(pipeline: &Pipeline, dtype: DType) -> Result<Program> {
+    let mut b = Builder::new("text", dtype);
+    let towers = &pipeline.config.text;
+    let tokens = pipeline.tokens();
+    let ids: Vec<_> = buffer::IDS.iter().take(towers.len()).map(|name| b.input_i32(*name, &[1, tokens])).collect();
+    let eos = (towers.len() > 1).then(|| b.input_i32(buffer::EOS, &[1]));
+    let states = clip_text::encode(&mut b, towers, &ids, eos);
+    b.output(buffer::TEXT_CONTEXT, states.context);
+    if let Some(pooled) = states.pooled {
+        b.output(buffer::TEXT_POOLED, pooled);
+    }
+    b.finish()
+}
+
+/// Text states of all rows and the timesteps of all steps → what every step reads.
+pub fn condition(pipeline: &Pipeline, dtype: DType, sizes: Sizes, schedule: &Schedule) -> Result<Program> {
+    let config = &pipeline.config;
+    let (unet, rows) = (Unet::new(&config.unet), rows(sizes, schedule));
+    let mut b = Builder::new("condition", dtype);
+    let context = b.input(buffer::CONTEXT, &[rows, sizes.tokens, config.unet.context_width]);
+    let timesteps = b.input(buffer::TIMESTEPS, &[schedule.steps.len()]);
+    let added = match &config.unet.added {
+        None => None,
+        Some(added) => {
+            let pooled_width = added
+                .input_width
+                .checked_sub(6 * added.time_dim)
+                .ok_or_else(|| Error::Model("the UNet's added conditions leave no room for the pooled text".into()))?;
+            let pooled = b.input(buffer::POOLED, &[rows, pooled_width]);
+            Some(Added { pooled, size_ids: b.input(buffer::SIZE_IDS, &[rows, 6]) })
+        }
+    };
+    let kv = unet.context_kv(&mut b, context);
+    let time = unet.time(&mut b, timesteps, added);
+    b.output(buffer::KV, kv);
+    b.output(buffer::TIME, time);
+    b.finish()
+}
+
+/// One sampling step: UNet, guidance, update; latents in, latents out.
+pub fn step(pipeline: &Pipeline, dtype: DType, sizes: Sizes, schedule: &Schedule) -> Result<Program> {
+    let config = &pipeline.config;
+    let (unet, rows) = (Unet::new(&config.unet), rows(sizes, schedule));
+    let Sizes { batch, height, width, tokens } = sizes;
+    let mut b = Builder::new("step", dtype);
+    let latents = b.input(LATENTS, &[batch, height, width, config.unet.in_channels]);
+    let kv = b.input(buffer::KV, &[rows, tokens, unet.kv_width()]);
+    let steps = schedule.steps.len();
+    let time = match config.unet.added {
+        None => b.input(buffer::TIME, &[steps, unet.time_width()]),
+        Some(_) => b.input(buffer::TIME, &[steps, rows, unet.time_width()]),
+    };
+    let index = b.input_i32(buffer::STEP, &[1]);
+
+    let time = b.select(time, index);
+    let x = if schedule.needs.uncond { b.repeat(latents, 2) } else { latents };
+    let prediction = unet.forward(&mut b, x, kv, time);
+    let (unconditional, conditional) = if schedule.needs.uncond {
+        (Some(b.slice(prediction, 0, batch)), b.slice(prediction, batch, batch))
+    } else {
+        (None, prediction)
+    };
+    append_update(&mut b, schedule.needs, latents, conditional, unconditional);
+    b.finish()
+}
+
+/// One image's latents → its pixels.
+pub fn decode(pipeline: &Pipeline, dtype: DType, sizes: Sizes) -> Result<Program> {
+    let config = &pipeline.config.vae;
+    let mut b = Builder::new("decode", dtype);
+    let latents = b.input(buffer::DECODE_LATENTS, &[1, sizes.height, sizes.width, config.latent_channels]);
+    let image = vae::decode(&mut b, config, latents);
+    b.output(buffer::IMAGE, image);
+    b.finish()
+}

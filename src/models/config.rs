@@ -1,0 +1,137 @@
+//! Configurations of the networks and the scheduler, as read from diffusers JSON or detected from a checkpoint's keys.
+
+use crate::program::Activation;
+
+/// CLIP text tower (`CLIPTextModel`, `CLIPTextModelWithProjection`).
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClipTextConfig {
+    pub vocab_size: usize,
+    pub width: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub mlp_width: usize,
+    pub max_positions: usize,
+    pub activation: Activation,
+    pub layer_norm_eps: f64,
+    /// Width of `text_projection`, where the tower has one (SDXL's second encoder).
+    pub projection: Option<usize>,
+}
+
+/// SDXL's added conditions: pooled text and six size numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AddedConfig {
+    /// Width of the sinusoidal embedding of each size number.
+    pub time_dim: usize,
+    /// Width of the concatenation pooled text + size embeddings.
+    pub input_width: usize,
+}
+
+/// `UNet2DConditionModel`. Per-level vectors run from the highest resolution down.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UnetConfig {
+    pub in_channels: usize,
+    pub out_channels: usize,
+    pub channels: Vec<usize>,
+    pub layers_per_block: usize,
+    /// Transformer blocks after each residual block of a level on the way down; 0 where the level has no attention.
+    pub down_transformers: Vec<usize>,
+    /// The same on the way up, still from the highest resolution down.
+    pub up_transformers: Vec<usize>,
+    /// Transformer blocks in the middle (≥ 1).
+    pub mid_transformers: usize,
+    /// Attention heads of each level.
+    pub heads: Vec<usize>,
+    pub context_width: usize,
+    pub norm_groups: usize,
+    pub norm_eps: f64,
+    /// Token projection in and out of a transformer is a linear layer, not a 1x1 convolution (SD 2, SDXL).
+    pub linear_projection: bool,
+    pub flip_sin_to_cos: bool,
+    pub freq_shift: f64,
+    pub added: Option<AddedConfig>,
+    /// Latent side the model was trained at (`sample_size`).
+    pub sample_size: usize,
+}
+
+/// `AutoencoderKL`. `channels` from full resolution down.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VaeConfig {
+    pub image_channels: usize,
+    pub latent_channels: usize,
+    pub channels: Vec<usize>,
+    pub layers_per_block: usize,
+    pub norm_groups: usize,
+    pub scaling_factor: f64,
+    pub shift_factor: f64,
+    pub mid_attention: bool,
+    pub quant_conv: bool,
+    pub post_quant_conv: bool,
+}
+
+impl VaeConfig {
+    /// Image pixels per latent pixel along one side.
+    pub fn factor(&self) -> usize {
+        1 << (self.channels.len() - 1)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BetaSchedule {
+    Linear,
+    ScaledLinear,
+    SquaredCosCapV2,
+}
+
+/// What the UNet predicts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prediction {
+    Epsilon,
+    V,
+    Sample,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spacing {
+    Leading,
+    Linspace,
+    Trailing,
+}
+
+/// The fields of `scheduler_config.json` that change what a sampler does; defaults are those of the diffusers class named in it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SchedulerConfig {
+    /// diffusers class, e.g. `PNDMScheduler`; decides the default sampler.
+    pub class: String,
+    pub train_timesteps: usize,
+    pub beta_start: f64,
+    pub beta_end: f64,
+    pub beta_schedule: BetaSchedule,
+    pub prediction: Prediction,
+    pub spacing: Spacing,
+    pub steps_offset: usize,
+    pub set_alpha_to_one: bool,
+    pub rescale_zero_snr: bool,
+    pub karras: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    Sd1,
+    Sd2,
+    Sdxl,
+}
+
+/// A whole pipeline.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PipelineConfig {
+    pub family: Family,
+    /// One tower, or two for SDXL.
+    pub text: Vec<ClipTextConfig>,
+    pub unet: UnetConfig,
+    pub vae: VaeConfig,
+    pub scheduler: SchedulerConfig,
+    /// SDXL base: an empty negative prompt is a zero context, not the encoding of "".
+    pub zero_empty_negative: bool,
+    /// Default image side in pixels.
+    pub image_size: usize,
+}

@@ -1,0 +1,184 @@
+//! Prompts to token ids: CLIP's byte-pair tokenizer from a model folder or from the copy inside the binary.
+
+mod clip;
+mod files;
+
+use crate::{Error, Result};
+use std::path::Path;
+use tokenizers::AddedToken;
+
+/// Marks the end of a prompt, and pads it for most encoders.
+pub const END: &str = "<|endoftext|>";
+/// Marks the start of a prompt.
+pub const START: &str = "<|startoftext|>";
+/// What OpenCLIP encoders (Stable Diffusion 2, the second of SDXL) pad with: id 0.
+pub const OPEN_CLIP_PAD: &str = "!";
+
+/// CLIP's context length, where the files name none.
+const DEFAULT_LENGTH: usize = 77;
+
+/// A tokenizer that gives the ids of transformers' `CLIPTokenizer` for the same files: NFC, white space to single spaces,
+/// lower case, words split by CLIP's pattern, byte-level pairs merged with `</w>` at the end of a word.
+///
+/// The pad token is special, as in transformers: an encoder that pads with `!` reads every `!` of a prompt as id 0.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    max_length: usize,
+    vocab_size: usize,
+    start: i32,
+    end: i32,
+    pad: i32,
+}
+
+/// A prompt as an encoder reads it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Encoded {
+    /// Start, tokens, end, then padding: always [`Tokenizer::max_length`] ids.
+    pub ids: Vec<i32>,
+    /// Index of the first end token, where CLIP pools.
+    pub eos: usize,
+    /// The prompt's text, token by token, that did not fit.
+    pub cut: Vec<String>,
+}
+
+impl Tokenizer {
+    /// CLIP's own vocabulary (49,408 tokens), context length 77. `pad` is [`END`], or [`OPEN_CLIP_PAD`].
+    pub fn clip(pad: &str) -> Result<Tokenizer> {
+        let special = files::Special { pad: files::token(pad), ..files::Special::default() };
+        Tokenizer::build(clip::embedded()?, special, None, Path::new("embedded CLIP vocabulary"))
+    }
+
+    /// From a `tokenizer` folder: `vocab.json` and `merges.txt`, else `tokenizer.json`; `tokenizer_config.json` and
+    /// `special_tokens_map.json` where present.
+    pub fn from_folder(folder: &Path) -> Result<Tokenizer> {
+        let read = |name: &str| {
+            let path = folder.join(name);
+            if path.is_file() { std::fs::read(&path).map(Some).map_err(Error::io("read", &path)) } else { Ok(None) }
+        };
+        let (config, map) = (read("tokenizer_config.json")?, read("special_tokens_map.json")?);
+        let pairs = match (read("vocab.json")?, read("merges.txt")?) {
+            (Some(vocab), Some(merges)) => files::vocab_and_merges(folder, &vocab, &merges)?,
+            _ => match read("tokenizer.json")? {
+                Some(json) => files::tokenizer_json(folder, &json)?,
+                None => return Err(Error::file(folder, "has neither vocab.json and merges.txt nor tokenizer.json")),
+            },
+        };
+        let (special, length) = files::special(folder, config.as_deref(), map.as_deref())?;
+        Tokenizer::build(pairs, special, length, folder)
+    }
+
+    /// From the bytes of `vocab.json`, `merges.txt` and, where the model has them, the two files that name special tokens.
+    /// `Error::File` names the file at fault; no bytes panic.
+    pub fn from_bytes(
+        vocab: &[u8],
+        merges: &[u8],
+        tokenizer_config: Option<&[u8]>,
+        special_tokens_map: Option<&[u8]>,
+    ) -> Result<Tokenizer> {
+        let nowhere = Path::new("");
+        let pairs = files::vocab_and_merges(nowhere, vocab, merges)?;
+        let (special, length) = files::special(nowhere, tokenizer_config, special_tokens_map)?;
+        Tokenizer::build(pairs, special, length, Path::new("vocab.json"))
+    }
+
+    /// From the bytes of a `tokenizer.json` that holds a CLIP vocabulary; otherwise like [`Tokenizer::from_bytes`].
+    pub fn from_tokenizer_json(
+        json: &[u8],
+        tokenizer_config: Option<&[u8]>,
+        special_tokens_map: Option<&[u8]>,
+    ) -> Result<Tokenizer> {
+        let nowhere = Path::new("");
+        let pairs = files::tokenizer_json(nowhere, json)?;
+        let (special, length) = files::special(nowhere, tokenizer_config, special_tokens_map)?;
+        Tokenizer::build(pairs, special, length, Path::new("tokenizer.json"))
+    }
+
+    fn build(pairs: clip::Pairs, special: files::Special, length: Option<usize>, at: &Path) -> Result<Tokenizer> {
+        let vocab_size = pairs.vocab.values().max().map_or(0, |&id| id as usize + 1);
+        let id = |token: &AddedToken| match pairs.vocab.get(&token.content) {
+            Some(&id) => i32::try_from(id).map_err(|_| Error::file(at, format!("token id {id} is too large"))),
+            None => Err(Error::file(at, format!("the vocabulary lacks the special token '{}'", token.content))),
+        };
+        let (start, end, pad) = (id(&special.start)?, id(&special.end)?, id(&special.pad)?);
+        let inner = clip::pipeline(pairs, special).map_err(|e| Error::file(at, one_line(&e.to_string())))?;
+        let max_length = length.unwrap_or(DEFAULT_LENGTH);
+        Ok(Tokenizer { inner, max_length, vocab_size, start, end, pad })
+    }
+
+    /// Lowers the length to what the encoder has positions for; never below 2, the start and the end.
+    pub fn with_max_length(mut self, most: usize) -> Tokenizer {
+        self.max_length = self.max_length.min(most).max(2);
+        self
+    }
+
+    /// Ids per prompt, start and end included.
+    pub fn max_length(&self) -> usize {
+        self.max_length
+    }
+
+    /// One more than the largest id: rows the embedding table must have, placeholders included.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    pub fn start(&self) -> i32 {
+        self.start
+    }
+
+    pub fn end(&self) -> i32 {
+        self.end
+    }
+
+    pub fn pad(&self) -> i32 {
+        self.pad
+    }
+
+    /// Tokens of a prompt, start and end not counted, however long it is.
+    pub fn token_count(&self, prompt: &str) -> Result<usize> {
+        Ok(self.tokenize(prompt)?.len())
+    }
+
+    /// The prompt between start and end, cut or padded to [`Tokenizer::max_length`].
+    pub fn encode(&self, prompt: &str) -> Result<Encoded> {
+        let tokens = self.tokenize(prompt)?;
+        let (kept, cut) = tokens.split_at(tokens.len().min(self.max_length - 2));
+        let mut ids: Vec<i32> = std::iter::once(self.start).chain(kept.iter().map(|t| t.0)).chain([self.end]).collect();
+        let eos = ids.iter().position(|&id| id == self.end).unwrap_or(0);
+        ids.resize(self.max_length, self.pad);
+        Ok(Encoded { ids, eos, cut: cut.iter().map(|t| prompt.get(t.1.0..t.1.1).unwrap_or("").to_string()).collect() })
+    }
+
+    /// Adds a word that stands for a learnable token and returns its id, the first free one. Matched anywhere in a prompt, in
+    /// any case. `Error::Usage` when the word is blank or already a token.
+    pub fn add_placeholder(&mut self, word: &str) -> Result<i32> {
+        let usage = |what: &str| Err(Error::Usage(format!("placeholder '{word}': {what}")));
+        if word.trim().is_empty() {
+            return usage("must not be blank");
+        }
+        let id = self.vocab_size;
+        let token = AddedToken::from(word, false);
+        // The library numbers new tokens by the count of known ones, which is the first free id unless the file skips some.
+        let added = self.inner.add_tokens([token]);
+        match added {
+            Ok(1) if self.inner.token_to_id(word) == u32::try_from(id).ok() => {
+                self.vocab_size += 1;
+                i32::try_from(id).or_else(|_| usage("no id is left"))
+            }
+            Ok(0) => usage("is a token already; choose another word"),
+            _ => usage("cannot be added to this vocabulary"),
+        }
+    }
+
+    /// Ids and byte ranges in the prompt.
+    fn tokenize(&self, prompt: &str) -> Result<Vec<(i32, (usize, usize))>> {
+        let failed =
+            |e: tokenizers::Error| Error::Usage(format!("cannot tokenize the prompt: {}", one_line(&e.to_string())));
+        let encoding = self.inner.encode(prompt, false).map_err(failed)?;
+        let ids = encoding.get_ids().iter().map(|&id| id as i32);
+        Ok(ids.zip(encoding.get_offsets().iter().copied()).collect())
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}

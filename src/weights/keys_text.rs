@@ -1,0 +1,107 @@
+//! Names of CLIP text towers: transformers with or without prefix, and OpenCLIP with its fused projections.
+
+use std::ops::Range;
+
+/// The canonical name of a transformers key; `None` for the position buffer of old checkpoints.
+///
+/// `CLIPTextModel` is saved with or without `text_model.` depending on the version of transformers; we keep the prefix.
+pub(super) fn from_transformers(key: &str) -> Option<String> {
+    if key.ends_with("position_ids") {
+        return None;
+    }
+    let bare = ["embeddings.", "encoder.", "final_layer_norm."].iter().any(|p| key.starts_with(p));
+    Some(if bare { format!("text_model.{key}") } else { key.to_string() })
+}
+
+/// Part of an OpenCLIP tensor under its transformers name.
+#[derive(Debug, PartialEq)]
+pub(super) struct Part {
+    pub name: String,
+    /// Which of how many equal slices of the first dimension; `0..1` is the whole tensor.
+    pub slice: Range<usize>,
+    pub of: usize,
+    /// Stored `[in, out]`, where transformers has `[out, in]`.
+    pub transposed: bool,
+}
+
+/// What an OpenCLIP key (without the checkpoint's prefix) holds; empty for what transformers does not have.
+///
+/// `layers` is how many layers to keep: SD 2 files carry one more than the pipeline uses.
+pub(super) fn from_openclip(key: &str, layers: usize) -> Vec<Part> {
+    let whole = |name: String| vec![Part { name, slice: 0..1, of: 1, transposed: false }];
+    match key {
+        "token_embedding.weight" => return whole("text_model.embeddings.token_embedding.weight".into()),
+        "positional_embedding" => return whole("text_model.embeddings.position_embedding.weight".into()),
+        "text_projection" => {
+            return vec![Part { name: "text_projection.weight".into(), slice: 0..1, of: 1, transposed: true }];
+        }
+        _ => {}
+    }
+    if let Some(rest) = key.strip_prefix("ln_final.") {
+        return whole(format!("text_model.final_layer_norm.{rest}"));
+    }
+    let Some((layer, rest)) = layer_key(key).filter(|(layer, _)| *layer < layers) else { return Vec::new() };
+    let base = format!("text_model.encoder.layers.{layer}");
+    if let Some(kind) = rest.strip_prefix("attn.in_proj_") {
+        let part = |i, p| Part {
+            name: format!("{base}.self_attn.{p}_proj.{kind}"),
+            slice: i..i + 1,
+            of: 3,
+            transposed: false,
+        };
+        return vec![part(0, "q"), part(1, "k"), part(2, "v")];
+    }
+    let names = [
+        ("ln_1.", "layer_norm1."),
+        ("ln_2.", "layer_norm2."),
+        ("attn.out_proj.", "self_attn.out_proj."),
+        ("mlp.c_fc.", "mlp.fc1."),
+        ("mlp.c_proj.", "mlp.fc2."),
+    ];
+    match names.iter().find_map(|(theirs, ours)| Some(format!("{base}.{ours}{}", rest.strip_prefix(theirs)?))) {
+        Some(name) => whole(name),
+        None => Vec::new(),
+    }
+}
+
+/// The layers an OpenCLIP tower has.
+pub(super) fn openclip_layers<'a>(keys: impl Iterator<Item = &'a str>) -> usize {
+    keys.filter_map(layer_key).map(|(layer, _)| layer.saturating_add(1)).max().unwrap_or(0)
+}
+
+fn layer_key(key: &str) -> Option<(usize, &str)> {
+    let (layer, rest) = key.strip_prefix("transformer.resblocks.")?.split_once('.')?;
+    Some((layer.parse().ok()?, rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transformers_names_get_their_prefix() {
+        let layer = "encoder.layers.3.self_attn.q_proj.weight";
+        assert_eq!(from_transformers(layer), Some(format!("text_model.{layer}")));
+        assert_eq!(
+            from_transformers("text_model.final_layer_norm.bias"),
+            Some("text_model.final_layer_norm.bias".into())
+        );
+        assert_eq!(from_transformers("text_projection.weight"), Some("text_projection.weight".into()));
+        assert_eq!(from_transformers("text_model.embeddings.position_ids"), None);
+    }
+
+    #[test]
+    fn openclip_names() {
+        let parts = from_openclip("transformer.resblocks.7.attn.in_proj_bias", 8);
+        assert_eq!(parts.len(), 3);
+        assert_eq!(parts[2].name, "text_model.encoder.layers.7.self_attn.v_proj.bias");
+        assert_eq!((parts[2].slice.clone(), parts[2].of), (2..3, 3));
+        assert!(from_openclip("transformer.resblocks.7.attn.in_proj_bias", 7).is_empty());
+        assert!(from_openclip("text_projection", 1)[0].transposed);
+        let one = |key: &str| from_openclip(key, 8).remove(0).name;
+        assert_eq!(one("transformer.resblocks.0.mlp.c_proj.weight"), "text_model.encoder.layers.0.mlp.fc2.weight");
+        assert_eq!(one("ln_final.bias"), "text_model.final_layer_norm.bias");
+        assert!(from_openclip("logit_scale", 8).is_empty());
+        assert!(from_openclip("transformer.resblocks.x.ln_1.bias", 8).is_empty());
+    }
+}

@@ -1,0 +1,321 @@
+//! Weights: safetensors over mmap, the key names of every checkpoint layout, and packing into the matrices executors
+//! use.
+
+mod file;
+mod folder;
+mod keys_text;
+mod keys_unet;
+mod keys_vae;
+mod pack;
+mod single_file;
+
+pub use file::{Header, Stored, parse_header, parse_json};
+pub use pack::Rows;
+
+use crate::{Error, Result};
+use file::File;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// Which network of a pipeline a weight belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Component {
+    TextEncoder,
+    TextEncoder2,
+    Unet,
+    Vae,
+}
+
+impl Component {
+    pub const ALL: [Component; 4] = [Component::TextEncoder, Component::TextEncoder2, Component::Unet, Component::Vae];
+
+    /// The folder name diffusers gives the component.
+    pub fn name(self) -> &'static str {
+        match self {
+            Component::TextEncoder => "text_encoder",
+            Component::TextEncoder2 => "text_encoder_2",
+            Component::Unet => "unet",
+            Component::Vae => "vae",
+        }
+    }
+}
+
+/// How the stored tensors of a weight become the matrix the executors use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pack {
+    /// Stored `[N, K]` (PyTorch linear), or `[N, K, 1, 1]`; value shape `[K, N]`.
+    Linear,
+    /// Stored `[K, N]` (a bare projection parameter, GPT-2's Conv1D); value shape `[K, N]`.
+    LinearTransposed,
+    /// Stored `[O, I, kh, kw]`, or `[O, I]` where the kernel is 1x1; value shape `[kh, kw, I, O]`.
+    Conv,
+    /// Stored `[rows, C]`, used row by row; value shape `[rows, C]`.
+    Table,
+    /// Stored `[C]`; value shape `[C]`.
+    Vector,
+}
+
+/// A weight by name. Several keys are concatenated along the output dimension (fused q/k/v, all K/V of a UNet).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Weight {
+    pub component: Component,
+    /// diffusers / transformers parameter names.
+    pub keys: Vec<String>,
+    pub pack: Pack,
+    /// The value's shape (see [`Pack`]).
+    pub shape: Vec<usize>,
+}
+
+/// All components of a pipeline on disk (or in the binary): mapped tensors under diffusers / transformers names, and
+/// configs.
+///
+/// Whatever the layout of the checkpoint, keys are those diffusers saves; text towers carry the `text_model.` prefix.
+pub struct Model {
+    path: PathBuf,
+    single_file: bool,
+    files: Vec<File>,
+    tensors: [BTreeMap<String, Tensor>; 4],
+    configs: BTreeMap<String, (PathBuf, serde_json::Value)>,
+    tokenizers: BTreeMap<String, Cow<'static, [u8]>>,
+    metadata: BTreeMap<String, String>,
+    ignored: Vec<String>,
+    open_clip: [bool; 4],
+}
+
+/// Where a tensor, or some rows of one, lies.
+struct Tensor {
+    file: usize,
+    dtype: Stored,
+    /// As diffusers / transformers would store it.
+    shape: Vec<usize>,
+    range: Range<usize>,
+    /// The file holds the two dimensions in the other order.
+    transposed: bool,
+}
+
+impl Model {
+    /// Opens a diffusers folder or a single `.safetensors` checkpoint (CompVis / SGM names).
+    ///
+    /// `unet` replaces the UNet's weights: a UNet-only `.safetensors` file (diffusers or CompVis names), a whole
+    /// checkpoint, or a diffusers `unet` folder, whose `config.json` then counts too.
+    ///
+    /// Every header is checked here; shapes are checked by [`Model::rows`]. Errors name the file and what was expected.
+    pub fn open(path: &Path, unet: Option<&Path>) -> Result<Model> {
+        let mut model = Model::empty(path.to_path_buf());
+        if path.is_dir() {
+            folder::load(&mut model, &folder::Source::Disk(path))?;
+        } else {
+            model.single_file = true;
+            single_file::load(&mut model, File::open(path)?)?;
+        }
+        if let Some(unet) = unet {
+            model.tensors[Component::Unet as usize].clear();
+            if unet.is_dir() {
+                folder::load_unet(&mut model, &folder::Source::Disk(unet))?;
+            } else {
+                single_file::load_unet(&mut model, File::open(unet)?)?;
+            }
+        }
+        Ok(model)
+    }
+
+    /// A diffusers folder compiled into the binary: pairs of the path inside the folder (`unet/config.json`) and the
+    /// bytes.
+    pub fn embedded(files: &'static [(&'static str, &'static [u8])]) -> Result<Model> {
+        let mut model = Model::empty(PathBuf::from("embedded model"));
+        folder::load(&mut model, &folder::Source::Embedded(files))?;
+        Ok(model)
+    }
+
+    fn empty(path: PathBuf) -> Model {
+        Model {
+            path,
+            single_file: false,
+            files: Vec::new(),
+            tensors: Default::default(),
+            configs: BTreeMap::new(),
+            tokenizers: BTreeMap::new(),
+            metadata: BTreeMap::new(),
+            ignored: Vec::new(),
+            open_clip: [false; 4],
+        }
+    }
+
+    /// The folder or file given to [`Model::open`]; `embedded model` where there is none.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn is_single_file(&self) -> bool {
+        self.single_file
+    }
+
+    /// The safetensors files in use, in the order they were opened.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(File::path)
+    }
+
+    /// The file a component's weights come from (one of them), or the model's path where it has none; for messages.
+    pub fn source(&self, c: Component) -> &Path {
+        self.tensors[c as usize].values().next().map_or(&self.path, |t| self.files[t.file].path())
+    }
+
+    pub fn has(&self, c: Component) -> bool {
+        !self.tensors[c as usize].is_empty()
+    }
+
+    /// Whether a text tower came under the names of OpenCLIP (single files of SD 2 and SDXL); its activation is the
+    /// exact GELU.
+    pub fn is_open_clip(&self, c: Component) -> bool {
+        self.open_clip[c as usize]
+    }
+
+    /// The shape of a tensor as diffusers / transformers would store it.
+    pub fn shape(&self, c: Component, key: &str) -> Option<Vec<usize>> {
+        self.tensors[c as usize].get(key).map(|t| t.shape.clone())
+    }
+
+    pub fn dtype(&self, c: Component, key: &str) -> Option<Stored> {
+        self.tensors[c as usize].get(key).map(|t| t.dtype)
+    }
+
+    /// Sorted.
+    pub fn keys(&self, c: Component) -> Vec<&str> {
+        self.tensors[c as usize].keys().map(String::as_str).collect()
+    }
+
+    /// Number of elements of a component's tensors.
+    pub fn parameters(&self, c: Component) -> usize {
+        self.tensors[c as usize].values().map(|t| t.shape.iter().product::<usize>()).sum()
+    }
+
+    /// Bytes a component's tensors take as stored.
+    pub fn bytes(&self, c: Component) -> usize {
+        self.tensors[c as usize].values().map(|t| t.range.len()).sum()
+    }
+
+    /// Tensors of a single file that belong to no component (EMA copies, training state, marks such as `v_pred`),
+    /// sorted.
+    pub fn ignored(&self) -> &[String] {
+        &self.ignored
+    }
+
+    /// A parsed configuration file: `model_index`, `unet`, `vae`, `text_encoder`, `text_encoder_2`, `scheduler`,
+    /// `tokenizer`, `tokenizer_2`.
+    pub fn config(&self, name: &str) -> Option<&serde_json::Value> {
+        self.configs.get(name).map(|(_, json)| json)
+    }
+
+    /// Where [`Model::config`] was read from, for messages.
+    pub fn config_path(&self, name: &str) -> Option<&Path> {
+        self.configs.get(name).map(|(path, _)| path.as_path())
+    }
+
+    /// A file of `tokenizer` or `tokenizer_2`: `vocab.json`, `merges.txt`, `tokenizer.json`, `special_tokens_map.json`,
+    /// `tokenizer_config.json`, `added_tokens.json`.
+    pub fn tokenizer_file(&self, folder: &str, file: &str) -> Option<&[u8]> {
+        self.tokenizers.get(&format!("{folder}/{file}")).map(|bytes| bytes.as_ref())
+    }
+
+    /// An entry of the `__metadata__` of a single file (`modelspec.prediction_type`).
+    pub fn metadata(&self, key: &str) -> Option<&str> {
+        self.metadata.get(key).map(String::as_str)
+    }
+
+    /// Opens a weight for reading row by row.
+    ///
+    /// Errors name the key that is missing, is not stored as a float, or has another shape than the weight needs.
+    pub fn rows(&self, weight: &Weight) -> Result<Rows<'_>> {
+        let found: Result<Vec<_>> = weight.keys.iter().map(|key| self.tensor(weight.component, key)).collect();
+        Rows::new(self, weight, &found?)
+    }
+
+    /// Compares a component with the keys a model uses: those it lacks, and those nothing uses.
+    pub fn check_names<'a>(&'a self, c: Component, used: impl Iterator<Item = &'a str>) -> Names<'a> {
+        let there: BTreeSet<&str> = self.tensors[c as usize].keys().map(String::as_str).collect();
+        let used: BTreeSet<&str> = used.collect();
+        Names {
+            missing: used.difference(&there).copied().collect(),
+            unused: there.difference(&used).copied().collect(),
+        }
+    }
+
+    /// Lets the system drop the mapped pages of a weight that has been read, to keep resident memory low.
+    /// Reading it again stays possible.
+    pub fn release(&self, weight: &Weight) {
+        for tensor in weight.keys.iter().filter_map(|key| self.tensors[weight.component as usize].get(key)) {
+            self.files[tensor.file].release(&tensor.range);
+        }
+    }
+
+    /// [`Model::release`] for everything.
+    pub fn release_pages(&self) {
+        self.files.iter().for_each(File::release_all);
+    }
+
+    fn tensor(&self, c: Component, key: &str) -> Result<&Tensor> {
+        self.tensors[c as usize].get(key).ok_or_else(|| Error::Tensor {
+            path: self.source(c).to_path_buf(),
+            key: key.to_string(),
+            what: format!("is missing from the {}", c.name()),
+        })
+    }
+
+    fn tensor_path(&self, tensor: &Tensor) -> PathBuf {
+        self.files[tensor.file].path().to_path_buf()
+    }
+
+    fn tensor_bytes(&self, tensor: &Tensor) -> &[u8] {
+        self.files[tensor.file].bytes(&tensor.range)
+    }
+
+    /// Enters a tensor under its diffusers name.
+    fn insert(&mut self, c: Component, key: String, tensor: Tensor) -> Result<()> {
+        let path = self.files[tensor.file].path().to_path_buf();
+        match self.tensors[c as usize].insert(key.clone(), tensor) {
+            None => Ok(()),
+            Some(_) => {
+                Err(Error::Tensor { path, key, what: format!("two tensors of the {} have this name", c.name()) })
+            }
+        }
+    }
+}
+
+impl Tensor {
+    /// A whole tensor of file number `file`.
+    fn whole(file: usize, info: &safetensors::tensor::TensorInfo) -> Tensor {
+        let (start, end) = info.data_offsets;
+        Tensor { file, dtype: info.dtype, shape: info.shape.clone(), range: start..end, transposed: false }
+    }
+}
+
+/// Result of [`Model::check_names`].
+#[derive(Debug, PartialEq, Eq)]
+pub struct Names<'a> {
+    pub missing: Vec<&'a str>,
+    pub unused: Vec<&'a str>,
+}
+
+#[cfg(test)]
+mod testing {
+    use super::Stored;
+    use safetensors::tensor::TensorView;
+
+    /// A safetensors file of F32 tensors, each counting up from 0; leaked, as embedded files live for ever.
+    pub(super) fn file(tensors: &[(&str, &[usize])]) -> &'static [u8] {
+        let data =
+            |shape: &[usize]| (0..shape.iter().product()).flat_map(|i: usize| (i as f32).to_le_bytes()).collect();
+        let data: Vec<Vec<u8>> = tensors.iter().map(|(_, shape)| data(shape)).collect();
+        typed(&tensors.iter().zip(&data).map(|((k, s), d)| (*k, Stored::F32, *s, &d[..])).collect::<Vec<_>>())
+    }
+
+    /// A safetensors file of tensors given as name, type, shape and bytes.
+    pub(super) fn typed(tensors: &[(&str, Stored, &[usize], &[u8])]) -> &'static [u8] {
+        let views = tensors
+            .iter()
+            .map(|(key, dtype, shape, data)| (*key, TensorView::new(*dtype, shape.to_vec(), data).unwrap()));
+        safetensors::serialize(views, None).unwrap().leak()
+    }
+}

@@ -1,0 +1,371 @@
+//! The command line as a user meets it: images, resuming, and one clear line for every kind of bad input.
+
+mod common;
+
+use common::golden::data_folder;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use tempfile::TempDir;
+
+const PROMPT: &str = "a red star on a dark blue background";
+
+fn rarebit(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_rarebit")).args(args).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[track_caller]
+fn succeeds(args: &[&str]) -> String {
+    let output = rarebit(args);
+    assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// The command fails with `code` and one line on stderr that holds every one of `words`.
+#[track_caller]
+fn fails(args: &[&str], code: i32, words: &[&str]) {
+    let output = rarebit(args);
+    check_failure(&output, code, words);
+}
+
+#[track_caller]
+fn check_failure(output: &Output, code: i32, words: &[&str]) {
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{stderr}");
+    assert_eq!(stderr.trim_end().lines().count(), 1, "not one line: {stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    for word in words {
+        assert!(stderr.contains(word), "'{word}' is not in: {stderr}");
+    }
+}
+
+fn files(folder: &Path) -> Vec<String> {
+    let names = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    names
+}
+
+fn path(folder: &TempDir, name: &str) -> String {
+    folder.path().join(name).display().to_string()
+}
+
+/// A writable copy of a tiny pipeline.
+fn copy_of(name: &str) -> TempDir {
+    fn copy(from: &Path, to: &Path) {
+        fs::create_dir_all(to).unwrap();
+        for entry in fs::read_dir(from).unwrap() {
+            let entry = entry.unwrap();
+            let target = to.join(entry.file_name());
+            if entry.path().is_dir() {
+                copy(&entry.path(), &target)
+            } else {
+                fs::write(target, fs::read(entry.path()).unwrap()).unwrap()
+            }
+        }
+    }
+    let folder = TempDir::new().unwrap();
+    copy(&data_folder(name), folder.path());
+    folder
+}
+
+fn unet_file(model: &TempDir) -> PathBuf {
+    model.path().join("unet/diffusion_pytorch_model.safetensors")
+}
+
+/// Rewrites the JSON header of a safetensors file, leaving the data.
+fn edit_header(file: &Path, edit: impl FnOnce(&mut serde_json::Map<String, serde_json::Value>)) {
+    let bytes = fs::read(file).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    edit(header.as_object_mut().unwrap());
+    let header = serde_json::to_vec(&header).unwrap();
+    let mut edited = (header.len() as u64).to_le_bytes().to_vec();
+    edited.extend(&header);
+    edited.extend(&bytes[8 + length..]);
+    fs::write(file, edited).unwrap();
+}
+
+/// `generate` on a broken model fails and leaves the output folder empty.
+#[track_caller]
+fn refuses_model(model: &Path, code: i32, words: &[&str], flags: &[&str]) {
+    let out = TempDir::new().unwrap();
+    let (image, model) = (path(&out, "image.png"), model.display().to_string());
+    let args = ["generate", PROMPT, "--steps", "2", "--quiet", "--model", &model, "--out", &image];
+    fails(&[&args[..], flags].concat(), code, words);
+    assert!(files(out.path()).is_empty(), "left behind: {:?}", files(out.path()));
+}
+
+#[test]
+fn makes_an_image_that_says_how() {
+    let out = TempDir::new().unwrap();
+    let image = path(&out, "image.png");
+    let stdout = succeeds(&["generate", PROMPT, "--steps", "4", "--seed", "3", "--out", &image, "--negative", "é"]);
+    assert_eq!(stdout.trim(), image);
+    assert_eq!(files(out.path()), ["image.png"]);
+    let shown = succeeds(&["inspect", &image]);
+    assert!(shown.contains("parameters: a red star") && shown.contains("Seed: 3"), "{shown}");
+    let shown: serde_json::Value = serde_json::from_str(&succeeds(&["inspect", &image, "--json"])).unwrap();
+    assert_eq!(shown["rarebit"]["prompt"], PROMPT);
+    assert_eq!(shown["rarebit"]["negative"], "é");
+    let plain = path(&out, "plain.png");
+    succeeds(&["generate", PROMPT, "--steps", "4", "--seed", "3", "--out", &plain, "--negative", "é", "--no-metadata"]);
+    assert_eq!(succeeds(&["inspect", &plain]).trim(), "no text chunks");
+    let pixels = |path: &str| {
+        let mut reader = png::Decoder::new(std::io::BufReader::new(fs::File::open(path).unwrap())).read_info().unwrap();
+        let mut buffer = vec![0; reader.output_buffer_size().unwrap()];
+        reader.next_frame(&mut buffer).unwrap();
+        buffer
+    };
+    assert_eq!(pixels(&image), pixels(&plain), "same seed, two runs");
+    assert!(pixels(&image).iter().any(|&x| x > 50), "a black image");
+}
+
+#[test]
+fn json_events() {
+    let out = TempDir::new().unwrap();
+    let image = path(&out, "image.png");
+    let stdout = succeeds(&["generate", PROMPT, "--steps", "2", "--json", "--quiet", "--out", &image]);
+    let events: Vec<serde_json::Value> = stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let names: Vec<&str> = events.iter().map(|e| e["event"].as_str().unwrap()).collect();
+    assert_eq!(names, ["load", "image", "done"]);
+    assert!(events[0]["seconds"].as_f64().unwrap() > 0.0);
+    assert!(["cold", "warm"].contains(&events[0]["state"].as_str().unwrap()));
+    assert_eq!(events[1]["record"]["steps"], 2);
+}
+
+#[test]
+fn noise_in_and_latents_out() {
+    let out = TempDir::new().unwrap();
+    let (noise, latents) = (path(&out, "noise.safetensors"), path(&out, "latents.safetensors"));
+    let values: Vec<u8> = (0..2 * 4 * 256).flat_map(|i| ((i as f32 * 0.7).sin() * 1.4).to_le_bytes()).collect();
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![2, 4, 16, 16], &values).unwrap();
+    fs::write(&noise, safetensors::serialize([("noise", view)], None).unwrap()).unwrap();
+    let image = path(&out, "i.png");
+    let args =
+        ["generate", PROMPT, "--steps", "3", "--quiet", "--noise", &noise, "--latents-out", &latents, "--out", &image];
+    succeeds(&[&args[..], &["--count", "2"]].concat());
+    assert_eq!(files(out.path()), ["i-0.png", "i-1.png", "latents.safetensors", "noise.safetensors"]);
+    let bytes = fs::read(&latents).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(file.tensor("latents").unwrap().shape(), [2, 4, 16, 16]);
+    fails(&args, 1, &["noise", "[2, 4, 16, 16]", "[1, 4, 16, 16]"]);
+}
+
+#[test]
+fn prompt_files_resume() {
+    let out = TempDir::new().unwrap();
+    let (prompts, images) = (path(&out, "prompts.txt"), path(&out, "images"));
+    fs::write(&prompts, "a red star\n\na blue circle\n").unwrap();
+    let args = [
+        "generate",
+        "--prompts",
+        &prompts,
+        "--out",
+        &images,
+        "--steps",
+        "2",
+        "--count",
+        "2",
+        "--batch",
+        "3",
+        "--quiet",
+    ];
+    let stdout = succeeds(&args);
+    assert_eq!(stdout.lines().count(), 4);
+    let names = ["00001-0.png", "00001-1.png", "00003-0.png", "00003-1.png"];
+    assert_eq!(files(Path::new(&images)), names);
+
+    // Only what is missing is made again, and with the same bytes.
+    let lost = Path::new(&images).join(names[2]);
+    let before = fs::read(&lost).unwrap();
+    fs::remove_file(&lost).unwrap();
+    assert_eq!(succeeds(&args).lines().count(), 1);
+    assert_eq!(fs::read(&lost).unwrap(), before);
+    assert_eq!(succeeds(&args), "");
+
+    // Images of other settings are somebody's results.
+    let other = [&args[..], &["--seed", "0", "--guidance", "3"]].concat();
+    fails(&other, 2, &["00001-0.png", "--overwrite"]);
+    assert_eq!(succeeds(&[&other[..], &["--overwrite"]].concat()).lines().count(), 4);
+}
+
+/// Ctrl-C leaves whole images only, and the next run continues.
+#[cfg(unix)]
+#[test]
+fn interrupt_and_continue() {
+    let out = TempDir::new().unwrap();
+    let (prompts, images) = (path(&out, "prompts.txt"), path(&out, "images"));
+    fs::write(&prompts, "a red star\n".repeat(40)).unwrap();
+    let args = ["generate", "--prompts", &prompts, "--out", &images, "--steps", "20", "--quiet"];
+    let child =
+        Command::new(env!("CARGO_BIN_EXE_rarebit")).args(args).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let started = std::time::Instant::now();
+    while !Path::new(&images).exists() || files(Path::new(&images)).iter().filter(|f| f.ends_with(".png")).count() < 2 {
+        assert!(started.elapsed().as_secs() < 120, "no image appeared");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("interrupted"), "{}", text(&output.stderr));
+    let finished = files(Path::new(&images));
+    assert!((2..40).contains(&finished.len()), "{}", finished.len());
+    for name in &finished {
+        assert!(name.ends_with(".png"), "left behind: {name}");
+        succeeds(&["inspect", &Path::new(&images).join(name).display().to_string()]);
+    }
+    let made = succeeds(&args).lines().count();
+    assert_eq!(made + finished.len(), 40);
+    assert_eq!(files(Path::new(&images)).len(), 40);
+}
+
+#[test]
+fn bad_flags() {
+    fails(&["generate", PROMPT, "--steps", "-3"], 2, &["--steps"]);
+    fails(&["generate", PROMPT, "--steps", "0"], 2, &["--steps 0"]);
+    fails(&["generate", PROMPT, "--size", "100x64"], 2, &["100x64", "multiples of 8"]);
+    fails(&["generate", PROMPT, "--size", "0x64"], 2, &["0x64"]);
+    fails(&["generate", PROMPT, "--frobnicate"], 2, &["--frobnicate"]);
+    fails(&["generate"], 2, &["PROMPT"]);
+    fails(&["generate", PROMPT, "--sampler", "magic"], 2, &["magic", "euler-a"]);
+    fails(&["generate", PROMPT, "--device", "cuda"], 2, &["--device cuda"]);
+    fails(&["generate", PROMPT, "--dtype", "f16"], 2, &["--dtype"]);
+    fails(&["generate", PROMPT, "--guidance", "nan"], 2, &["--guidance"]);
+    fails(&["generate", PROMPT, "--count", "0"], 2, &["--count"]);
+    fails(&["generate", PROMPT, "--memory-limit", "3M"], 1, &["3.0 MiB", "--size"]);
+    fails(&["generate", PROMPT, "--unet", "x.safetensors"], 2, &["--unet", "--model"]);
+}
+
+#[test]
+fn bad_prompt_files() {
+    let out = TempDir::new().unwrap();
+    let (prompts, images) = (path(&out, "prompts.txt"), path(&out, "images"));
+    fails(&["generate", "--prompts", &prompts, "--out", &images], 1, &["prompts.txt", "No such file"]);
+    fs::write(&prompts, "\n \n").unwrap();
+    fails(&["generate", "--prompts", &prompts, "--out", &images], 2, &["prompts.txt", "no prompt"]);
+    assert_eq!(files(out.path()), ["prompts.txt"]);
+}
+
+#[test]
+fn cut_tokens_are_named() {
+    let out = TempDir::new().unwrap();
+    let prompt = format!("{} zebra", "a red star ".repeat(10));
+    let output = rarebit(&["generate", &prompt, "--steps", "1", "--quiet", "--out", &path(&out, "i.png")]);
+    assert!(output.status.success());
+    assert!(text(&output.stderr).contains("only 30 tokens fit"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn broken_models() {
+    refuses_model(Path::new("/nonexistent/model"), 1, &["/nonexistent/model"], &[]);
+
+    let model = copy_of("tiny-sd1");
+    let bytes = fs::read(unet_file(&model)).unwrap();
+    fs::write(unet_file(&model), &bytes[..bytes.len() / 2]).unwrap();
+    refuses_model(model.path(), 1, &["unet/diffusion_pytorch_model.safetensors", "truncated"], &[]);
+
+    let mut beyond = bytes.clone();
+    beyond[..8].copy_from_slice(&50_000_000u64.to_le_bytes());
+    fs::write(unet_file(&model), &beyond).unwrap();
+    refuses_model(model.path(), 1, &["header", "truncated"], &[]);
+
+    fs::write(unet_file(&model), &bytes).unwrap();
+    edit_header(&unet_file(&model), |h| h["conv_in.weight"]["dtype"] = "I16".into());
+    refuses_model(model.path(), 1, &["conv_in.weight", "I16"], &[]);
+
+    fs::write(unet_file(&model), &bytes).unwrap();
+    edit_header(&unet_file(&model), |h| {
+        let shape = h["mid_block.resnets.0.conv1.weight"]["shape"].as_array_mut().unwrap();
+        let first = shape.remove(0);
+        shape.push(first);
+    });
+    refuses_model(model.path(), 1, &["mid_block.resnets.0.conv1.weight", "shape"], &[]);
+
+    fs::write(unet_file(&model), &bytes).unwrap();
+    edit_header(&unet_file(&model), |h| {
+        let tensor = h.remove("mid_block.resnets.1.norm2.bias").unwrap();
+        h.insert("renamed".into(), tensor);
+    });
+    refuses_model(model.path(), 1, &["mid_block.resnets.1.norm2.bias", "missing"], &[]);
+}
+
+#[test]
+fn nan_weights_are_found() {
+    let model = copy_of("tiny-sd1");
+    let mut bytes = fs::read(unet_file(&model)).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let tensor = &header["mid_block.resnets.0.conv1.bias"];
+    let at = 8 + length + tensor["data_offsets"][0].as_u64().unwrap() as usize;
+    // The last byte of the first element: an exponent of all ones in f16, bf16 and f32.
+    let size = match tensor["dtype"].as_str().unwrap() {
+        "F32" => 4,
+        _ => 2,
+    };
+    bytes[at..at + size].fill(0xff);
+    fs::write(unet_file(&model), &bytes).unwrap();
+    refuses_model(model.path(), 1, &["NaN", "conv2d", "mid_block.resnets.0.conv1.weight"], &["--check-finite"]);
+}
+
+#[test]
+fn broken_configs_and_other_files() {
+    let model = copy_of("tiny-sd1");
+    fs::write(model.path().join("unet/config.json"), "{\"channels\": [").unwrap();
+    refuses_model(model.path(), 1, &["unet/config.json", "JSON"], &[]);
+    fs::remove_file(model.path().join("vae/diffusion_pytorch_model.safetensors")).unwrap();
+    let folder = TempDir::new().unwrap();
+    refuses_model(folder.path(), 1, &[&folder.path().display().to_string()], &[]);
+
+    let file = folder.path().join("lora.safetensors");
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![1], &[0; 4]).unwrap();
+    fs::write(&file, safetensors::serialize([("lora_unet_down.alpha", view)], None).unwrap()).unwrap();
+    refuses_model(&file, 1, &["lora.safetensors", "LoRA"], &[]);
+    fs::write(&file, "not a model at all, not even close").unwrap();
+    refuses_model(&file, 1, &["lora.safetensors", "safetensors"], &[]);
+}
+
+#[test]
+fn unwritable_output() {
+    let out = TempDir::new().unwrap();
+    fails(
+        &["generate", PROMPT, "--steps", "1", "--out", &path(&out, "no/such/folder/i.png")],
+        1,
+        &["no/such/folder/i.png"],
+    );
+    fs::write(out.path().join("file"), "").unwrap();
+    fails(&["generate", PROMPT, "--steps", "1", "--out", &path(&out, "file/i.png")], 1, &["file/i.png"]);
+    assert_eq!(files(out.path()), ["file"]);
+}
+
+/// A file-size limit stands in for a full disk: the write fails half-way, and nothing is left behind.
+#[cfg(target_os = "linux")]
+#[test]
+fn full_disk() {
+    let out = TempDir::new().unwrap();
+    let command = format!(
+        "trap '' XFSZ; ulimit -f 2; exec '{}' generate '{PROMPT}' --steps 1 --size 128x128 --quiet --out '{}'",
+        env!("CARGO_BIN_EXE_rarebit"),
+        path(&out, "image.png")
+    );
+    let output = Command::new("bash").args(["-c", &command]).output().unwrap();
+    check_failure(&output, 1, &["cannot write", "image.png", "File too large"]);
+    assert!(files(out.path()).is_empty(), "{:?}", files(out.path()));
+}
+
+#[test]
+fn inspects_models() {
+    let shown = succeeds(&["inspect", "--plan"]);
+    for word in ["unet", "vae", "text_encoder", "parameters", "decode", "arena"] {
+        assert!(shown.contains(word), "{word}: {shown}");
+    }
+    let shown: serde_json::Value = serde_json::from_str(&succeeds(&["inspect", "--plan", "--json"])).unwrap();
+    assert_eq!(shown["components"]["unet"]["parameters"], 4_115_876);
+    assert!(shown["plan"]["total_bytes"].as_u64().unwrap() > 10_000_000);
+    assert!(succeeds(&["inspect", "--ops"]).contains("attention"));
+    fails(&["inspect", "/nonexistent.png"], 1, &["/nonexistent.png"]);
+}

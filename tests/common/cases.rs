@@ -1,0 +1,316 @@
+//! One list of op cases for correctness, gradient and speed tests: each appends one op to a builder.
+
+use rarebit::program::*;
+
+/// How a case gets its operands.
+pub struct Feed {
+    pub b: Builder,
+    pub batch: usize,
+    /// Operands come out of an op instead of a buffer, so that the planner may let the case's op overwrite them.
+    pub through_op: bool,
+    pub batched: Vec<String>,
+    pub ints: Vec<(String, Vec<i32>)>,
+}
+
+impl Feed {
+    /// An operand whose first dimension is the batch.
+    pub fn batched(&mut self, name: &str, rest: &[usize]) -> ValueId {
+        self.batched.push(name.to_string());
+        self.shared(name, &[&[self.batch], rest].concat())
+    }
+
+    /// An operand that all samples share.
+    pub fn shared(&mut self, name: &str, shape: &[usize]) -> ValueId {
+        let id = self.b.input(name, shape);
+        if self.through_op { self.b.affine(id, 1.0, 0.0) } else { id }
+    }
+
+    /// An i32 buffer with one row per sample.
+    pub fn ints(&mut self, name: &str, rest: &[usize], value: impl Fn(usize) -> i32) -> ValueId {
+        self.batched.push(name.to_string());
+        let shape = [&[self.batch], rest].concat();
+        self.ints.push((name.to_string(), (0..shape.iter().product()).map(value).collect()));
+        self.b.input_i32(name, &shape)
+    }
+}
+
+/// A one-op program of any batch.
+pub struct Case {
+    pub name: String,
+    pub build: Box<dyn Fn(&mut Feed) -> Vec<ValueId> + Sync>,
+}
+
+/// A case as a program, with what is needed to fill its buffers.
+pub struct Built {
+    pub program: Program,
+    /// Buffers whose first dimension is the batch.
+    pub batched: Vec<String>,
+    pub ints: Vec<(String, Vec<i32>)>,
+}
+
+impl Case {
+    fn new(name: impl Into<String>, build: impl Fn(&mut Feed) -> Vec<ValueId> + Sync + 'static) -> Case {
+        Case { name: name.into(), build: Box::new(build) }
+    }
+
+    /// The program, its outputs named `out0`, `out1`, ...
+    pub fn program(&self, dtype: DType, batch: usize, through_op: bool) -> Built {
+        let b = Builder::new(self.name.clone(), dtype);
+        let mut feed = Feed { b, batch, through_op, batched: vec![], ints: vec![] };
+        let outputs = (self.build)(&mut feed);
+        for (i, &id) in outputs.iter().enumerate() {
+            feed.b.output(format!("out{i}"), id);
+        }
+        let Feed { b, batched, ints, .. } = feed;
+        Built { program: b.finish().unwrap(), batched, ints }
+    }
+}
+
+/// Every op, with the shapes where kernels go wrong: odd sizes, tails, one row, one column, padding, strides, column offsets.
+pub fn all() -> Vec<Case> {
+    [gemms(), convolutions(), attentions(), norms(), elementwise(), rest()].into_iter().flatten().collect()
+}
+
+pub fn gemms() -> Vec<Case> {
+    let mut cases = vec![];
+    let shapes = [
+        (1, 1, 1),
+        (1, 4, 3),
+        (2, 16, 16),
+        (3, 7, 17),
+        (5, 33, 64),
+        (7, 384, 80),
+        (13, 385, 40),
+        (77, 100, 130),
+        (200, 65, 64),
+        (401, 64, 96),
+        (430, 770, 24),
+    ];
+    for (m, k, n) in shapes {
+        let activations =
+            [Activation::None, Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::Geglu];
+        for (i, activation) in activations.into_iter().enumerate() {
+            for (bias, residual) in [(false, false), (true, false), (false, true), (true, true)] {
+                // Large shapes once per activation.
+                if m > 20 && (bias, residual) != (i % 2 == 0, i % 3 != 1) {
+                    continue;
+                }
+                let columns = if activation == Activation::Geglu { 2 * n } else { n };
+                let name = format!("gemm {m}x{k}x{n} {activation:?} bias {bias} residual {residual}");
+                cases.push(Case::new(name, move |f| {
+                    let x = f.batched("x", &[m, k]);
+                    let w = f.shared("w", &[k, columns]);
+                    let bias = bias.then(|| f.shared("bias", &[columns]));
+                    let residual = residual.then(|| f.batched("residual", &[m, n]));
+                    f.b.push(Op::Gemm(Gemm { x, w, bias, residual, activation }))[..1].to_vec()
+                }));
+            }
+        }
+    }
+    cases
+}
+
+/// Size, channels in and out, kernel, stride, padding, and what is added: bias, shift of one sample or all, residual.
+type Convolution = ([usize; 2], [usize; 2], [usize; 2], usize, [usize; 4], &'static str);
+
+pub fn convolutions() -> Vec<Case> {
+    let list: Vec<Convolution> = vec![
+        ([1, 1], [1, 1], [1, 1], 1, [0; 4], ""),
+        ([5, 7], [3, 5], [3, 3], 1, [1; 4], "b"),
+        ([8, 8], [4, 32], [3, 3], 1, [1; 4], "b"),
+        ([9, 6], [32, 17], [3, 3], 1, [1; 4], "bsr"),
+        ([9, 6], [40, 48], [3, 3], 2, [1; 4], "bS"),
+        ([8, 10], [33, 20], [3, 3], 2, [0, 0, 1, 1], "br"),
+        ([6, 6], [64, 64], [1, 1], 1, [0; 4], "bSr"),
+        ([7, 5], [36, 24], [1, 1], 2, [0; 4], "S"),
+        ([5, 4], [20, 12], [1, 1], 1, [0; 4], "s"),
+        ([4, 4], [5, 6], [1, 1], 1, [1, 0, 2, 3], "r"),
+        ([12, 9], [40, 70], [5, 3], 1, [2, 1, 0, 3], "sr"),
+        ([11, 13], [6, 9], [2, 4], 3, [0, 2, 1, 0], "bs"),
+        ([16, 16], [400, 80], [3, 3], 1, [1; 4], "bSr"),
+        ([20, 22], [48, 4], [3, 3], 1, [1; 4], "b"),
+        ([14, 16], [14, 30], [14, 14], 14, [0; 4], ""),
+        ([3, 3], [64, 130], [3, 3], 1, [1; 4], "bsr"),
+    ];
+    let case = |(size, channels, kernel, stride, padding, extra): Convolution| {
+        let name =
+            format!("conv2d {size:?} {channels:?} kernel {kernel:?} stride {stride} padding {padding:?} {extra}");
+        Case::new(name, move |f| {
+            let [i, o] = channels;
+            let x = f.batched("x", &[size[0], size[1], i]);
+            let w = f.shared("w", &[kernel[0], kernel[1], i, o]);
+            let bias = extra.contains('b').then(|| f.shared("bias", &[o]));
+            let shift = if extra.contains('s') {
+                Some(Cols { value: f.shared("shift", &[1, o + 5]), at: 5 })
+            } else if extra.contains('S') {
+                Some(Cols { value: f.batched("shift", &[o + 7]), at: 3 })
+            } else {
+                None
+            };
+            let out = |i: usize| (size[i] + padding[i] + padding[i + 2] - kernel[i]) / stride + 1;
+            let residual = extra.contains('r').then(|| f.batched("residual", &[out(0), out(1), o]));
+            f.b.push(Op::Conv2d(Conv2d { x, w, bias, shift, residual, stride, padding }))[..1].to_vec()
+        })
+    };
+    list.into_iter().map(case).collect()
+}
+
+pub fn attentions() -> Vec<Case> {
+    let mut cases = vec![];
+    let shapes = [
+        (1, 1, 1, 1),
+        (5, 5, 2, 3),
+        (5, 77, 2, 40),
+        (77, 77, 3, 64),
+        (130, 130, 2, 80),
+        (64, 300, 1, 160),
+        (19, 19, 1, 512),
+        (520, 520, 2, 8),
+        (100, 1000, 1, 40),
+    ];
+    for (queries, keys, heads, dim) in shapes {
+        for causal in [false, true] {
+            if causal && queries != keys {
+                continue;
+            }
+            cases.push(Case::new(
+                format!("attention {queries}x{keys} heads {heads}x{dim} causal {causal}"),
+                move |f| {
+                    let width = heads * dim;
+                    let (q, k, v) = if queries == keys {
+                        // One fused projection.
+                        let qkv = f.batched("qkv", &[queries, 3 * width]);
+                        let cols = |at| Cols { value: qkv, at };
+                        (cols(0), cols(width), cols(2 * width))
+                    } else {
+                        let kv = f.batched("kv", &[keys, 2 * width + 3]);
+                        let q = f.batched("q", &[queries, width]).into();
+                        (q, Cols { value: kv, at: 1 }, Cols { value: kv, at: width + 3 })
+                    };
+                    f.b.push(Op::Attention(Attention { q, k, v, heads, head_dim: dim, causal }))
+                },
+            ));
+        }
+    }
+    cases
+}
+
+pub fn norms() -> Vec<Case> {
+    let mut cases = vec![];
+    let shapes: [(&[usize], usize); 7] = [
+        (&[1, 1], 1),
+        (&[3, 5, 6], 3),
+        (&[8, 8, 64], 32),
+        (&[7, 9, 40], 8),
+        (&[17, 32], 32),
+        (&[50, 30, 96], 32),
+        (&[4, 4, 2560], 32),
+    ];
+    for (rest, groups) in shapes {
+        for silu in [false, true] {
+            cases.push(Case::new(format!("group_norm {rest:?} groups {groups} silu {silu}"), move |f| {
+                let x = f.batched("x", rest);
+                let c = rest[rest.len() - 1];
+                let (gamma, beta) = (f.shared("gamma", &[c]), f.shared("beta", &[c]));
+                f.b.push(Op::Norm(Norm::Group { x, gamma, beta, groups, eps: 1e-5, silu }))
+            }));
+        }
+        cases.push(Case::new(format!("layer_norm {rest:?}"), move |f| {
+            let x = f.batched("x", rest);
+            let c = rest[rest.len() - 1];
+            let (gamma, beta) = (f.shared("gamma", &[c]), f.shared("beta", &[c]));
+            f.b.push(Op::Norm(Norm::Layer { x, gamma, beta, eps: 1e-5 }))
+        }));
+    }
+    cases
+}
+
+pub fn elementwise() -> Vec<Case> {
+    let mut cases = vec![];
+    for width in [1, 37, 5000] {
+        for activation in [Activation::None, Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
+            cases.push(Case::new(format!("{activation:?} {width}"), move |f| {
+                let x = f.batched("x", &[width]);
+                vec![f.b.activate(x, activation)]
+            }));
+        }
+        cases.push(Case::new(format!("add {width}"), move |f| {
+            let (a, b) = (f.batched("a", &[width]), f.batched("b", &[width]));
+            vec![f.b.add(a, b)]
+        }));
+        cases.push(Case::new(format!("add to itself {width}"), move |f| {
+            let a = f.batched("a", &[width]);
+            vec![f.b.add(a, a)]
+        }));
+        cases.push(Case::new(format!("affine {width}"), move |f| {
+            let x = f.batched("x", &[width]);
+            vec![f.b.affine(x, -1.7, 0.3)]
+        }));
+        cases.push(Case::new(format!("concat {width}"), move |f| {
+            let (a, b) = (f.batched("a", &[3, width]), f.batched("b", &[3, 7]));
+            vec![f.b.concat(a, b)]
+        }));
+    }
+    cases
+}
+
+/// Resampling, embeddings and updates, and the ops that move whole samples.
+pub fn rest() -> Vec<Case> {
+    let mut cases = vec![];
+    for (h, w, height, width, c) in
+        [(1, 1, 2, 2, 1), (3, 5, 6, 10, 7), (4, 4, 7, 8, 3), (2, 3, 4, 5, 64), (2, 3, 3, 5, 4)]
+    {
+        cases.push(Case::new(format!("nearest_2x {h}x{w}x{c} to {height}x{width}"), move |f| {
+            let x = f.batched("x", &[h, w, c]);
+            vec![f.b.nearest_2x(x, height, width)]
+        }));
+    }
+    cases.push(Case::new("tokens", |f| {
+        let ids = f.ints("ids", &[7], |i| (i * 5 % 11) as i32);
+        let (table, positions) = (f.shared("table", &[11, 20]), f.shared("positions", &[9, 20]));
+        vec![f.b.tokens(ids, table, positions)]
+    }));
+    cases.push(Case::new("pool", |f| {
+        let x = f.batched("x", &[6, 10]);
+        let at = f.ints("at", &[], |i| (i * 4 % 6) as i32);
+        vec![f.b.pool(x, at)]
+    }));
+    for (flip, shift) in [(true, 0.0), (false, 1.0)] {
+        cases.push(Case::new(format!("sinusoidal flip {flip}"), move |f| {
+            let x = f.batched("x", &[3]);
+            vec![f.b.sinusoidal(x, 20, flip, shift)]
+        }));
+    }
+    for terms in [1, 2, 4] {
+        cases.push(Case::new(format!("combine {terms}"), move |f| {
+            let ids: Vec<ValueId> = (0..terms).map(|i| f.batched(&format!("x{i}"), &[33, 129])).collect();
+            let coefficients = f.b.scalars("coefficients", terms);
+            vec![f.b.combine(&ids, coefficients)]
+        }));
+    }
+    cases
+}
+
+/// Ops that mix the batch, which have no meaning one sample at a time.
+pub fn across_samples() -> Vec<Case> {
+    vec![
+        Case::new("repeat", |f| {
+            let x = f.batched("x", &[5, 7]);
+            vec![f.b.repeat(x, 3)]
+        }),
+        Case::new("slice", |f| {
+            let x = f.shared("x", &[6, 1500]);
+            vec![f.b.slice(x, 1, 4)]
+        }),
+        Case::new("outer_add", |f| {
+            let (a, b) = (f.shared("a", &[4, 70]), f.batched("b", &[70]));
+            vec![f.b.outer_add(a, b)]
+        }),
+        Case::new("select", |f| {
+            let x = f.shared("x", &[4, 2, 70]);
+            f.ints.push(("at".into(), vec![2]));
+            let at = f.b.input_i32("at", &[1]);
+            vec![f.b.select(x, at)]
+        }),
+    ]
+}

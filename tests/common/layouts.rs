@@ -1,0 +1,83 @@
+//! Other layouts of the tiny pipelines, made from their folders: single files (`single_file.json`), a UNet-only file.
+
+use super::golden::data_folder;
+use safetensors::Dtype;
+use safetensors::tensor::{SafeTensors, TensorView};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+struct Stored {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    data: Vec<u8>,
+}
+
+/// All tensors of one component folder, shards together.
+fn component(model: &str, name: &str) -> BTreeMap<String, Stored> {
+    let mut tensors = BTreeMap::new();
+    for entry in std::fs::read_dir(data_folder(model).join(name)).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|e| e != "safetensors") {
+            continue;
+        }
+        let bytes = std::fs::read(path).unwrap();
+        for (key, view) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
+            let stored = Stored { dtype: view.dtype(), shape: view.shape().to_vec(), data: view.data().to_vec() };
+            tensors.insert(key, stored);
+        }
+    }
+    assert!(!tensors.is_empty(), "{model}/{name} holds no tensors");
+    tensors
+}
+
+fn serialize(tensors: &BTreeMap<String, Stored>) -> Vec<u8> {
+    let views = tensors.iter().map(|(key, t)| (key, TensorView::new(t.dtype, t.shape.clone(), &t.data).unwrap()));
+    safetensors::serialize(views.collect::<Vec<_>>(), None).unwrap()
+}
+
+/// The UNet with the elements of every tensor in reverse order: other weights, the same architecture.
+pub fn reversed_unet(model: &str) -> Vec<u8> {
+    let mut tensors = component(model, "unet");
+    for tensor in tensors.values_mut() {
+        let size = tensor.dtype.bitsize() / 8;
+        tensor.data = tensor.data.chunks(size).rev().flatten().copied().collect();
+    }
+    serialize(&tensors)
+}
+
+/// Writes the single-file checkpoint of a folder, as its plan says.
+pub fn write_single_file(model: &str, path: &Path) {
+    let plan = std::fs::read(data_folder(model).join("single_file.json")).unwrap();
+    let plan: Vec<(String, String, String, Vec<usize>, Vec<(String, String)>)> = serde_json::from_slice(&plan).unwrap();
+    let mut components: BTreeMap<String, BTreeMap<String, Stored>> = BTreeMap::new();
+    let mut file = BTreeMap::new();
+    for (key, op, dtype, shape, sources) in plan {
+        let dtype: Dtype = serde_json::from_value(Value::String(dtype)).unwrap();
+        let size = dtype.bitsize() / 8;
+        let mut parts = Vec::new();
+        for (name, tensor) in &sources {
+            let tensors = components.entry(name.clone()).or_insert_with(|| component(model, name));
+            let stored = &tensors[tensor];
+            assert_eq!(stored.dtype, dtype, "{key}");
+            parts.push(if op == "transpose" {
+                transpose(&stored.data, &stored.shape, size)
+            } else {
+                stored.data.clone()
+            });
+        }
+        let data = match op.as_str() {
+            "copy" | "reshape" | "transpose" | "concat" => parts.concat(),
+            "zeros" => vec![0; shape.iter().product::<usize>() * size],
+            other => panic!("unknown operation {other}"),
+        };
+        file.insert(key, Stored { dtype, shape, data });
+    }
+    std::fs::write(path, serialize(&file)).unwrap();
+}
+
+fn transpose(data: &[u8], shape: &[usize], size: usize) -> Vec<u8> {
+    let [rows, columns] = shape[..] else { panic!("{shape:?} is no matrix") };
+    let element = |r: usize, c: usize| &data[(r * columns + c) * size..][..size];
+    (0..columns).flat_map(|c| (0..rows).flat_map(move |r| element(r, c).iter().copied())).collect()
+}

@@ -1,0 +1,5 @@
+//! Shared by the integration tests; each uses a part of it.
+#![allow(dead_code)]
+
+pub mod golden;
+pub mod layouts;

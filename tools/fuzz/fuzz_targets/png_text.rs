@@ -1,0 +1,8 @@
+//! PNG text chunks: any bytes give texts or an error.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    if let Ok(texts) = rarebit::cli::metadata::read_text("fuzz.png", std::io::Cursor::new(bytes)) {
+        rarebit::cli::metadata::record(&texts);
+    }
+});

@@ -1,0 +1,156 @@
+//! The engine's side of `parity.py`: computes in f32 every `out/…` whose inputs the dump holds (the protocol is at the top of that file).
+
+use rarebit::exec::Executor;
+use rarebit::exec::cpu::Cpu;
+use rarebit::methods::generate::{Generator, Job, Settings, Text};
+use rarebit::methods::networks::{AddedConditions, Networks, Tensor};
+use rarebit::methods::pipeline::Pipeline;
+use rarebit::models::config::Spacing;
+use rarebit::program::DType;
+use rarebit::sampler::{self, Rng};
+use rarebit::weights::Model;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::Value;
+use std::error::Error;
+use std::path::Path;
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// The tensors of a dump.
+struct Dump<'a>(SafeTensors<'a>);
+
+impl Dump<'_> {
+    fn has(&self, name: &str) -> bool {
+        self.0.tensor(name).is_ok()
+    }
+
+    fn floats(&self, name: &str) -> Result<Tensor> {
+        let tensor = self.0.tensor(name)?;
+        if tensor.dtype() != Dtype::F32 {
+            return Err(format!("{name} is not F32").into());
+        }
+        let data = tensor.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        Ok(Tensor { shape: tensor.shape().to_vec(), data })
+    }
+
+    fn ints(&self, name: &str) -> Result<Vec<i32>> {
+        Ok(self.0.tensor(name)?.data().as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b)).collect())
+    }
+}
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [model, dump, out] = &args[..] else { return Err("usage: parity MODEL_DIR DUMP OUT".into()) };
+    let bytes = std::fs::read(dump)?;
+    let (_, metadata) = SafeTensors::read_metadata(&bytes)?;
+    let settings =
+        metadata.metadata().as_ref().and_then(|m| m.get("parity")).ok_or("the dump has no 'parity' metadata")?;
+    let settings: Value = serde_json::from_str(settings)?;
+    let dump = Dump(SafeTensors::deserialize(&bytes)?);
+    let pipeline = Pipeline::open(Model::open(Path::new(model), None)?, None)?;
+    let results = rayon::ThreadPoolBuilder::new().build()?.install(|| {
+        // Errors are not `Send`; their text is.
+        compute(&pipeline, &dump, &settings).map_err(|error| error.to_string())
+    })?;
+
+    let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = results
+        .into_iter()
+        .map(|(name, t)| (name.to_string(), t.shape, t.data.iter().flat_map(|x| x.to_le_bytes()).collect()))
+        .collect();
+    let views = bytes.iter().map(|(name, shape, data)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), data)?)));
+    std::fs::write(out, safetensors::serialize(views.collect::<Result<Vec<_>>>()?, None)?)?;
+    Ok(())
+}
+
+fn compute(pipeline: &Pipeline, dump: &Dump<'_>, settings: &Value) -> Result<Vec<(&'static str, Tensor)>> {
+    let mut networks = Networks::new(pipeline, Box::new(Cpu::<f32>::new()), DType::F32);
+    let mut results = Vec::new();
+    if dump.has("in/ids") {
+        results.extend(text(&mut networks, pipeline, dump)?);
+    }
+    if dump.has("in/timestep") {
+        let (latents, timestep) = (dump.floats("in/latents")?, dump.floats("in/timestep")?.data[0]);
+        let added = match dump.has("in/pooled") {
+            true => Some(AddedConditions {
+                pooled: dump.floats("in/pooled")?.data,
+                size_ids: dump.floats("in/time_ids")?.data,
+            }),
+            false => None,
+        };
+        let context = dump.floats("in/context")?.data;
+        results.push(("out/unet", networks.unet(&latents, f64::from(timestep), &context, added.as_ref())?));
+    }
+    if dump.has("in/vae_latents") {
+        results.push(("out/image", networks.decode(&dump.floats("in/vae_latents")?)?));
+    }
+    if dump.has("in/image") {
+        let (mean, logvar) = networks.encode(&dump.floats("in/image")?)?;
+        results.extend([("out/mean", mean), ("out/logvar", logvar)]);
+    }
+    if dump.has("in/noise") {
+        drop(networks);
+        results.push(("out/final", sample(pipeline, dump, settings)?));
+    }
+    Ok(results)
+}
+
+fn text(networks: &mut Networks<'_>, pipeline: &Pipeline, dump: &Dump<'_>) -> Result<Vec<(&'static str, Tensor)>> {
+    let tokens = pipeline.tokens();
+    let first = dump.ints("in/ids")?;
+    let second = if dump.has("in/ids_2") { Some(dump.ints("in/ids_2")?) } else { None };
+    let (mut context, mut pooled) = (Vec::new(), Vec::new());
+    let rows = first.len() / tokens;
+    for row in 0..rows {
+        let cut = |ids: &[i32]| ids[row * tokens..(row + 1) * tokens].to_vec();
+        let ids: Vec<Vec<i32>> = [Some(&first), second.as_ref()].into_iter().flatten().map(|ids| cut(ids)).collect();
+        // The end-of-text id is CLIP's largest.
+        let last = ids.last().ok_or("no ids")?;
+        let eos = last.iter().position(|id| Some(id) == last.iter().max()).ok_or("no ids")?;
+        let views: Vec<&[i32]> = ids.iter().map(|ids| &ids[..]).collect();
+        let (states, projection) = networks.text(&views, eos)?;
+        context.extend(states);
+        pooled.extend(projection.unwrap_or_default());
+    }
+    let width = context.len() / (rows * tokens);
+    let mut results = vec![("out/context", Tensor { shape: vec![rows, tokens, width], data: context })];
+    if !pooled.is_empty() {
+        results.push(("out/pooled", Tensor { shape: vec![rows, pooled.len() / rows], data: pooled }));
+    }
+    Ok(results)
+}
+
+fn sample(pipeline: &Pipeline, dump: &Dump<'_>, settings: &Value) -> Result<Tensor> {
+    let word = |field: &str| settings[field].as_str().ok_or(format!("no '{field}' in the settings"));
+    let number = |field: &str| settings[field].as_f64().ok_or(format!("no '{field}' in the settings"));
+    let noise = dump.floats("in/noise")?;
+    let factor = pipeline.config.vae.factor();
+    let spacing = match word("spacing")? {
+        "leading" => Spacing::Leading,
+        "linspace" => Spacing::Linspace,
+        _ => Spacing::Trailing,
+    };
+    let settings = Settings {
+        width: factor * noise.shape[3],
+        height: factor * noise.shape[2],
+        sampler: sampler::Settings {
+            method: word("sampler")?.parse()?,
+            spacing: Some(spacing),
+            steps: number("steps")? as usize,
+            eta: 0.0,
+            guidance: number("guidance")?,
+            cfg_pp: false,
+        },
+        rng: Rng::Philox,
+        dtype: DType::F32,
+    };
+    let mut executor: Box<dyn Executor> = Box::new(Cpu::<f32>::new());
+    let mut generator = Generator::plan(pipeline, &*executor, settings, 1)?.load(&mut *executor)?;
+    for prompt in ["positive", "negative"] {
+        let pooled = format!("in/{prompt}_pooled");
+        let pooled = if dump.has(&pooled) { dump.floats(&pooled)?.data } else { vec![] };
+        generator.set_text(prompt, Text { context: dump.floats(&format!("in/{prompt}"))?.data, pooled });
+    }
+    let job = Job { prompt: "positive".into(), negative: Some("negative".into()), seed: 0, draws: vec![noise.data] };
+    let images = generator.run(&[job], &mut |_| Ok(()))?;
+    Ok(Tensor { shape: noise.shape, data: images[0].latents.clone() })
+}
