@@ -190,6 +190,27 @@ fn bits_do_not_depend_on_threads_or_earlier_runs() {
     }
 }
 
+/// The tiles of lesser processors: AVX2 where there is it, and none at all.
+#[test]
+fn other_instruction_sets_agree() {
+    let model = no_weights();
+    #[allow(unused_mut)]
+    let mut archs = vec![pulp::Arch::Scalar];
+    #[cfg(target_arch = "x86_64")]
+    archs.extend(pulp::x86::V3::try_new().map(pulp::Arch::V3));
+    for case in every_case() {
+        let built = case.program(DType::F32, 1, false);
+        let buffers = fill(&built, 0, 1);
+        let expected = run(Cpu::<f32>::new(), &built.program, &buffers, &model, 1);
+        for &arch in &archs {
+            let found = run(Cpu::<f32>::on(arch).with_guards(true), &built.program, &buffers, &model, 1);
+            for (a, b) in found.iter().zip(&expected) {
+                assert!(error(a, b) < 2e-6, "{} on {arch:?}: {:e}", case.name, error(a, b));
+            }
+        }
+    }
+}
+
 /// Runs gemm or convolution with its operand `w` as a packed weight of a checkpoint, and as an input.
 #[test]
 fn weights_agree_with_inputs() {

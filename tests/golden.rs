@@ -139,6 +139,21 @@ fn every_sampler_and_spacing() {
     }
 }
 
+/// Whole runs with the arena poisoned and checked after every op: no op writes outside its regions or reads what is dead.
+#[test]
+fn guarded_runs_give_the_same_bits() {
+    for name in MODELS {
+        let golden = Golden::open(name);
+        let pipeline = golden.pipeline();
+        for case in golden.cases("sample/").filter(|case| case.name.ends_with("-leading")) {
+            let plain = golden.sample(&pipeline, &case, Cpu::<f32>::new());
+            let guarded = golden.sample(&pipeline, &case, Cpu::<f32>::new().with_guards(true));
+            assert_eq!(plain.latents, guarded.latents, "{name} {}", case.name);
+            assert_eq!(plain.rgb, guarded.rgb, "{name} {}", case.name);
+        }
+    }
+}
+
 /// The embedded model: runs, and the image of one of them.
 #[test]
 fn embedded_model() {

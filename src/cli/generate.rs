@@ -36,10 +36,10 @@ pub struct Generate {
     /// Images sampled together
     #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
     batch: usize,
-    /// The PNG to write, or the folder for --prompts [default: image.png, or images/]
+    /// The PNG to write, or a folder [default: image.png; images/ for --prompts]
     #[arg(long, value_name = "PATH")]
     out: Option<PathBuf>,
-    /// Write the final latents of all images: safetensors, tensor `latents`
+    /// Write the final latents of the images made: safetensors, tensor `latents`
     #[arg(long, value_name = "FILE")]
     latents_out: Option<PathBuf>,
     /// Make images again that --prompts finds already made
@@ -93,91 +93,142 @@ impl Generate {
         }
     }
 
+    fn out(&self) -> Out {
+        let is_png = |path: &Path| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("png"));
+        match (&self.out, &self.prompts) {
+            (Some(path), None) if is_png(path) => Out::File(path.clone()),
+            (Some(path), _) => Out::Folder(path.clone()),
+            (None, None) => Out::File("image.png".into()),
+            (None, Some(_)) => Out::Folder("images".into()),
+        }
+    }
+
     fn targets(&self) -> Result<Vec<Target>> {
         let (seed, count) = (self.sampling.seed, self.count);
-        let targets = match (&self.prompts, &self.prompt) {
-            (Some(file), _) => {
-                let out = self.out.as_deref().unwrap_or(Path::new("images"));
-                prompts::for_file(&prompts::read_file(file)?, seed, count, out)
+        Ok(match (&self.prompts, self.out()) {
+            (Some(file), Out::Folder(out) | Out::File(out)) => {
+                prompts::for_file(&prompts::read_file(file)?, seed, count, &out)
             }
-            (None, prompt) => {
-                let out = self.out.as_deref().unwrap_or(Path::new("image.png"));
-                let out = if out.is_dir() { out.join("image.png") } else { out.to_path_buf() };
-                prompts::for_prompt(prompt.as_deref().unwrap_or_default(), seed, count, &out)
+            (None, out) => {
+                let prompt = self.prompt.as_deref().unwrap_or_default();
+                let file = match out {
+                    Out::File(file) => file,
+                    Out::Folder(folder) => folder.join("image.png"),
+                };
+                prompts::for_prompt(prompt, seed, count, &file)
             }
-        };
-        Ok(targets)
+        })
     }
+}
+
+/// What `--out` names: a PNG, or a folder that is made where there is none.
+enum Out {
+    File(PathBuf),
+    Folder(PathBuf),
 }
 
 pub fn run(args: &Generate) -> Result<()> {
     if args.count == 0 || args.batch == 0 {
         return Err(Error::Usage("--count and --batch must be at least 1".into()));
     }
-    let mut reporter = Reporter::new(args.json, args.quiet);
-    let opened = Instant::now();
+    let started = Instant::now();
     let targets = args.targets()?;
     let pipeline = args.model.open()?;
     let settings = args.sampling.settings(&pipeline, args.model.program_dtype()?)?;
     let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
-    let channels = pipeline.config.unet.in_channels;
-    let noise = match &args.noise {
-        Some(path) => Some(tensors::read_noise(path, [targets.len(), channels, height, width])?),
-        None => None,
-    };
+    let shape = [targets.len(), pipeline.config.unet.in_channels, height, width];
+    let noise = args.noise.as_ref().map(|path| tensors::read_noise(path, shape)).transpose()?;
     prepare_output(args, &targets)?;
     let missing = missing(args, &pipeline, &settings, targets)?;
+    let reporter = Reporter::new(args.json, args.quiet);
     warn_of_cut_tokens(args, &pipeline, &missing, &reporter)?;
-    let Some(largest) = (!missing.is_empty()).then(|| missing.len().min(args.batch)) else {
-        reporter.note("all images are already there");
-        return reporter.event(json!({"event": "done", "images": 0}));
-    };
 
-    let mut executor = args.model.executor(args.check_finite)?;
-    let footprint = Generator::plan(&pipeline, &*executor, settings.clone(), largest)?.footprint();
-    check_memory(args, footprint.total())?;
-    let interrupt = catch_interrupt()?;
-    let batches = missing.chunks(args.batch).count();
-    let calls = Generator::plan(&pipeline, &*executor, settings.clone(), largest)?.calls();
+    let mut run = Run { args, pipeline: &pipeline, settings, noise, interrupt: catch_interrupt()?, reporter };
+    let latents = run.make(&missing, started)?;
+    if let (Some(path), false) = (&args.latents_out, missing.is_empty()) {
+        tensors::write_latents(path, [missing.len(), shape[1], height, width], &latents)?;
+    }
+    if missing.is_empty() {
+        run.reporter.note("all images are already there");
+    }
+    run.reporter.event(json!({"event": "done", "images": missing.len()}))
+}
 
-    let faults = major_faults();
-    let mut latents = Vec::new();
-    let mut rest = &missing[..];
-    let mut loaded_seconds = None;
-    while !rest.is_empty() {
+/// What stays the same for all images of a command.
+struct Run<'a> {
+    args: &'a Generate,
+    pipeline: &'a Pipeline,
+    settings: Settings,
+    noise: Option<Vec<Vec<f32>>>,
+    interrupt: Arc<AtomicBool>,
+    reporter: Reporter,
+}
+
+impl Run<'_> {
+    /// Makes and saves the targets, batch by batch; returns the latents of all.
+    fn make(&mut self, targets: &[Target], started: Instant) -> Result<Vec<f32>> {
+        let mut latents = Vec::new();
+        let mut executor = self.args.model.executor(self.args.check_finite)?;
         // Whole batches share one set of programs; a smaller last batch gets its own.
-        let batch = rest.len().min(args.batch);
-        executor.clear();
-        let mut generator = Generator::plan(&pipeline, &*executor, settings.clone(), batch)?.load(&mut *executor)?;
-        if loaded_seconds.is_none() {
-            let seconds = opened.elapsed().as_secs_f64();
-            loaded_seconds = Some(seconds);
-            report_load(&reporter, seconds, major_faults().saturating_sub(faults), footprint.total())?;
-            reporter.start(batches * calls);
-        }
-        let whole = rest.len() - rest.len() % batch;
-        for targets in rest[..whole].chunks(batch) {
-            let started = Instant::now();
-            let images = sample(args, &mut generator, targets, noise.as_deref(), &interrupt, &reporter)?;
-            let seconds = started.elapsed().as_secs_f64() / batch as f64;
-            for (target, image) in targets.iter().zip(images) {
-                save(args, &args.record(&pipeline, &settings, target), target, &image, seconds, &reporter)?;
-                latents.extend(image.latents);
+        let whole = targets.len() - targets.len() % self.args.batch;
+        for (part, group) in
+            [&targets[..whole], &targets[whole..]].into_iter().filter(|group| !group.is_empty()).enumerate()
+        {
+            let batch = group.len().min(self.args.batch);
+            executor.clear();
+            let generator = Generator::plan(self.pipeline, &*executor, self.settings.clone(), batch)?;
+            let (footprint, calls) = (generator.footprint(), generator.calls());
+            check_memory(self.args, footprint.total())?;
+            let faults = major_faults();
+            let mut generator = generator.load(&mut *executor)?;
+            if part == 0 {
+                let faults = major_faults().saturating_sub(faults);
+                report_load(&self.reporter, started.elapsed().as_secs_f64(), faults, footprint.total())?;
+                self.reporter.start(targets.len().div_ceil(self.args.batch) * calls);
+            }
+            for targets in group.chunks(batch) {
+                latents.extend(self.make_batch(&mut generator, targets)?);
             }
         }
-        rest = &rest[whole..];
+        self.reporter.finish();
+        Ok(latents)
     }
-    reporter.finish();
-    if let Some(path) = &args.latents_out {
-        tensors::write_latents(path, [missing.len(), channels, height, width], &latents)?;
+
+    fn make_batch(&self, generator: &mut Loaded<'_, '_>, targets: &[Target]) -> Result<Vec<f32>> {
+        let started = Instant::now();
+        let job = |target: &Target| Job {
+            prompt: target.prompt.clone(),
+            negative: self.args.sampling.negative.clone(),
+            seed: target.seed,
+            draws: self.noise.iter().map(|rows| rows[target.index].clone()).collect(),
+        };
+        let jobs: Vec<Job> = targets.iter().map(job).collect();
+        let images = generator.run(&jobs, &mut |progress| {
+            if let Progress::Step { .. } = progress {
+                self.reporter.step();
+            }
+            if self.interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+        })?;
+        let seconds = started.elapsed().as_secs_f64() / targets.len() as f64;
+        for (target, image) in targets.iter().zip(&images) {
+            self.save(target, image, seconds)?;
+        }
+        Ok(images.into_iter().flat_map(|image| image.latents).collect())
     }
-    reporter.event(json!({"event": "done", "images": missing.len()}))
+
+    fn save(&self, target: &Target, image: &Image, seconds: f64) -> Result<()> {
+        let record = self.args.record(self.pipeline, &self.settings, target);
+        let chunks = (!self.args.no_metadata).then_some(&record);
+        atomic::write(&target.path, |out| metadata::write_png(out, image.width, image.height, &image.rgb, chunks))?;
+        let event = json!({"event": "image", "path": target.path, "seconds": seconds, "record": record});
+        self.reporter.image(&target.path, event)
+    }
 }
 
 /// Output folders exist and can be written to before the first image is computed.
 fn prepare_output(args: &Generate, targets: &[Target]) -> Result<()> {
-    if let (Some(_), Some(out)) = (&args.prompts, targets.first().and_then(|t| t.path.parent())) {
-        std::fs::create_dir_all(out).map_err(Error::io("create", out))?;
+    if let Out::Folder(folder) = args.out() {
+        std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
     }
     let files = targets.iter().map(|t| &t.path).take(1).chain(&args.latents_out);
     for path in files {
@@ -237,45 +288,6 @@ fn report_load(reporter: &Reporter, seconds: f64, faults: u64, planned: usize) -
     reporter.event(json!({
         "event": "load", "seconds": seconds, "state": state, "major_faults": faults, "planned_bytes": planned
     }))
-}
-
-fn sample(
-    args: &Generate,
-    generator: &mut Loaded<'_, '_>,
-    targets: &[Target],
-    noise: Option<&[Vec<f32>]>,
-    interrupt: &AtomicBool,
-    reporter: &Reporter,
-) -> Result<Vec<Image>> {
-    let jobs: Vec<Job> = targets
-        .iter()
-        .map(|target| Job {
-            prompt: target.prompt.clone(),
-            negative: args.sampling.negative.clone(),
-            seed: target.seed,
-            draws: noise.map(|rows| rows[target.index].clone()).into_iter().collect(),
-        })
-        .collect();
-    generator.run(&jobs, &mut |progress| {
-        if let Progress::Step { .. } = progress {
-            reporter.step();
-        }
-        if interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
-    })
-}
-
-fn save(
-    args: &Generate,
-    record: &Record,
-    target: &Target,
-    image: &Image,
-    seconds: f64,
-    reporter: &Reporter,
-) -> Result<()> {
-    let chunks = (!args.no_metadata).then_some(record);
-    atomic::write(&target.path, |out| metadata::write_png(out, image.width, image.height, &image.rgb, chunks))?;
-    let event = json!({"event": "image", "path": target.path, "seconds": seconds, "record": record});
-    reporter.image(&target.path, event)
 }
 
 /// A flag that the first Ctrl-C raises; the second ends the process at once.

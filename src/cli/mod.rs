@@ -26,7 +26,7 @@ enum Command {
     /// Make images from prompts.
     Generate(Box<generate::Generate>),
     /// Show what a model holds and needs, or how an image was made.
-    Inspect(inspect::Inspect),
+    Inspect(Box<inspect::Inspect>),
 }
 
 /// Parses, runs, reports: 0 done, 1 failed, 2 bad usage.

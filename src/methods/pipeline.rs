@@ -37,7 +37,8 @@ impl Pipeline {
         let factor = self.config.vae.factor();
         // One rule for all models, so that a command line that works stays valid when --model changes.
         let multiple = factor.max(8);
-        if width == 0 || height == 0 || width % multiple != 0 || height % multiple != 0 {
+        let fits = |side: usize| side > 0 && side.is_multiple_of(multiple);
+        if !fits(width) || !fits(height) {
             return Err(Error::Usage(format!(
                 "--size {width}x{height}: width and height must be positive multiples of {multiple}"
             )));

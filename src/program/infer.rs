@@ -51,7 +51,7 @@ impl<'a> Infer<'a> {
         let v = self.program.value(id);
         ensure!(v.dtype == self.float, "%{} is {}, the program computes in {}", id.0, v.dtype, self.float);
         ensure!(v.shape.len() >= rank, "%{} {:?} needs at least {rank} dims", id.0, v.shape);
-        ensure!(v.len() > 0, "%{} {:?} is empty", id.0, v.shape);
+        ensure!(!v.is_empty(), "%{} {:?} is empty", id.0, v.shape);
         Ok(&v.shape)
     }
 

@@ -34,10 +34,13 @@ impl Feed {
     }
 }
 
+/// Appends the op of a case and returns its outputs.
+pub type Build = dyn Fn(&mut Feed) -> Vec<ValueId> + Sync;
+
 /// A one-op program of any batch.
 pub struct Case {
     pub name: String,
-    pub build: Box<dyn Fn(&mut Feed) -> Vec<ValueId> + Sync>,
+    pub build: Box<Build>,
 }
 
 /// A case as a program, with what is needed to fill its buffers.

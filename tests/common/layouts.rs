@@ -46,10 +46,13 @@ pub fn reversed_unet(model: &str) -> Vec<u8> {
     serialize(&tensors)
 }
 
+/// Key, operation, dtype, shape, and the (component, tensor) pairs it is made of.
+type Row = (String, String, String, Vec<usize>, Vec<(String, String)>);
+
 /// Writes the single-file checkpoint of a folder, as its plan says.
 pub fn write_single_file(model: &str, path: &Path) {
     let plan = std::fs::read(data_folder(model).join("single_file.json")).unwrap();
-    let plan: Vec<(String, String, String, Vec<usize>, Vec<(String, String)>)> = serde_json::from_slice(&plan).unwrap();
+    let plan: Vec<Row> = serde_json::from_slice(&plan).unwrap();
     let mut components: BTreeMap<String, BTreeMap<String, Stored>> = BTreeMap::new();
     let mut file = BTreeMap::new();
     for (key, op, dtype, shape, sources) in plan {

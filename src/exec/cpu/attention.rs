@@ -6,7 +6,7 @@
 //! scores never leave the cache. Key blocks depend on the number of keys only and a row never sees another row, so bits depend
 //! neither on the batch nor on the tile height.
 
-use super::microkernel::{Blocks, Dense, multiply};
+use super::microkernel::{Blocks, Dense, Target, multiply};
 use super::pack::{Columns, Packed, Tiling};
 use super::real::Real;
 use super::{Cx, Machine, Outputs};
@@ -16,9 +16,9 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Most query rows of a tile; a multiple of every register tile's height.
-const MOST_ROWS: usize = 96;
-/// Key panels of a block: with AVX-512 256 keys, whose scores for a tile fit the second-level cache many times.
-const PANELS_PER_BLOCK: usize = 4;
+const MOST_ROWS: usize = 48;
+/// Key panels of a block: with AVX-512 512 keys, whose scores for a tile take a tenth of the second-level cache.
+const PANELS_PER_BLOCK: usize = 8;
 /// Longest stretch of head dimension in one pass of the score product.
 const DEPTH_BLOCK: usize = 256;
 /// Partial results of a reduction over a row: fixed, so that its order is.
@@ -210,7 +210,8 @@ fn over_keys<T: Real, S: Simd>(
         if sizes.causal && start >= rows.end {
             break;
         }
-        multiply(simd, &q, rows.len(), Blocks::new(1, dim, DEPTH_BLOCK), kt, panels, scores, width, false);
+        let out = Target { values: &mut *scores, stride: width, add: false };
+        multiply(simd, &q, rows.len(), Blocks::new(1, dim, DEPTH_BLOCK), kt, panels, out);
         for (row, query) in rows.clone().enumerate() {
             let visible = if sizes.causal { (query + 1).saturating_sub(start).min(keys) } else { keys };
             let (scores, hidden) = scores[row * width..][..keys].split_at_mut(visible);
@@ -227,17 +228,8 @@ fn over_keys<T: Real, S: Simd>(
             highest[row] = top;
         }
         let weights = Dense { values: &*scores, stride: width };
-        multiply(
-            simd,
-            &weights,
-            rows.len(),
-            Blocks::new(1, keys, keys).at(start),
-            v,
-            0..v.columns.panels,
-            sums,
-            dim,
-            true,
-        );
+        let out = Target { values: &mut *sums, stride: dim, add: true };
+        multiply(simd, &weights, rows.len(), Blocks::new(1, keys, keys).at(start), v, 0..v.columns.panels, out);
     }
 }
 

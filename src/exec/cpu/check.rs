@@ -66,3 +66,35 @@ fn dies(planned: &Planned, index: usize, id: ValueId) -> bool {
     let output = program.outputs.iter().any(|(_, output)| *output == id);
     touched && !later && !output && plan.in_place[index] != Some(id)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::plan;
+    use crate::program::{Activation, Builder, DType};
+
+    /// Three ops in a row; the second writes where it must not, and what the first made is dead after it.
+    #[test]
+    fn the_guard_sees_stray_writes_and_poisons_dead_memory() {
+        let mut b = Builder::new("p", DType::F32);
+        let x = b.input("x", &[100]);
+        let y = b.activate(x, Activation::Silu);
+        let z = b.add(y, y);
+        let out = b.affine(z, 1.0, 2.0);
+        b.output("out", out);
+        let planned = plan(b.finish().unwrap(), |_, _| 0);
+        let at = |id: ValueId| planned.plan.regions[id.index()].unwrap().offset / size_of::<f32>();
+        let mut arena = vec![0.0f32; planned.plan.arena_bytes / size_of::<f32>()];
+        let mut guard = Guard::new(&mut arena);
+        arena[at(y)..at(y) + 100].fill(1.0);
+        guard.check(&planned, 0, &mut arena).unwrap();
+        arena[at(z)..at(z) + 100].fill(2.0);
+        let mut stray = arena.clone();
+        stray[at(y) + 3] = 7.0;
+        let mut copy = Guard { expected: guard.expected.clone() };
+        let message = copy.check(&planned, 1, &mut stray).unwrap_err().to_string();
+        assert!(message.contains("op 1 (add %1 %1): wrote outside"), "{message}");
+        guard.check(&planned, 1, &mut arena).unwrap();
+        assert!(arena[at(y)].is_nan() && arena[at(z)] == 2.0);
+    }
+}

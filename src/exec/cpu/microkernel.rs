@@ -9,8 +9,11 @@ use super::real::Real;
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
-/// Columns of `out` that one pass over the K blocks covers, in elements of rows × columns: stays in the second-level cache.
+/// Elements of `out` (rows × columns) that one pass over the K blocks covers: they stay in the second-level cache.
 const GROUP_ELEMENTS: usize = 64 * 1024;
+
+/// K values of a row that the innermost loop reads at a time.
+const STEP: usize = 8;
 
 /// A stretch of the K dimension: `len` values from `start` of one tap (kernel position), at row `k` of the right operand.
 #[derive(Clone, Copy, Debug)]
@@ -42,9 +45,10 @@ impl Blocks {
         Blocks { offset, ..self }
     }
 
+    /// All taps of one stretch of the depth, then the next stretch: neighbouring taps read the same pixels, still cached.
     fn iter(self) -> impl Iterator<Item = Block> {
         (0..self.taps * self.per_tap).map(move |i| {
-            let (tap, start) = (i / self.per_tap, i % self.per_tap * self.length);
+            let (tap, start) = (i % self.taps, i / self.taps * self.length);
             let len = self.length.min(self.depth - start);
             Block { tap, start, len, k: self.offset + tap * self.depth + start }
         })
@@ -82,8 +86,17 @@ impl<T: Real> WithSimd for Detect<T> {
     }
 }
 
-/// `out[rows, columns of panels] (+)= left · right`; `out` begins at the first row and the first panel's first column and its
-/// rows are `stride` apart. With `add` false the first K block overwrites.
+/// Where a product goes.
+pub struct Target<'a, T> {
+    /// Begins at the first row and the first panel's first column.
+    pub values: &'a mut [T],
+    /// Elements from row to row.
+    pub stride: usize,
+    /// Whether to add to what is there, or overwrite it.
+    pub add: bool,
+}
+
+/// `out[rows, columns of panels] (+)= left · right`.
 #[inline(always)]
 pub fn multiply<T: Real, S: Simd, L: Left<T>>(
     simd: S,
@@ -92,25 +105,24 @@ pub fn multiply<T: Real, S: Simd, L: Left<T>>(
     blocks: Blocks,
     right: Packed<'_, T>,
     panels: Range<usize>,
-    out: &mut [T],
-    stride: usize,
-    add: bool,
+    out: Target<'_, T>,
 ) {
     let first = right.columns.panel(panels.start).start;
     let group = (GROUP_ELEMENTS / (rows * right.columns.widest())).max(1);
     for start in panels.clone().step_by(group) {
-        for block in blocks.iter() {
-            let add = add || block.k > blocks.offset;
+        for (i, block) in blocks.iter().enumerate() {
             for index in start..panels.end.min(start + group) {
                 let panel = right.columns.panel(index);
                 let packed = right.rows(panel, block.k, block.len);
-                let out = &mut out[panel.start - first..];
+                let values = &mut out.values[panel.start - first..];
+                let out = Target { values, stride: out.stride, add: out.add || i > 0 };
+                let strip = Strip { left, rows, block, packed, panel, out };
                 match (panel.vectors, S::REGISTER_COUNT >= 32) {
-                    (1, _) => strip::<T, S, L, 12, 1>(simd, left, rows, block, packed, panel, out, stride, add),
-                    (2, true) => strip::<T, S, L, 12, 2>(simd, left, rows, block, packed, panel, out, stride, add),
-                    (2, false) => strip::<T, S, L, 6, 2>(simd, left, rows, block, packed, panel, out, stride, add),
-                    (3, true) => strip::<T, S, L, 8, 3>(simd, left, rows, block, packed, panel, out, stride, add),
-                    (4, true) => strip::<T, S, L, 6, 4>(simd, left, rows, block, packed, panel, out, stride, add),
+                    (1, _) => simd.vectorize(Tiles::<_, 12, 1>(strip)),
+                    (2, true) => simd.vectorize(Tiles::<_, 12, 2>(strip)),
+                    (2, false) => simd.vectorize(Tiles::<_, 6, 2>(strip)),
+                    (3, true) => simd.vectorize(Tiles::<_, 8, 3>(strip)),
+                    (4, true) => simd.vectorize(Tiles::<_, 6, 4>(strip)),
                     (vectors, _) => unreachable!("no tile of {vectors} vectors"),
                 }
             }
@@ -118,47 +130,50 @@ pub fn multiply<T: Real, S: Simd, L: Left<T>>(
     }
 }
 
-/// All tiles of one panel and K block. The last tile repeats its last row and keeps only what exists.
-#[inline(always)]
-fn strip<T: Real, S: Simd, L: Left<T>, const ROWS: usize, const VECTORS: usize>(
-    simd: S,
-    left: &L,
-    rows: usize,
-    block: Block,
-    packed: &[T],
-    panel: Panel,
-    out: &mut [T],
-    stride: usize,
-    add: bool,
-) {
-    simd.vectorize(Strip::<'_, T, L, ROWS, VECTORS> { left, rows, block, packed, panel, out, stride, add });
-}
-
-/// A function of its own per tile shape: the compiler allocates registers for one loop at a time.
-struct Strip<'a, T, L, const ROWS: usize, const VECTORS: usize> {
+/// All rows of one panel in one K block.
+struct Strip<'a, T, L> {
     left: &'a L,
     rows: usize,
     block: Block,
     packed: &'a [T],
     panel: Panel,
-    out: &'a mut [T],
-    stride: usize,
-    add: bool,
+    out: Target<'a, T>,
 }
 
-impl<T: Real, L: Left<T>, const ROWS: usize, const VECTORS: usize> WithSimd for Strip<'_, T, L, ROWS, VECTORS> {
+/// A strip cut into tiles of one shape: a function of its own, so that the compiler allocates registers for one loop only.
+/// The last tile repeats its last row and keeps only what exists.
+struct Tiles<P, const ROWS: usize, const VECTORS: usize>(P);
+
+impl<T: Real, L: Left<T>, const ROWS: usize, const VECTORS: usize> WithSimd for Tiles<Strip<'_, T, L>, ROWS, VECTORS> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        for row in (0..self.rows).step_by(ROWS) {
-            let present = ROWS.min(self.rows - row);
-            let left: [&[T]; ROWS] = std::array::from_fn(|r| self.left.row(row + r.min(present - 1), self.block));
-            let tile = accumulate::<T, S, ROWS, VECTORS>(simd, self.block.len, left, self.packed);
-            for r in 0..ROWS {
-                if r < present {
-                    let out = &mut self.out[(row + r) * self.stride..][..self.panel.width];
-                    store::<T, S, VECTORS>(simd, tile[r], out, self.add);
+        let Strip { left, rows, block, packed, panel, out: Target { values: out, stride, add } } = self.0;
+        let lanes = size_of::<T::Vector<S>>() / size_of::<T>();
+        for row in (0..rows).step_by(ROWS) {
+            let present = ROWS.min(rows - row);
+            let mut slices: [&[T]; ROWS] = [&[]; ROWS];
+            for (r, slice) in slices.iter_mut().enumerate() {
+                *slice = left.row(row + r.min(present - 1), block);
+            }
+            let tile = accumulate::<T, S, ROWS, VECTORS>(simd, block.len, slices, packed);
+            let out = &mut out[row * stride..];
+            if present == ROWS && panel.width == VECTORS * lanes {
+                for r in 0..ROWS {
+                    let out: &mut [T::Vector<S>] = bytemuck::cast_slice_mut(&mut out[r * stride..][..VECTORS * lanes]);
+                    for v in 0..VECTORS {
+                        out[v] = if add { T::vector_add(simd, out[v], tile[r][v]) } else { tile[r][v] };
+                    }
+                }
+            } else {
+                // Through a copy: what is indexed at run time cannot stay in registers, and the tile must.
+                let edge: [[T::Vector<S>; VECTORS]; ROWS] = std::array::from_fn(|r| tile[r]);
+                for r in 0..present {
+                    let out = &mut out[r * stride..][..panel.width];
+                    for (out, &value) in out.iter_mut().zip(bytemuck::cast_slice::<_, T>(&edge[r])) {
+                        *out = if add { *out + value } else { value };
+                    }
                 }
             }
         }
@@ -173,35 +188,32 @@ fn accumulate<T: Real, S: Simd, const ROWS: usize, const VECTORS: usize>(
     left: [&[T]; ROWS],
     packed: &[T],
 ) -> [[T::Vector<S>; VECTORS]; ROWS] {
-    // Slices of one known length: no bounds checks inside the loop.
-    let left = left.map(|row| &row[..len]);
-    let (packed, _) = bytemuck::cast_slice::<T, T::Vector<S>>(packed).as_chunks::<VECTORS>();
-    let packed = &packed[..len];
+    let packed = bytemuck::cast_slice::<T, T::Vector<S>>(packed).as_chunks::<VECTORS>().0;
+    // Whole steps as arrays of known length: one bounds check per row and step, none per element.
+    let (steps, rest) = packed[..len].as_chunks::<STEP>();
+    let mut whole: [&[[T; STEP]]; ROWS] = [&[]; ROWS];
+    for (whole, row) in whole.iter_mut().zip(left) {
+        *whole = row[..len].as_chunks().0;
+    }
     let mut tile = [[T::splat(simd, T::ZERO); VECTORS]; ROWS];
-    for k in 0..len {
-        let columns = packed[k];
+    for (i, step) in steps.iter().enumerate() {
+        let left: [&[T; STEP]; ROWS] = std::array::from_fn(|r| &whole[r][i]);
+        for k in 0..STEP {
+            for r in 0..ROWS {
+                let value = T::splat(simd, left[r][k]);
+                for v in 0..VECTORS {
+                    tile[r][v] = T::vector_fma(simd, value, step[k][v], tile[r][v]);
+                }
+            }
+        }
+    }
+    for (k, columns) in rest.iter().enumerate() {
         for r in 0..ROWS {
-            let value = T::splat(simd, left[r][k]);
+            let value = T::splat(simd, left[r][steps.len() * STEP + k]);
             for v in 0..VECTORS {
                 tile[r][v] = T::vector_fma(simd, value, columns[v], tile[r][v]);
             }
         }
     }
     tile
-}
-
-#[inline(always)]
-fn store<T: Real, S: Simd, const VECTORS: usize>(simd: S, tile: [T::Vector<S>; VECTORS], out: &mut [T], add: bool) {
-    let lanes = size_of::<T::Vector<S>>() / size_of::<T>();
-    if out.len() == VECTORS * lanes {
-        for (out, value) in out.chunks_exact_mut(lanes).zip(tile) {
-            let out: &mut [T::Vector<S>] = bytemuck::cast_slice_mut(out);
-            out[0] = if add { T::vector_add(simd, out[0], value) } else { value };
-        }
-    } else {
-        let values: &[T] = bytemuck::cast_slice(&tile);
-        for (out, &value) in out.iter_mut().zip(values) {
-            *out = if add { *out + value } else { value };
-        }
-    }
 }

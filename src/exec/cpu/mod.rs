@@ -72,7 +72,11 @@ enum Place {
 impl<T: Real> Cpu<T> {
     /// An executor for the rayon pool it is made in.
     pub fn new() -> Cpu<T> {
-        let arch = Arch::new();
+        Cpu::on(Arch::new())
+    }
+
+    /// An executor that uses the given instruction set instead of the best one.
+    pub fn on(arch: Arch) -> Cpu<T> {
         let tiling = arch.dispatch(microkernel::Detect::<T>(std::marker::PhantomData));
         let threads = rayon::current_num_threads();
         Cpu {

@@ -6,7 +6,7 @@
 //! `bias + shift + residual`, plus its K blocks in order (see `microkernel`), the residual last where there is an activation.
 
 use super::elementwise::activate;
-use super::microkernel::{Blocks, Left, multiply};
+use super::microkernel::{Blocks, Left, Target, multiply};
 use super::pack::{Columns, Packed};
 use super::real::Real;
 use super::{Machine, Scratch};
@@ -256,7 +256,8 @@ impl<T: Real, O: Operand<T>> Task<'_, '_, T, O> {
         if !bare {
             product.start(&rows, columns, 0, residual, out, stride);
         }
-        multiply(simd, &left, rows.len(), product.blocks, right, panels, out, stride, !bare);
+        let out = Target { values: out, stride, add: !bare };
+        multiply(simd, &left, rows.len(), product.blocks, right, panels, out);
     }
 
     /// Panel by panel through a tile of scratch: product, activation, residual.
@@ -272,28 +273,25 @@ impl<T: Real, O: Operand<T>> Task<'_, '_, T, O> {
             let columns = panel.start..panel.start + panel.width;
             for (half, (right, tile)) in right.iter().zip([&mut *tile, &mut *gate]).enumerate() {
                 self.product.start(&self.rows, columns.clone(), half, Residual::None, tile, widest);
-                multiply(simd, &self.left, count, *blocks, *right, index..index + 1, tile, widest, true);
+                let out = Target { values: tile, stride: widest, add: true };
+                multiply(simd, &self.left, count, *blocks, *right, index..index + 1, out);
             }
-            for row in 0..count {
-                let tile = &mut tile[row * widest..][..panel.width];
-                let out = &mut self.out[row * self.stride + panel.start - first..][..panel.width];
-                if *activation == Activation::Geglu {
-                    let gate = &mut gate[row * widest..][..panel.width];
-                    activate::<T, S>(gate, Activation::Gelu);
-                    for (value, &gate) in tile.iter_mut().zip(&*gate) {
-                        *value *= gate;
-                    }
-                } else {
-                    activate::<T, S>(tile, *activation);
-                }
+            // The whole tile in one loop, padding and all: long enough to hide the latency of the exponentials.
+            if *activation == Activation::Geglu {
+                activate::<T, S>(gate, Activation::Gelu);
+                tile.iter_mut().zip(&*gate).for_each(|(value, &gate)| *value *= gate);
+            } else {
+                activate::<T, S>(tile, *activation);
+            }
+            let rows = self.out.chunks_mut(self.stride).zip(tile.chunks_exact(widest));
+            for (row, (out, tile)) in rows.enumerate() {
+                let (out, tile) = (&mut out[panel.start - first..][..panel.width], &tile[..panel.width]);
                 match self.residual {
                     Residual::None => out.copy_from_slice(tile),
-                    Residual::InPlace => out.iter_mut().zip(&*tile).for_each(|(out, &value)| *out += value),
+                    Residual::InPlace => add(out, Some(tile)),
                     Residual::Of(values) => {
-                        let values = &values[row * right[0].columns.n + panel.start - first..];
-                        for ((out, &value), &residual) in out.iter_mut().zip(&*tile).zip(values) {
-                            *out = residual + value;
-                        }
+                        out.copy_from_slice(&values[row * right[0].columns.n + panel.start - first..][..panel.width]);
+                        add(out, Some(tile));
                     }
                 }
             }
