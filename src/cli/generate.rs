@@ -269,16 +269,26 @@ fn warn_of_cut_tokens(args: &Generate, pipeline: &Pipeline, targets: &[Target], 
     Ok(())
 }
 
+/// Refuses a plan that `--memory-limit`, or else this machine, cannot hold: before any weight is loaded.
 fn check_memory(args: &Generate, needed: usize) -> Result<()> {
-    match args.model.memory_limit {
-        Some(limit) if needed > limit => Err(Error::Memory(format!(
-            "--memory-limit {}: the plan needs {}; a smaller {} would need less",
-            show_bytes(limit),
-            show_bytes(needed),
-            if args.batch > 1 { "--batch or --size" } else { "--size" }
-        ))),
-        Some(_) | None => Ok(()),
+    let (limit, whose) = match (args.model.memory_limit, machine_memory()) {
+        (Some(limit), _) => (limit, "--memory-limit is"),
+        (None, Some(memory)) => (memory, "this machine has"),
+        (None, None) => return Ok(()),
+    };
+    if needed <= limit {
+        return Ok(());
     }
+    let flags = if args.batch > 1 { "--batch or --size" } else { "--size" };
+    let (needed, limit) = (show_bytes(needed), show_bytes(limit));
+    Err(Error::Memory(format!("the plan needs {needed} and {whose} {limit}; a smaller {flags} needs less")))
+}
+
+/// Physical memory in bytes (`/proc/meminfo`, in KiB there); `None` where there is no such file.
+fn machine_memory() -> Option<usize> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    Some(line.split_whitespace().next()?.parse::<usize>().ok()? * 1024)
 }
 
 fn report_load(reporter: &Reporter, seconds: f64, faults: u64, planned: usize) -> Result<()> {
