@@ -9,6 +9,7 @@ mod dpmpp;
 mod euler;
 mod fragment;
 mod noise;
+mod philox;
 mod pndm;
 mod schedule;
 mod torch;

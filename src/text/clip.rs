@@ -1,20 +1,13 @@
 //! CLIP's vocabulary and its pipeline: how the merges define the tokens, and how text becomes the words they apply to.
 
-use super::files::Special;
+use super::files::{Pairs, Special};
 use super::{END, START};
 use crate::{Error, Result};
-use std::collections::HashMap;
 use std::io::Read;
 use tokenizers::models::bpe::BPE;
 use tokenizers::normalizers::{self, Lowercase, NFC, Replace, replace::ReplacePattern};
 use tokenizers::pre_tokenizers::{self, byte_level::ByteLevel, split::Split, split::SplitPattern};
 use tokenizers::tokenizer::SplitDelimiterBehavior;
-
-/// What byte-pair encoding needs.
-pub struct Pairs {
-    pub vocab: HashMap<String, u32>,
-    pub merges: Vec<(String, String)>,
-}
 
 /// CLIP's merges in order, one `left right` per line (assets/clip/README.md).
 const MERGES: &[u8] = include_bytes!("../assets/clip/merges.txt.gz");

@@ -1,6 +1,5 @@
 //! The files of a `tokenizer` folder, read with every surprise turned into an error that names the file.
 
-use super::clip::Pairs;
 use super::{END, START};
 use crate::{Error, Result};
 use serde_json::Value;
@@ -10,6 +9,12 @@ use tokenizers::AddedToken;
 
 /// Lengths above this are transformers' way of saying "none" (1e30).
 const LONGEST: u64 = 1 << 20;
+
+/// What byte-pair encoding needs.
+pub struct Pairs {
+    pub vocab: HashMap<String, u32>,
+    pub merges: Vec<(String, String)>,
+}
 
 /// The special tokens of a CLIP tokenizer.
 pub struct Special {

@@ -93,7 +93,7 @@ impl Tokenizer {
         Tokenizer::build(pairs, special, length, Path::new("tokenizer.json"))
     }
 
-    fn build(pairs: clip::Pairs, special: files::Special, length: Option<usize>, at: &Path) -> Result<Tokenizer> {
+    fn build(pairs: files::Pairs, special: files::Special, length: Option<usize>, at: &Path) -> Result<Tokenizer> {
         let vocab_size = pairs.vocab.values().max().map_or(0, |&id| id as usize + 1);
         let id = |token: &AddedToken| match pairs.vocab.get(&token.content) {
             Some(&id) => i32::try_from(id).map_err(|_| Error::file(at, format!("token id {id} is too large"))),
