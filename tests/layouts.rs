@@ -56,3 +56,20 @@ fn a_vocabulary_larger_than_the_embedding_is_refused() {
     let error = Pipeline::open(single_file("tiny-sd1"), None).err().unwrap().to_string();
     assert!(error.contains("49408") && error.contains("819"), "{error}");
 }
+
+/// What a UNet file says of itself counts, whatever the base model's scheduler config says of the UNet it replaces.
+#[test]
+fn a_unet_file_says_what_it_predicts() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("unet.safetensors");
+    let bytes = common::layouts::reversed_unet("tiny-sdxl");
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let said = std::collections::HashMap::from([("modelspec.predict_key".to_string(), "v".to_string())]);
+    std::fs::write(&path, safetensors::serialize(file.tensors(), Some(said)).unwrap()).unwrap();
+    let base = common::golden::data_folder("tiny-sdxl");
+    let predicts = |model: &Model, flag| detect::pipeline_config(model, flag).unwrap().scheduler.prediction;
+    assert_eq!(predicts(&Model::open(&base, None).unwrap(), None), Prediction::Epsilon);
+    let replaced = Model::open(&base, Some(&path)).unwrap();
+    assert_eq!(predicts(&replaced, None), Prediction::V);
+    assert_eq!(predicts(&replaced, Some(Prediction::Epsilon)), Prediction::Epsilon);
+}

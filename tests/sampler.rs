@@ -35,11 +35,12 @@ fn stable_diffusion() -> SchedulerConfig {
         beta_end: 0.012,
         beta_schedule: BetaSchedule::ScaledLinear,
         prediction: Prediction::Epsilon,
-        spacing: Spacing::Leading,
+        spacing: None,
         steps_offset: 1,
         set_alpha_to_one: false,
         rescale_zero_snr: false,
         karras: false,
+        unsupported: None,
     }
 }
 
@@ -189,7 +190,7 @@ fn timesteps_of_every_step_count() {
         let sums: Vec<u64> = serde_json::from_value(row["sums"].clone()).expect("sums");
         assert_eq!(sums.len(), 256);
         for (i, expected) in sums.iter().enumerate() {
-            let config = SchedulerConfig { spacing: named(&SPACINGS, &row["spacing"]), ..stable_diffusion() };
+            let config = SchedulerConfig { spacing: Some(named(&SPACINGS, &row["spacing"])), ..stable_diffusion() };
             let schedule = schedule(&config, &settings(method(&row["method"]), i + 1)).expect("schedule");
             let bits = schedule.steps.iter().map(|s| u64::from((s.timestep as f32).to_bits()));
             let sum = bits.enumerate().fold(0, |sum, (i, b)| (sum + (i as u64 + 1) * b) % ((1 << 31) - 1));
@@ -324,5 +325,25 @@ fn cfg_pp_runs_both_branches_even_at_one() {
         assert!(schedule(&stable_diffusion(), &s).expect("schedule").needs.uncond);
         let plain = Settings { cfg_pp: false, ..s };
         assert!(!schedule(&stable_diffusion(), &plain).expect("schedule").needs.uncond);
+    }
+}
+
+/// Without a word from the user or the model's file, each sampler spreads its timesteps as its diffusers class does.
+#[test]
+fn spacing_falls_back_to_the_sampler() {
+    for method in Method::ALL {
+        let usual = match method {
+            Method::Ddim | Method::Pndm => Spacing::Leading,
+            _ => Spacing::Linspace,
+        };
+        let asked = Settings { spacing: Some(usual), ..settings(method, 7) };
+        assert_eq!(
+            schedule(&stable_diffusion(), &settings(method, 7)).unwrap(),
+            schedule(&stable_diffusion(), &asked).unwrap(),
+            "{method}"
+        );
+        let model = SchedulerConfig { spacing: Some(Spacing::Trailing), ..stable_diffusion() };
+        let trailing = Settings { spacing: Some(Spacing::Trailing), ..settings(method, 7) };
+        assert_eq!(schedule(&model, &settings(method, 7)).unwrap(), schedule(&model, &trailing).unwrap(), "{method}");
     }
 }

@@ -18,6 +18,23 @@ fn clip() -> Tokenizer {
 }
 
 #[test]
+fn added_tokens_continue_the_vocabulary() {
+    let plain = shapes();
+    let next = plain.vocab_size();
+    let list = format!("{{\"<cat-toy>\": {next}, \"{END}\": 818}}");
+    let added = shapes().with_added_tokens(Some(list.as_bytes()), Some(CONFIG), None).expect("added");
+    assert_eq!(added.vocab_size(), next + 1);
+    let ids = added.encode("a <cat-toy> star").expect("ids").ids;
+    assert_eq!(ids.iter().filter(|&&id| id == next as i32).count(), 1);
+    assert_eq!(added.encode("a star").expect("ids"), plain.encode("a star").expect("ids"));
+    let decoder = format!("{{\"added_tokens_decoder\": {{\"{next}\": {{\"content\": \"<x>\"}}}}}}");
+    assert_eq!(shapes().with_added_tokens(None, Some(decoder.as_bytes()), None).expect("added").vocab_size(), next + 1);
+    let gap = format!("{{\"<x>\": {}}}", next + 5);
+    let error = shapes().with_added_tokens(Some(gap.as_bytes()), None, None).err().expect("a gap").to_string();
+    assert!(error.contains("<x>") && error.contains(&next.to_string()), "{error}");
+}
+
+#[test]
 fn ids_are_those_of_transformers() {
     let golden: Value = serde_json::from_str(GOLDEN).expect("golden file");
     let cases = golden["cases"].as_array().expect("cases");

@@ -187,6 +187,9 @@ impl SamplingFlags {
     /// The flags with the model's defaults filled in.
     pub fn settings(&self, pipeline: &Pipeline, dtype: DType) -> Result<Settings> {
         let config = &pipeline.config;
+        if let (None, Some(why)) = (self.sampler, &config.scheduler.unsupported) {
+            return Err(Error::Usage(format!("{why}; choose a sampler with --sampler")));
+        }
         let (width, height) = self.size.unwrap_or((config.image_size, config.image_size));
         let usual_guidance = match (self.cfg_pp, config.family) {
             (true, _) => 0.6,
@@ -197,7 +200,7 @@ impl SamplingFlags {
             width,
             height,
             sampler: sampler::Settings {
-                method: self.sampler.unwrap_or_else(|| Method::default_for(&config.scheduler)),
+                method: self.sampler.or(Method::of(&config.scheduler)).unwrap_or(Method::Ddim),
                 spacing: self.spacing.map(Into::into),
                 steps: self.steps,
                 eta: self.eta,
@@ -207,6 +210,21 @@ impl SamplingFlags {
             rng: self.rng,
             dtype,
         })
+    }
+}
+
+impl SamplingFlags {
+    /// What the user may not expect of these flags with this model.
+    pub fn remarks(&self, pipeline: &Pipeline) -> Vec<String> {
+        let mut remarks = Vec::new();
+        let scheduler = &pipeline.config.scheduler;
+        if self.sampler.is_none() && Method::of(scheduler).is_none() {
+            remarks.push(format!("the model's {} is not here; using ddim (see --sampler)", scheduler.class));
+        }
+        if !self.cfg_pp && self.guidance.is_some_and(|w| (0.0..1.0).contains(&w)) {
+            remarks.push("--guidance below 1 leans away from the prompt, 0 ignores it; distilled models want 1".into());
+        }
+        remarks
     }
 }
 

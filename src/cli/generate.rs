@@ -82,7 +82,7 @@ impl Generate {
             noise: self.noise.as_ref().map(|path| format!("{}#{}", path.display(), target.index)),
             steps: settings.sampler.steps,
             sampler: settings.sampler.method.to_string(),
-            spacing: name(&settings.sampler.spacing.unwrap_or(scheduler.spacing)),
+            spacing: name(&settings.sampler.spacing(scheduler)),
             eta: settings.sampler.eta,
             guidance: settings.sampler.guidance,
             cfg_pp: settings.sampler.cfg_pp,
@@ -142,6 +142,7 @@ pub fn run(args: &Generate) -> Result<()> {
     let missing = missing(args, &pipeline, &settings, targets)?;
     let reporter = Reporter::new(args.json, args.quiet);
     warn_of_cut_tokens(args, &pipeline, &missing, &reporter)?;
+    args.sampling.remarks(&pipeline).iter().for_each(|remark| reporter.warn(remark));
 
     let mut run = Run { args, pipeline: &pipeline, settings, noise, interrupt: catch_interrupt()?, reporter };
     let latents = run.make(&missing, started)?;

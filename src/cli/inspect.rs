@@ -6,6 +6,7 @@ use crate::exec::Executor;
 use crate::methods::generate::Generator;
 use crate::methods::pipeline::Pipeline;
 use crate::plan::{Footprint, show_bytes};
+use crate::sampler::Method;
 use crate::weights::Component;
 use crate::{Error, Result};
 use serde_json::{Value, json};
@@ -146,7 +147,8 @@ fn describe(pipeline: &Pipeline) -> Result<()> {
     ))?;
     print_line(&format!("family      {:?}, predicts {:?}", config.family, config.scheduler.prediction).to_lowercase())?;
     print_line(&format!("image       {0}x{0}, {1} prompt tokens", config.image_size, pipeline.tokens()))?;
-    print_line(&format!("scheduler   {}", config.scheduler.class))?;
+    let sampler = Method::of(&config.scheduler).map_or("not here; ddim is used".to_string(), |m| m.to_string());
+    print_line(&format!("scheduler   {} ({sampler})", config.scheduler.class))?;
     for component in Component::ALL.into_iter().filter(|&c| pipeline.model.has(c)) {
         let c = contents(pipeline, component);
         print_line(&format!(

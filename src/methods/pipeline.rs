@@ -61,6 +61,7 @@ fn tokenizer(model: &Model, config: &PipelineConfig, tower: usize) -> Result<Tok
             Tokenizer::clip(if open_clip { text::OPEN_CLIP_PAD } else { text::END })
         }
     }
+    .and_then(|tokenizer| tokenizer.with_added_tokens(file("added_tokens.json"), special, file("tokenizer.json")))
     .map_err(|error| Error::file(model.path(), format!("{folder}: {error}")))?
     .with_max_length(config.text[tower].max_positions);
     if tokenizer.vocab_size() > config.text[tower].vocab_size {

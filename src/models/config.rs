@@ -107,11 +107,14 @@ pub struct SchedulerConfig {
     pub beta_end: f64,
     pub beta_schedule: BetaSchedule,
     pub prediction: Prediction,
-    pub spacing: Spacing,
+    /// `None` where the file does not say: every sampler then has its own, as the diffusers classes do.
+    pub spacing: Option<Spacing>,
     pub steps_offset: usize,
     pub set_alpha_to_one: bool,
     pub rescale_zero_snr: bool,
     pub karras: bool,
+    /// Why the class named here cannot be followed; other samplers can still be chosen.
+    pub unsupported: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

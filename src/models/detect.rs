@@ -167,14 +167,20 @@ fn check_complete(model: &Model) -> Result<()> {
             return Err(fields.error(format!("a {class} is not supported; Stable Diffusion 1, 2 and XL pipelines are")));
         }
     }
-    if model.ignored().iter().any(|key| key == "edm_mean") {
-        return Err(Error::file(model.path(), "is a Playground v2.5 (EDM) checkpoint, which is not supported"));
+    // Marks of models that run on continuous noise levels.
+    for (mark, name) in [("edm_mean", "a Playground v2.5 (EDM)"), ("edm_vpred.sigma_max", "a CosXL (EDM)")] {
+        if model.ignored().iter().any(|key| key == mark) {
+            return Err(Error::file(model.path(), format!("is {name} checkpoint, which is not supported")));
+        }
     }
     let needed = [Component::Unet, Component::Vae, Component::TextEncoder];
     match needed.into_iter().find(|c| !model.has(*c)) {
         None => Ok(()),
         Some(Component::TextEncoder) if model.has(Component::TextEncoder2) => {
             Err(Error::file(model.path(), "has only the second text encoder: an SDXL refiner? give the base model"))
+        }
+        Some(Component::Vae) if model.is_single_file() => {
+            Err(Error::file(model.path(), "has no VAE; give a checkpoint with its VAE baked in, or a diffusers folder"))
         }
         Some(c) => Err(Error::file(model.path(), format!("has no {}", c.name()))),
     }
@@ -220,17 +226,20 @@ fn scheduler_config(model: &Model, family: Family, prediction: Option<Prediction
     let fields = fields(model, "scheduler")?;
     let mut config = match &fields {
         Some(fields) => parse::scheduler(fields, family != Family::Sdxl)?,
-        None => single_file_scheduler(model, family),
+        None => single_file_scheduler(family),
     };
-    config.prediction = match prediction {
+    // A file says it of the UNet in use; a folder's field, of the UNet the folder came with.
+    config.prediction = match prediction.or(stated_prediction(model)) {
         Some(prediction) => prediction,
         None if fields.is_some() => config.prediction,
-        None => stated_prediction(model, family)?,
+        None => usual_prediction(model, family)?,
     };
+    // Trainers mark models with a zero terminal signal-to-noise ratio by an empty tensor of this name.
+    config.rescale_zero_snr |= model.ignored().iter().any(|key| key == "ztsnr");
     Ok(config)
 }
 
-fn single_file_scheduler(model: &Model, family: Family) -> SchedulerConfig {
+fn single_file_scheduler(family: Family) -> SchedulerConfig {
     let class = match family {
         Family::Sd1 => "PNDMScheduler",
         Family::Sd2 => "DDIMScheduler",
@@ -243,24 +252,32 @@ fn single_file_scheduler(model: &Model, family: Family) -> SchedulerConfig {
         beta_end: 0.012,
         beta_schedule: BetaSchedule::ScaledLinear,
         prediction: Prediction::Epsilon,
-        spacing: Spacing::Leading,
+        spacing: (family == Family::Sdxl).then_some(Spacing::Leading),
         steps_offset: 1,
         set_alpha_to_one: false,
-        // Trainers mark models with a zero terminal signal-to-noise ratio by an empty tensor of this name.
-        rescale_zero_snr: model.ignored().iter().any(|key| key == "ztsnr"),
+        rescale_zero_snr: false,
         karras: false,
+        unsupported: None,
     }
 }
 
-/// What a single file says its UNet predicts, in its metadata or by a mark tensor; otherwise what its family does.
-fn stated_prediction(model: &Model, family: Family) -> Result<Prediction> {
+/// What a file says its UNet predicts: in its metadata (`modelspec.prediction_type`, ComfyUI's `modelspec.predict_key`) or by
+/// a mark tensor.
+fn stated_prediction(model: &Model) -> Option<Prediction> {
     let marked = model.ignored().iter().any(|key| key == "v_pred");
-    match (model.metadata("modelspec.prediction_type"), family) {
-        (Some("epsilon"), _) => Ok(Prediction::Epsilon),
-        (Some("v" | "v_prediction" | "v-prediction"), _) => Ok(Prediction::V),
-        _ if marked => Ok(Prediction::V),
-        (_, Family::Sd1 | Family::Sdxl) => Ok(Prediction::Epsilon),
-        (_, Family::Sd2) => Err(Error::Usage(format!(
+    let said = model.metadata("modelspec.prediction_type").or_else(|| model.metadata("modelspec.predict_key"));
+    match said {
+        Some("epsilon") => Some(Prediction::Epsilon),
+        Some("v" | "v_prediction" | "v-prediction") => Some(Prediction::V),
+        Some(_) | None => marked.then_some(Prediction::V),
+    }
+}
+
+/// What the UNets of a family predict, where that is one thing.
+fn usual_prediction(model: &Model, family: Family) -> Result<Prediction> {
+    match family {
+        Family::Sd1 | Family::Sdxl => Ok(Prediction::Epsilon),
+        Family::Sd2 => Err(Error::Usage(format!(
             "{}: an SD 2 checkpoint does not say what it predicts; \
              give --prediction v (768 models) or --prediction epsilon (512 base)",
             model.path().display()

@@ -300,33 +300,36 @@ pub fn text(f: &Fields) -> Result<ClipTextConfig> {
     }
 }
 
-/// Defaults of the scheduler classes of diffusers: name, beta start and end, beta schedule, spacing.
-const SCHEDULERS: [(&str, f64, f64, &str, &str); 14] = [
-    ("DDIMScheduler", 0.0001, 0.02, "linear", "leading"),
-    ("DDPMScheduler", 0.0001, 0.02, "linear", "leading"),
-    ("PNDMScheduler", 0.0001, 0.02, "linear", "leading"),
-    ("LMSDiscreteScheduler", 0.0001, 0.02, "linear", "linspace"),
-    ("EulerDiscreteScheduler", 0.0001, 0.02, "linear", "linspace"),
-    ("EulerAncestralDiscreteScheduler", 0.0001, 0.02, "linear", "linspace"),
-    ("HeunDiscreteScheduler", 0.00085, 0.012, "linear", "linspace"),
-    ("KDPM2DiscreteScheduler", 0.00085, 0.012, "linear", "linspace"),
-    ("KDPM2AncestralDiscreteScheduler", 0.00085, 0.012, "linear", "linspace"),
-    ("DPMSolverMultistepScheduler", 0.0001, 0.02, "linear", "linspace"),
-    ("DPMSolverSinglestepScheduler", 0.0001, 0.02, "linear", "linspace"),
-    ("DEISMultistepScheduler", 0.0001, 0.02, "linear", "linspace"),
-    ("UniPCMultistepScheduler", 0.0001, 0.02, "linear", "linspace"),
-    ("LCMScheduler", 0.00085, 0.012, "scaled_linear", "leading"),
+/// Defaults of the scheduler classes of diffusers: name, beta start and end, beta schedule.
+const SCHEDULERS: [(&str, f64, f64, &str); 14] = [
+    ("DDIMScheduler", 0.0001, 0.02, "linear"),
+    ("DDPMScheduler", 0.0001, 0.02, "linear"),
+    ("PNDMScheduler", 0.0001, 0.02, "linear"),
+    ("LMSDiscreteScheduler", 0.0001, 0.02, "linear"),
+    ("EulerDiscreteScheduler", 0.0001, 0.02, "linear"),
+    ("EulerAncestralDiscreteScheduler", 0.0001, 0.02, "linear"),
+    ("HeunDiscreteScheduler", 0.00085, 0.012, "linear"),
+    ("KDPM2DiscreteScheduler", 0.00085, 0.012, "linear"),
+    ("KDPM2AncestralDiscreteScheduler", 0.00085, 0.012, "linear"),
+    ("DPMSolverMultistepScheduler", 0.0001, 0.02, "linear"),
+    ("DPMSolverSinglestepScheduler", 0.0001, 0.02, "linear"),
+    ("DEISMultistepScheduler", 0.0001, 0.02, "linear"),
+    ("UniPCMultistepScheduler", 0.0001, 0.02, "linear"),
+    ("LCMScheduler", 0.00085, 0.012, "scaled_linear"),
 ];
 
 /// `scheduler_config.json`. `old_pipeline` says that the pipeline is `StableDiffusionPipeline`, which overrules two
 /// fields: `steps_offset` is 1 and `clip_sample` false whatever the file says.
 pub fn scheduler(f: &Fields, old_pipeline: bool) -> Result<SchedulerConfig> {
     let class = f.text("_class_name", "")?;
-    let Some(&(_, beta_start, beta_end, schedule, spacing)) = SCHEDULERS.iter().find(|s| s.0 == class) else {
-        let known: Vec<_> = SCHEDULERS.iter().map(|s| s.0.trim_end_matches("Scheduler")).collect();
-        return Err(f.wrong("_class_name", &format!("a scheduler of the kinds {}", known.join(", "))));
+    let known = SCHEDULERS.iter().find(|s| s.0 == class);
+    let unsupported = match known {
+        Some(_) => unsupported_scheduler(f, class, old_pipeline).err(),
+        None => Some(f.error(format!("scheduler class '{class}' is not known"))),
     };
-    unsupported_scheduler(f, class, old_pipeline)?;
+    f.absent(&["trained_betas"])?;
+    // What the other classes have where the file says nothing.
+    let &(_, beta_start, beta_end, schedule) = known.unwrap_or(&SCHEDULERS[0]);
     let config = SchedulerConfig {
         class: class.to_string(),
         train_timesteps: f.count("num_train_timesteps", 1000, 2)?,
@@ -344,10 +347,11 @@ pub fn scheduler(f: &Fields, old_pipeline: bool) -> Result<SchedulerConfig> {
             "sample" => Prediction::Sample,
             _ => return Err(f.wrong("prediction_type", "epsilon, v_prediction or sample")),
         },
-        spacing: match f.text("timestep_spacing", spacing)? {
-            "leading" => Spacing::Leading,
-            "linspace" => Spacing::Linspace,
-            "trailing" => Spacing::Trailing,
+        spacing: match f.text("timestep_spacing", "")? {
+            "" => None,
+            "leading" => Some(Spacing::Leading),
+            "linspace" => Some(Spacing::Linspace),
+            "trailing" => Some(Spacing::Trailing),
             _ => return Err(f.wrong("timestep_spacing", "leading, linspace or trailing")),
         },
         steps_offset: if old_pipeline { 1 } else { f.count("steps_offset", 0, 0)? },
@@ -355,6 +359,7 @@ pub fn scheduler(f: &Fields, old_pipeline: bool) -> Result<SchedulerConfig> {
         set_alpha_to_one: f.flag("set_alpha_to_one", class != "PNDMScheduler")?,
         rescale_zero_snr: f.flag("rescale_betas_zero_snr", false)?,
         karras: f.flag("use_karras_sigmas", false)?,
+        unsupported: unsupported.map(|error| error.to_string()),
     };
     let (start, end) = (config.beta_start, config.beta_end);
     if !(0.0 < start && start <= end && end < 1.0) {
@@ -368,7 +373,6 @@ pub fn scheduler(f: &Fields, old_pipeline: bool) -> Result<SchedulerConfig> {
 
 /// Settings of schedulers that change the trajectory and that we do not have; each only where its class reads it.
 fn unsupported_scheduler(f: &Fields, class: &str, old_pipeline: bool) -> Result<()> {
-    f.absent(&["trained_betas"])?;
     for field in ["thresholding", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas"] {
         f.only(field, json!(false))?;
     }

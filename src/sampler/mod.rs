@@ -53,15 +53,24 @@ impl Method {
         }
     }
 
-    /// The sampler a model's `scheduler_config.json` names; DDIM where that class has no counterpart here.
-    pub fn default_for(config: &SchedulerConfig) -> Method {
-        match config.class.as_str() {
+    /// The sampler a model's `scheduler_config.json` names; `None` where that class has no counterpart here.
+    pub fn of(config: &SchedulerConfig) -> Option<Method> {
+        Some(match config.class.as_str() {
+            "DDIMScheduler" => Method::Ddim,
             "EulerDiscreteScheduler" => Method::Euler,
             "EulerAncestralDiscreteScheduler" => Method::EulerAncestral,
             "DPMSolverMultistepScheduler" if config.karras => Method::Dpmpp2mKarras,
             "DPMSolverMultistepScheduler" => Method::Dpmpp2m,
             "PNDMScheduler" => Method::Pndm,
-            _ => Method::Ddim,
+            _ => return None,
+        })
+    }
+
+    /// What the diffusers class does where neither the user nor the model's file names a spacing.
+    fn usual_spacing(self) -> Spacing {
+        match self {
+            Method::Ddim | Method::Pndm => Spacing::Leading,
+            Method::Euler | Method::EulerAncestral | Method::Dpmpp2m | Method::Dpmpp2mKarras => Spacing::Linspace,
         }
     }
 }
@@ -87,7 +96,7 @@ impl std::str::FromStr for Method {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Settings {
     pub method: Method,
-    /// `None` takes the model's own.
+    /// `None` takes the model's own (see [`Settings::spacing`]).
     pub spacing: Option<Spacing>,
     pub steps: usize,
     /// Share of fresh noise in DDIM, 0 (none) to 1 (DDPM); 0 for every other sampler.
@@ -96,6 +105,13 @@ pub struct Settings {
     pub guidance: f64,
     /// CFG++ (Chung et al. 2024): `x₀` from the guided prediction, renoised with the unconditional one; `w` in (0, 1], DDIM or Euler.
     pub cfg_pp: bool,
+}
+
+impl Settings {
+    /// The spacing in force: the user's, else the model's, else the sampler's own.
+    pub fn spacing(&self, config: &SchedulerConfig) -> Spacing {
+        self.spacing.or(config.spacing).unwrap_or_else(|| self.method.usual_spacing())
+    }
 }
 
 /// What a step program must provide: it fixes the program's shape, two schedules with equal needs share one program.
@@ -154,7 +170,7 @@ pub struct Schedule {
 /// the model's noise schedule is no schedule.
 pub fn schedule(config: &SchedulerConfig, settings: &Settings) -> Result<Schedule> {
     check(config, settings)?;
-    let spacing = settings.spacing.unwrap_or(config.spacing);
+    let spacing = settings.spacing(config);
     let needs = Needs {
         history: 0,
         switch: false,

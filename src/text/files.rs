@@ -3,7 +3,7 @@
 use super::{END, START};
 use crate::{Error, Result};
 use serde_json::Value;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use tokenizers::AddedToken;
 
@@ -138,6 +138,27 @@ pub fn special(folder: &Path, config: Option<&[u8]>, map: Option<&[u8]>) -> Resu
         return Err(Error::file(folder.join("tokenizer_config.json"), "model_max_length must be at least 2"));
     }
     Ok((special, length.map(|n| n as usize)))
+}
+
+/// Tokens that a folder adds to its vocabulary, by id: `added_tokens.json` (`{"token": id}`), `tokenizer_config.json`
+/// (`added_tokens_decoder: {"id": {"content": ..}}`), `tokenizer.json` (`added_tokens: [{"id": .., "content": ..}]`).
+pub fn added(list: Option<&[u8]>, config: Option<&[u8]>, json: Option<&[u8]>) -> Result<BTreeMap<u64, String>> {
+    let nowhere = Path::new("");
+    let read = |name: &str, bytes: Option<&[u8]>| bytes.map_or(Ok(Value::Null), |b| parse::<Value>(nowhere, name, b));
+    let list = read("added_tokens.json", list)?;
+    let (config, json) = (read("tokenizer_config.json", config)?, read("tokenizer.json", json)?);
+    let content = |token: &Value| token["content"].as_str().map(str::to_string);
+    let mut tokens = BTreeMap::new();
+    for (token, id) in list.as_object().into_iter().flatten() {
+        tokens.extend(id.as_u64().map(|id| (id, token.clone())));
+    }
+    for (id, token) in config["added_tokens_decoder"].as_object().into_iter().flatten() {
+        tokens.extend(id.parse().ok().zip(content(token)));
+    }
+    for token in json["added_tokens"].as_array().into_iter().flatten() {
+        tokens.extend(token["id"].as_u64().zip(content(token)));
+    }
+    Ok(tokens)
 }
 
 /// `"text"`, or an object with `content` and the way it is matched. An empty token matches nothing and counts as none.

@@ -105,6 +105,27 @@ impl Tokenizer {
         Ok(Tokenizer { inner, max_length, vocab_size, start, end, pad })
     }
 
+    /// Adds the tokens that a folder lists beside its vocabulary (a saved textual inversion): the bytes of `added_tokens.json`,
+    /// `tokenizer_config.json` and `tokenizer.json`, where present. Their ids must continue the vocabulary's.
+    pub fn with_added_tokens(
+        mut self,
+        list: Option<&[u8]>,
+        config: Option<&[u8]>,
+        json: Option<&[u8]>,
+    ) -> Result<Tokenizer> {
+        for (id, token) in files::added(list, config, json)? {
+            if self.inner.token_to_id(&token).is_some() {
+                continue;
+            }
+            if id != self.vocab_size as u64 {
+                let what = format!("added token '{token}' has id {id}, the next free one is {}", self.vocab_size);
+                return Err(Error::file("added_tokens.json", one_line(&what)));
+            }
+            self.add_placeholder(&token)?;
+        }
+        Ok(self)
+    }
+
     /// Lowers the length to what the encoder has positions for; never below 2, the start and the end.
     pub fn with_max_length(mut self, most: usize) -> Tokenizer {
         self.max_length = self.max_length.min(most).max(2);

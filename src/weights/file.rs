@@ -162,11 +162,6 @@ impl File {
             Bytes::Mapped(_) | Bytes::Embedded(_) => {}
         }
     }
-
-    /// [`File::release`] for the whole file.
-    pub fn release_all(&self) {
-        self.release(&(0..slice(&self.bytes).len()));
-    }
 }
 
 fn slice(bytes: &Bytes) -> &[u8] {

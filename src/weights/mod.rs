@@ -15,7 +15,7 @@ pub use pack::Rows;
 use crate::{Error, Result};
 use file::File;
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -232,27 +232,12 @@ impl Model {
         Rows::new(self, weight, &found?)
     }
 
-    /// Compares a component with the keys a model uses: those it lacks, and those nothing uses.
-    pub fn check_names<'a>(&'a self, c: Component, used: impl Iterator<Item = &'a str>) -> Names<'a> {
-        let there: BTreeSet<&str> = self.tensors[c as usize].keys().map(String::as_str).collect();
-        let used: BTreeSet<&str> = used.collect();
-        Names {
-            missing: used.difference(&there).copied().collect(),
-            unused: there.difference(&used).copied().collect(),
-        }
-    }
-
     /// Lets the system drop the mapped pages of a weight that has been read, to keep resident memory low.
     /// Reading it again stays possible.
     pub fn release(&self, weight: &Weight) {
         for tensor in weight.keys.iter().filter_map(|key| self.tensors[weight.component as usize].get(key)) {
             self.files[tensor.file].release(&tensor.range);
         }
-    }
-
-    /// [`Model::release`] for everything.
-    pub fn release_pages(&self) {
-        self.files.iter().for_each(File::release_all);
     }
 
     fn tensor(&self, c: Component, key: &str) -> Result<&Tensor> {
@@ -289,13 +274,6 @@ impl Tensor {
         let (start, end) = info.data_offsets;
         Tensor { file, dtype: info.dtype, shape: info.shape.clone(), range: start..end, transposed: false }
     }
-}
-
-/// Result of [`Model::check_names`].
-#[derive(Debug, PartialEq, Eq)]
-pub struct Names<'a> {
-    pub missing: Vec<&'a str>,
-    pub unused: Vec<&'a str>,
 }
 
 #[cfg(test)]

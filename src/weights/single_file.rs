@@ -26,6 +26,9 @@ const PREFIXES: [(&str, Component, Naming); 7] = [
     ("conditioner.embedders.1.model.", Component::TextEncoder2, Naming::OpenClip),
 ];
 
+/// Layers of OpenCLIP-H that SD 2 uses, of 24.
+const SD2_LAYERS: usize = 23;
+
 /// The only text tower of the SDXL refiner.
 const REFINER: &str = "conditioner.embedders.0.model.";
 
@@ -68,9 +71,9 @@ pub(super) fn load_unet(model: &mut Model, file: File) -> Result<()> {
         return Err(Error::file(file.path(), format!("{}; expected the weights of a UNet", describe(&file))));
     }
     let found: Vec<_> = named(&group, number, Component::Unet, Naming::Unet).collect();
-    // What the file says of itself now holds for the UNet in use.
-    model.metadata.extend(file.header().metadata.clone());
-    model.ignored.extend(tensors.keys().filter(|k| !k.contains('.')).cloned());
+    // What this file says of its UNet counts, not what the base model's file said of the one that is replaced.
+    model.metadata = file.header().metadata.clone().into_iter().collect();
+    model.ignored = tensors.keys().filter(|k| !k.contains('.')).cloned().collect();
     model.files.push(file);
     found.into_iter().try_for_each(|(name, tensor)| model.insert(Component::Unet, name, tensor))
 }
@@ -106,9 +109,10 @@ fn named<'a>(
         ),
         Naming::OpenClip => {
             // SD 2 was trained on the last layer but one, so its pipeline has neither the last layer nor the
-            // projection.
+            // projection. Files converted back from a pipeline do not have that layer to begin with.
             let only = component == Component::TextEncoder;
-            let layers = keys_text::openclip_layers(keys()).saturating_sub(usize::from(only));
+            let layers = keys_text::openclip_layers(keys());
+            let layers = if only && layers != SD2_LAYERS { layers.saturating_sub(1) } else { layers };
             let used = move |key: &str| !(only && key == "text_projection");
             Box::new(all.filter(move |(key, _)| used(key)).flat_map(move |(key, info)| {
                 let parts = keys_text::from_openclip(key, layers).into_iter();
@@ -213,6 +217,14 @@ mod tests {
         let model =
             open(file(&[(&key(0), &[2]), (&key(1), &[2]), ("cond_stage_model.model.text_projection", &[2, 2])]));
         assert_eq!(model.unwrap().keys(Component::TextEncoder), ["text_model.encoder.layers.0.layer_norm1.bias"]);
+    }
+
+    #[test]
+    fn sd2_towers_that_lack_that_layer_lose_none() {
+        let keys: Vec<String> =
+            (0..SD2_LAYERS).map(|i| format!("cond_stage_model.model.transformer.resblocks.{i}.ln_1.bias")).collect();
+        let tensors: Vec<(&str, &[usize])> = keys.iter().map(|key| (key.as_str(), &[2][..])).collect();
+        assert_eq!(open(file(&tensors)).unwrap().keys(Component::TextEncoder).len(), SD2_LAYERS);
     }
 
     #[test]

@@ -88,9 +88,9 @@ fn a_folder_is_read_with_the_defaults_of_diffusers() {
     // StableDiffusionPipeline overrules steps_offset and clip_sample.
     let s = &config.scheduler;
     assert_eq!((s.beta_start, s.beta_end, s.steps_offset, s.set_alpha_to_one), (0.0001, 0.02, 1, true));
-    assert_eq!((s.beta_schedule, s.spacing), (BetaSchedule::Linear, Spacing::Leading));
-    let euler = folder(&[("scheduler", "_class_name", json!("EulerDiscreteScheduler"))]);
-    assert_eq!(pipeline_config(&euler, None).unwrap().scheduler.spacing, Spacing::Linspace);
+    assert_eq!((s.beta_schedule, s.spacing), (BetaSchedule::Linear, None));
+    let trailing = folder(&[("scheduler", "timestep_spacing", json!("trailing"))]);
+    assert_eq!(pipeline_config(&trailing, None).unwrap().scheduler.spacing, Some(Spacing::Trailing));
 }
 
 #[test]
@@ -123,16 +123,28 @@ fn unsupported_settings_name_their_field() {
     refused(&[("text", "hidden_act", json!("relu"))], "text_encoder/config.json: hidden_act");
     for (field, value) in [
         ("trained_betas", json!([0.1])),
-        ("thresholding", json!(true)),
         ("beta_schedule", json!("sigmoid")),
-        ("_class_name", json!("FlowMatchEulerDiscreteScheduler")),
         ("num_train_timesteps", json!(0)),
         ("beta_start", json!(0)),
     ] {
         refused(&[("scheduler", field, value)], &format!("scheduler/scheduler_config.json: {field}"));
     }
-    refused(&[("scheduler", "_class_name", json!("PNDMScheduler"))], "skip_prk_steps");
     refused(&[("model_index", "_class_name", json!("FluxPipeline"))], "a FluxPipeline is not supported");
+}
+
+/// Settings of the model's own sampler only matter where it is used.
+#[test]
+fn unsupported_samplers_say_why() {
+    for (field, value, why) in [
+        ("thresholding", json!(true), "thresholding"),
+        ("_class_name", json!("PNDMScheduler"), "skip_prk_steps"),
+        ("_class_name", json!("FlowMatchEulerDiscreteScheduler"), "FlowMatchEulerDiscreteScheduler"),
+    ] {
+        let config = pipeline_config(&folder(&[("scheduler", field, value)]), None).unwrap();
+        let unsupported = config.scheduler.unsupported.unwrap();
+        assert!(unsupported.contains("scheduler/scheduler_config.json") && unsupported.contains(why), "{unsupported}");
+    }
+    assert_eq!(pipeline_config(&folder(&[]), None).unwrap().scheduler.unsupported, None);
 }
 
 #[test]
