@@ -31,7 +31,7 @@ pub enum Error {
     #[error("{0}")]
     Numeric(String),
     /// The user pressed Ctrl-C.
-    #[error("interrupted; finished images are kept, run the same command again to continue")]
+    #[error("interrupted; finished images are kept, and a --prompts run continues where it stopped")]
     Interrupted,
 }
 

@@ -238,7 +238,78 @@ fn bad_flags() {
     fails(&["generate", PROMPT, "--guidance", "nan"], 2, &["--guidance"]);
     fails(&["generate", PROMPT, "--count", "0"], 2, &["--count"]);
     fails(&["generate", PROMPT, "--memory-limit", "3M"], 1, &["3.0 MiB", "--size"]);
+    fails(&["generate", PROMPT, "--count", "1000000000000"], 2, &["--count", "1000000"]);
+    fails(&["generate", PROMPT, "--threads", "0"], 2, &["--threads"]);
+    fails(&["generate", PROMPT, "--out", "star.jpg"], 2, &["--out", ".png"]);
+    fails(&["inspect", "--plan", "--batch", "0"], 2, &["--batch"]);
     fails(&["generate", PROMPT, "--unet", "x.safetensors"], 2, &["--unet", "--model"]);
+}
+
+/// What an image is made of decides whether it is finished: the model's weights and the noise, not only their names.
+#[test]
+fn resuming_tells_models_and_noise_apart() {
+    let out = TempDir::new().unwrap();
+    let (prompts, images) = (path(&out, "prompts.txt"), path(&out, "images"));
+    fs::write(&prompts, "a red star\n").unwrap();
+    let (one, other) = (copy_of("tiny-sd1"), copy_of("tiny-sd1"));
+    let mut bytes = fs::read(unet_file(&other)).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(unet_file(&other), bytes).unwrap();
+    let link = |model: &TempDir| {
+        let link = out.path().join("model");
+        let _ = fs::remove_file(&link);
+        std::os::unix::fs::symlink(model.path(), &link).unwrap();
+        link.display().to_string()
+    };
+    let noise = path(&out, "noise.safetensors");
+    let write_noise = |scale: f32| {
+        let values: Vec<u8> = (0..256).flat_map(|i| ((i as f32).sin() * scale).to_le_bytes()).collect();
+        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![1, 4, 8, 8], &values).unwrap();
+        fs::write(&noise, safetensors::serialize([("noise", view)], None).unwrap()).unwrap();
+    };
+    write_noise(1.0);
+    let model = link(&one);
+    let args = ["generate", "--prompts", &prompts, "--out", &images, "--steps", "1", "--quiet", "--model", &model];
+    let args = [&args[..], &["--noise", &noise]].concat();
+    assert_eq!(succeeds(&args).lines().count(), 1);
+    assert_eq!(succeeds(&args), "");
+    link(&other);
+    fails(&args, 2, &["00001-0.png", "other settings"]);
+    link(&one);
+    assert_eq!(succeeds(&args), "");
+    write_noise(1.5);
+    fails(&args, 2, &["00001-0.png", "other settings"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn odd_outputs() {
+    use std::os::unix::ffi::OsStrExt;
+    let out = TempDir::new().unwrap();
+    let odd = out.path().join(std::ffi::OsStr::from_bytes(b"caf\xe9.png"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rarebit"));
+    let output = command.args(["generate", PROMPT, "--steps", "1", "--json", "--out"]).arg(&odd).output().unwrap();
+    assert!(output.status.success() && odd.exists(), "{}", text(&output.stderr));
+
+    let image = path(&out, "i.png");
+    fails(
+        &["generate", PROMPT, "--steps", "1", "--out", &image, "--latents-out", &image],
+        2,
+        &["i.png", "--latents-out"],
+    );
+    fails(&["generate", PROMPT, "--steps", "1", "--out", &image, "--latents-out", "/dev/null"], 2, &["/dev/null"]);
+    fails(&["generate", PROMPT, "--steps", "1", "--quiet", "--guidance", "1e308", "--out", &image], 1, &["not finite"]);
+    assert!(!Path::new(&image).exists());
+    fs::create_dir(path(&out, "k-1.png")).unwrap();
+    fails(&["generate", PROMPT, "--count", "2", "--out", &path(&out, "k.png")], 2, &["k-1.png", "folder"]);
+
+    // A link stays a link; what it points to is written.
+    std::os::unix::fs::symlink(path(&out, "real.png"), path(&out, "link.png")).unwrap();
+    fs::write(path(&out, "real.png"), "old").unwrap();
+    succeeds(&["generate", PROMPT, "--steps", "1", "--quiet", "--out", &path(&out, "link.png")]);
+    assert!(fs::symlink_metadata(path(&out, "link.png")).unwrap().is_symlink());
+    assert!(fs::read(path(&out, "real.png")).unwrap().starts_with(b"\x89PNG"));
 }
 
 #[test]
@@ -302,7 +373,7 @@ fn nan_weights_are_found() {
     let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
     let tensor = &header["mid_block.resnets.0.conv1.bias"];
     let at = 8 + length + tensor["data_offsets"][0].as_u64().unwrap() as usize;
-    // The last byte of the first element: an exponent of all ones in f16, bf16 and f32.
+    // All ones is a NaN in f16, bf16 and f32.
     let size = match tensor["dtype"].as_str().unwrap() {
         "F32" => 4,
         _ => 2,
@@ -317,7 +388,9 @@ fn broken_configs_and_other_files() {
     let model = copy_of("tiny-sd1");
     fs::write(model.path().join("unet/config.json"), "{\"channels\": [").unwrap();
     refuses_model(model.path(), 1, &["unet/config.json", "JSON"], &[]);
+    fs::copy(data_folder("tiny-sd1").join("unet/config.json"), model.path().join("unet/config.json")).unwrap();
     fs::remove_file(model.path().join("vae/diffusion_pytorch_model.safetensors")).unwrap();
+    refuses_model(model.path(), 1, &["vae"], &[]);
     let folder = TempDir::new().unwrap();
     refuses_model(folder.path(), 1, &[&folder.path().display().to_string()], &[]);
 

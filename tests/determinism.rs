@@ -37,6 +37,7 @@ fn images(pipeline: &Pipeline, settings: &Settings, seeds: &[u64], batch: usize,
 }
 
 fn assert_same(a: &[Image], b: &[Image], what: &str) {
+    assert_eq!(a.len(), b.len(), "{what}");
     for (a, b) in a.iter().zip(b) {
         assert!(a.latents.iter().all(|x| x.is_finite()), "{what}");
         assert_eq!(a.latents, b.latents, "{what}");

@@ -41,7 +41,7 @@ fn imports(source: &str) -> Vec<String> {
     for (at, _) in code.match_indices("crate::") {
         let rest = &code[at + "crate::".len()..];
         let names: Vec<&str> = match rest.strip_prefix('{') {
-            Some(list) => list.split('}').next().unwrap_or("").split(',').collect(),
+            Some(list) => top_level(list),
             None => vec![rest],
         };
         let word =
@@ -49,6 +49,26 @@ fn imports(source: &str) -> Vec<String> {
         found.extend(names.into_iter().map(word));
     }
     found
+}
+
+/// The entries of a brace list, up to its closing brace; what is in nested braces belongs to its entry.
+fn top_level(list: &str) -> Vec<&str> {
+    let (mut depth, mut start, mut entries) = (0, 0, Vec::new());
+    for (at, c) in list.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' if depth > 0 => depth -= 1,
+            ',' | '}' if depth == 0 => {
+                entries.push(&list[start..at]);
+                start = at + 1;
+                if c == '}' {
+                    break;
+                }
+            }
+            _ => {}
+        }
+    }
+    entries
 }
 
 #[test]
@@ -79,6 +99,7 @@ fn imports_point_left() {
 
 #[test]
 fn finds_imports() {
-    let source = "use crate::{plan, exec::cpu};\nuse crate::program::Op; // crate::cli\nlet x = crate::text::y();";
+    let source =
+        "use crate::{plan::{a, b}, exec::cpu};\nuse crate::program::Op; // crate::cli\nlet x = crate::text::y();";
     assert_eq!(imports(source), ["plan", "exec", "program", "text"]);
 }

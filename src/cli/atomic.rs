@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 
 /// Writes `path` through `fill`; on any failure the temporary file is removed and `path` is untouched.
 pub fn write(path: &Path, fill: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
-    let temporary = temporary_name(path)?;
-    let outcome = fill_and_rename(path, &temporary, fill);
+    let target = target(path)?;
+    let temporary = temporary_name(&target)?;
+    let outcome = fill_and_rename(&target, &temporary, fill);
     if outcome.is_err() {
         // The first error is the one to report; a temporary file that was never made cannot be removed.
         let _ = fs::remove_file(&temporary);
@@ -16,9 +17,18 @@ pub fn write(path: &Path, fill: impl FnOnce(&mut dyn Write) -> std::io::Result<(
     outcome.map_err(Error::io("write", path))
 }
 
+/// What is really written: the file a link points to. A rename would put a file in the place of a device or a pipe.
+fn target(path: &Path) -> Result<PathBuf> {
+    match fs::metadata(path) {
+        Ok(found) if found.is_file() => fs::canonicalize(path).map_err(Error::io("write", path)),
+        Ok(_) => Err(Error::Usage(format!("{}: is not a regular file", path.display()))),
+        Err(_) => Ok(path.to_path_buf()),
+    }
+}
+
 /// Fails now if `path` could not be written later: no such folder, no permission.
 pub fn probe(path: &Path) -> Result<()> {
-    let temporary = temporary_name(path)?;
+    let temporary = temporary_name(&target(path)?)?;
     File::create(&temporary).and_then(|_| fs::remove_file(&temporary)).map_err(Error::io("write", path))
 }
 

@@ -25,8 +25,8 @@ pub struct ModelFlags {
     /// What the UNet predicts, where the model does not say
     #[arg(long, value_enum)]
     pub prediction: Option<PredictionFlag>,
-    /// Where to run: auto, cpu
-    #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
+    /// Where to run; this version runs on the CPU
+    #[arg(long, default_value = "auto", value_name = "auto|cpu")]
     pub device: Device,
     /// Number type of weights and activations; the CPU computes in f32, or in f64 as its own oracle
     #[arg(long, value_enum, default_value = "auto")]
@@ -117,7 +117,10 @@ impl ModelFlags {
 
     /// The model's name as images record it.
     pub fn name(&self) -> String {
-        let stem = |path: &PathBuf| path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+        // "v1.5" of a folder is no extension.
+        let name =
+            |path: &PathBuf| if path.is_dir() { path.file_name() } else { path.file_stem() }.map(|s| s.to_owned());
+        let stem = |path: &PathBuf| name(path).unwrap_or_else(|| path.clone().into()).to_string_lossy().into_owned();
         match (&self.model, &self.unet) {
             (None, _) => "shapes".to_string(),
             (Some(model), None) => stem(model),
@@ -151,7 +154,7 @@ impl ModelFlags {
 /// How latents become images.
 #[derive(Args)]
 pub struct SamplingFlags {
-    /// Seed of the first image; image i uses SEED+i and is the same image alone
+    /// Seed of a prompt's first image; its image i uses SEED+i and is the same image alone
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub seed: u64,
     /// Noise generator: philox is the same on every device, torch-cpu and torch-cuda repeat PyTorch's
@@ -225,6 +228,14 @@ impl SamplingFlags {
             remarks.push("--guidance below 1 leans away from the prompt, 0 ignores it; distilled models want 1".into());
         }
         remarks
+    }
+}
+
+/// A number of images: 1 to a million.
+pub fn count(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(count) if (1..=1_000_000).contains(&count) => Ok(count),
+        Ok(_) | Err(_) => Err("write a number from 1 to 1000000".to_string()),
     }
 }
 

@@ -1,13 +1,14 @@
 //! `rarebit generate`: prompts to PNG files.
 
-use crate::cli::flags::{ModelFlags, SamplingFlags};
+use crate::cli::flags::{self, ModelFlags, SamplingFlags};
 use crate::cli::metadata::{self, Record};
 use crate::cli::progress::Reporter;
 use crate::cli::prompts::{self, Target};
-use crate::cli::{atomic, tensors};
+use crate::cli::{atomic, machine, tensors};
 use crate::methods::generate::{Generator, Image, Job, Loaded, Progress, Settings};
 use crate::methods::pipeline::Pipeline;
 use crate::plan::show_bytes;
+use crate::weights::fingerprint;
 use crate::{Error, Result};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -31,10 +32,10 @@ pub struct Generate {
     #[arg(long, value_name = "FILE")]
     noise: Option<PathBuf>,
     /// Images per prompt
-    #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = flags::count)]
     count: usize,
     /// Images sampled together
-    #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = flags::count)]
     batch: usize,
     /// The PNG to write, or a folder [default: image.png; images/ for --prompts]
     #[arg(long, value_name = "PATH")]
@@ -51,10 +52,10 @@ pub struct Generate {
     /// Stop at the first op whose output is not finite
     #[arg(long)]
     check_finite: bool,
-    /// Worker threads [default: one per core]
-    #[arg(long)]
-    threads: Option<usize>,
-    /// No progress, no remarks
+    /// Worker threads, at most 1024 [default: one per core]
+    #[arg(long, allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// No progress; warnings stay
     #[arg(long)]
     quiet: bool,
     /// Events as JSON lines on stdout
@@ -64,22 +65,25 @@ pub struct Generate {
 
 impl Generate {
     pub fn threads(&self) -> Option<usize> {
-        self.threads
+        self.threads.map(usize::from)
     }
 
-    /// The record images of this run carry; prompt and seed are the target's.
-    fn record(&self, pipeline: &Pipeline, settings: &Settings, target: &Target) -> Record {
+    /// The record images of this run carry; prompt, seed and row of `noise` are the target's.
+    fn record(&self, pipeline: &Pipeline, settings: &Settings, noise: &Noise, target: &Target) -> Record {
         let scheduler = &pipeline.config.scheduler;
+        let row = noise.as_ref().map(|rows| &rows[target.index]);
+        let hash = |row: &Vec<f32>| format!("{:016x}", fingerprint(row.iter().flat_map(|x| x.to_le_bytes())));
         let name = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
         Record {
             version: env!("CARGO_PKG_VERSION").into(),
             method: "generate".into(),
             model: self.model.name(),
+            model_hash: pipeline.model.fingerprint().to_string(),
             prompt: target.prompt.clone(),
             negative: self.sampling.negative.clone(),
             seed: target.seed,
             rng: settings.rng.to_string(),
-            noise: self.noise.as_ref().map(|path| format!("{}#{}", path.display(), target.index)),
+            noise: row.map(hash),
             steps: settings.sampler.steps,
             sampler: settings.sampler.method.to_string(),
             spacing: name(&settings.sampler.spacing(scheduler)),
@@ -107,7 +111,11 @@ impl Generate {
         let (seed, count) = (self.sampling.seed, self.count);
         Ok(match (&self.prompts, self.out()) {
             (Some(file), Out::Folder(out) | Out::File(out)) => {
-                prompts::for_file(&prompts::read_file(file)?, seed, count, &out)
+                let prompts = prompts::read_file(file)?;
+                if prompts.len() * count > MOST_IMAGES {
+                    return Err(Error::Usage(format!("--count {count}: more than {MOST_IMAGES} images in all")));
+                }
+                prompts::for_file(&prompts, seed, count, &out)
             }
             (None, out) => {
                 let prompt = self.prompt.as_deref().unwrap_or_default();
@@ -121,6 +129,12 @@ impl Generate {
     }
 }
 
+/// Most images of one command: each has a path and a prompt in memory.
+const MOST_IMAGES: usize = 10_000_000;
+
+/// Rows of `--noise`, one per image.
+type Noise = Option<Vec<Vec<f32>>>;
+
 /// What `--out` names: a PNG, or a folder that is made where there is none.
 enum Out {
     File(PathBuf),
@@ -128,10 +142,11 @@ enum Out {
 }
 
 pub fn run(args: &Generate) -> Result<()> {
-    if args.count == 0 || args.batch == 0 {
-        return Err(Error::Usage("--count and --batch must be at least 1".into()));
-    }
     let started = Instant::now();
+    let format = args.out.as_ref().and_then(|out| out.extension()).and_then(|e| e.to_str()).unwrap_or_default();
+    if ["jpg", "jpeg", "webp"].contains(&format.to_ascii_lowercase().as_str()) {
+        return Err(Error::Usage(format!("--out: images are written as .png, not .{format}")));
+    }
     let targets = args.targets()?;
     let pipeline = args.model.open()?;
     let settings = args.sampling.settings(&pipeline, args.model.program_dtype()?)?;
@@ -139,12 +154,12 @@ pub fn run(args: &Generate) -> Result<()> {
     let shape = [targets.len(), pipeline.config.unet.in_channels, height, width];
     let noise = args.noise.as_ref().map(|path| tensors::read_noise(path, shape)).transpose()?;
     prepare_output(args, &targets)?;
-    let missing = missing(args, &pipeline, &settings, targets)?;
+    let missing = missing(args, &pipeline, &settings, &noise, targets)?;
     let reporter = Reporter::new(args.json, args.quiet);
     warn_of_cut_tokens(args, &pipeline, &missing, &reporter)?;
     args.sampling.remarks(&pipeline).iter().for_each(|remark| reporter.warn(remark));
 
-    let mut run = Run { args, pipeline: &pipeline, settings, noise, interrupt: catch_interrupt()?, reporter };
+    let mut run = Run { args, pipeline: &pipeline, settings, noise, interrupt: machine::catch_interrupt()?, reporter };
     let latents = run.make(&missing, started)?;
     if let (Some(path), false) = (&args.latents_out, missing.is_empty()) {
         tensors::write_latents(path, [missing.len(), shape[1], height, width], &latents)?;
@@ -160,7 +175,7 @@ struct Run<'a> {
     args: &'a Generate,
     pipeline: &'a Pipeline,
     settings: Settings,
-    noise: Option<Vec<Vec<f32>>>,
+    noise: Noise,
     interrupt: Arc<AtomicBool>,
     reporter: Reporter,
 }
@@ -179,11 +194,11 @@ impl Run<'_> {
             executor.clear();
             let generator = Generator::plan(self.pipeline, &*executor, self.settings.clone(), batch)?;
             let (footprint, calls) = (generator.footprint(), generator.calls());
-            check_memory(self.args, footprint.total())?;
-            let faults = major_faults();
+            machine::check_memory(self.args.model.memory_limit, footprint.total(), batch)?;
+            let faults = machine::major_faults();
             let mut generator = generator.load(&mut *executor)?;
             if part == 0 {
-                let faults = major_faults().saturating_sub(faults);
+                let faults = machine::major_faults().saturating_sub(faults);
                 report_load(&self.reporter, started.elapsed().as_secs_f64(), faults, footprint.total())?;
                 self.reporter.start(targets.len().div_ceil(self.args.batch) * calls);
             }
@@ -204,24 +219,26 @@ impl Run<'_> {
             draws: self.noise.iter().map(|rows| rows[target.index].clone()).collect(),
         };
         let jobs: Vec<Job> = targets.iter().map(job).collect();
-        let images = generator.run(&jobs, &mut |progress| {
-            if let Progress::Step { .. } = progress {
+        let images = generator.run(&jobs, &mut |progress| match progress {
+            Progress::Step { .. } => {
                 self.reporter.step();
+                if self.interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
             }
-            if self.interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+            Progress::Image { index, image } => {
+                self.save(&targets[index], image, started.elapsed().as_secs_f64() / targets.len() as f64)
+            }
         })?;
-        let seconds = started.elapsed().as_secs_f64() / targets.len() as f64;
-        for (target, image) in targets.iter().zip(&images) {
-            self.save(target, image, seconds)?;
-        }
-        Ok(images.into_iter().flat_map(|image| image.latents).collect())
+        // Only --latents-out needs them; a long run must not pile them up.
+        let kept = images.into_iter().filter(|_| self.args.latents_out.is_some());
+        Ok(kept.flat_map(|image| image.latents).collect())
     }
 
     fn save(&self, target: &Target, image: &Image, seconds: f64) -> Result<()> {
-        let record = self.args.record(self.pipeline, &self.settings, target);
+        let record = self.args.record(self.pipeline, &self.settings, &self.noise, target);
         let chunks = (!self.args.no_metadata).then_some(&record);
         atomic::write(&target.path, |out| metadata::write_png(out, image.width, image.height, &image.rgb, chunks))?;
-        let event = json!({"event": "image", "path": target.path, "seconds": seconds, "record": record});
+        let event =
+            json!({"event": "image", "path": target.path.display().to_string(), "seconds": seconds, "record": record});
         self.reporter.image(&target.path, event)
     }
 }
@@ -231,24 +248,31 @@ fn prepare_output(args: &Generate, targets: &[Target]) -> Result<()> {
     if let Out::Folder(folder) = args.out() {
         std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
     }
-    let files = targets.iter().map(|t| &t.path).take(1).chain(&args.latents_out);
-    for path in files {
-        if path.is_dir() {
-            return Err(Error::Usage(format!("{}: is a folder, not a file to write", path.display())));
+    for target in targets {
+        if target.path.is_dir() {
+            return Err(Error::Usage(format!("{}: is a folder, not a file to write", target.path.display())));
         }
-        atomic::probe(path)?;
+        if args.latents_out.as_ref() == Some(&target.path) {
+            return Err(Error::Usage(format!("{}: --latents-out would overwrite the image", target.path.display())));
+        }
     }
-    Ok(())
+    targets.iter().map(|t| &t.path).take(1).chain(&args.latents_out).try_for_each(|path| atomic::probe(path))
 }
 
 /// Targets that are not made yet; without a prompt file every image is made.
-fn missing(args: &Generate, pipeline: &Pipeline, settings: &Settings, targets: Vec<Target>) -> Result<Vec<Target>> {
+fn missing(
+    args: &Generate,
+    pipeline: &Pipeline,
+    settings: &Settings,
+    noise: &Noise,
+    targets: Vec<Target>,
+) -> Result<Vec<Target>> {
     if args.prompts.is_none() || args.overwrite {
         return Ok(targets);
     }
     let mut missing = Vec::new();
     for target in targets {
-        if !prompts::is_finished(&target.path, &args.record(pipeline, settings, &target))? {
+        if !prompts::is_finished(&target.path, &args.record(pipeline, settings, noise, &target))? {
             missing.push(target);
         }
     }
@@ -270,28 +294,6 @@ fn warn_of_cut_tokens(args: &Generate, pipeline: &Pipeline, targets: &[Target], 
     Ok(())
 }
 
-/// Refuses a plan that `--memory-limit`, or else this machine, cannot hold: before any weight is loaded.
-fn check_memory(args: &Generate, needed: usize) -> Result<()> {
-    let (limit, whose) = match (args.model.memory_limit, machine_memory()) {
-        (Some(limit), _) => (limit, "--memory-limit is"),
-        (None, Some(memory)) => (memory, "this machine has"),
-        (None, None) => return Ok(()),
-    };
-    if needed <= limit {
-        return Ok(());
-    }
-    let flags = if args.batch > 1 { "--batch or --size" } else { "--size" };
-    let (needed, limit) = (show_bytes(needed), show_bytes(limit));
-    Err(Error::Memory(format!("the plan needs {needed} and {whose} {limit}; a smaller {flags} needs less")))
-}
-
-/// Physical memory in bytes (`/proc/meminfo`, in KiB there); `None` where there is no such file.
-fn machine_memory() -> Option<usize> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    Some(line.split_whitespace().next()?.parse::<usize>().ok()? * 1024)
-}
-
 fn report_load(reporter: &Reporter, seconds: f64, faults: u64, planned: usize) -> Result<()> {
     // Pages that had to come from the disk: a first load after boot or after other files pushed this one out.
     let state = if faults > 0 { "cold" } else { "warm" };
@@ -299,25 +301,4 @@ fn report_load(reporter: &Reporter, seconds: f64, faults: u64, planned: usize) -
     reporter.event(json!({
         "event": "load", "seconds": seconds, "state": state, "major_faults": faults, "planned_bytes": planned
     }))
-}
-
-/// A flag that the first Ctrl-C raises; the second ends the process at once.
-fn catch_interrupt() -> Result<Arc<AtomicBool>> {
-    let raised = Arc::new(AtomicBool::new(false));
-    let handler = Arc::clone(&raised);
-    ctrlc::set_handler(move || {
-        if handler.swap(true, Ordering::Relaxed) {
-            std::process::exit(1);
-        }
-        eprintln!("\nrarebit: stopping after this step; press Ctrl-C again to stop at once");
-    })
-    .map_err(|error| Error::Usage(format!("cannot watch for Ctrl-C: {error}")))?;
-    Ok(raised)
-}
-
-/// Major page faults of this process so far (`/proc/self/stat`, field 12); 0 where there is no such file.
-fn major_faults() -> u64 {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let after_name = stat.rsplit(')').next().unwrap_or_default();
-    after_name.split_whitespace().nth(9).and_then(|field| field.parse().ok()).unwrap_or(0)
 }

@@ -1,7 +1,8 @@
 //! `rarebit inspect`: what a model holds and needs, or how an image was made.
 
-use crate::cli::flags::{ModelFlags, SamplingFlags};
-use crate::cli::{metadata, print_line};
+use crate::cli::flags::{self, ModelFlags, SamplingFlags};
+use crate::cli::machine::{check_memory, print_line};
+use crate::cli::metadata;
 use crate::exec::Executor;
 use crate::methods::generate::Generator;
 use crate::methods::pipeline::Pipeline;
@@ -30,7 +31,7 @@ pub struct Inspect {
     #[arg(long)]
     ops: bool,
     /// Images sampled together, for the plan
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = flags::count)]
     batch: usize,
     /// One JSON object on stdout
     #[arg(long)]
@@ -101,7 +102,8 @@ fn inspect_model(args: &Inspect, flags: &ModelFlags) -> Result<()> {
             print_line(planned.program.to_string().trim_end())?;
         }
     }
-    print_line(plan.footprint().to_string().trim_end())
+    print_line(plan.footprint().to_string().trim_end())?;
+    check_memory(flags.memory_limit, plan.footprint().total(), args.batch)
 }
 
 fn plan<'p>(
@@ -111,7 +113,7 @@ fn plan<'p>(
     executor: &dyn Executor,
 ) -> Result<Generator<'p>> {
     let settings = args.sampling.settings(pipeline, flags.program_dtype()?)?;
-    Generator::plan(pipeline, executor, settings, args.batch.max(1))
+    Generator::plan(pipeline, executor, settings, args.batch)
 }
 
 /// Tensors, parameters, bytes and stored types of a component.
@@ -176,7 +178,7 @@ fn describe_json(pipeline: &Pipeline) -> Value {
         })
         .collect();
     json!({
-        "model": pipeline.model.path(),
+        "model": pipeline.model.path().display().to_string(),
         "layout": if pipeline.model.is_single_file() { "single file" } else { "diffusers folder" },
         "family": lower(&config.family),
         "prediction": lower(&config.scheduler.prediction),

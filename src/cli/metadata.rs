@@ -14,11 +14,13 @@ pub struct Record {
     pub version: String,
     pub method: String,
     pub model: String,
+    /// [`Model::fingerprint`](crate::weights::Model::fingerprint).
+    pub model_hash: String,
     pub prompt: String,
     pub negative: Option<String>,
     pub seed: u64,
     pub rng: String,
-    /// The starting noise came from a file.
+    /// Hash of the starting noise, where it came from a file.
     pub noise: Option<String>,
     pub steps: usize,
     pub sampler: String,
@@ -33,6 +35,11 @@ pub struct Record {
 }
 
 impl Record {
+    /// Whether both describe the same image; another version of this program makes no other image of the same settings.
+    pub fn same_image(&self, other: &Record) -> bool {
+        Record { version: other.version.clone(), ..self.clone() } == *other
+    }
+
     /// The text that AUTOMATIC1111's web UI writes and the tools around it read.
     pub fn parameters(&self) -> String {
         let negative = match &self.negative {
@@ -106,9 +113,9 @@ pub fn read_text(name: &str, file: impl BufRead + Seek) -> Result<Vec<(String, S
     Ok(texts)
 }
 
-/// The JSON record among text chunks, if there is one this version understands.
-pub fn record(texts: &[(String, String)]) -> Option<Record> {
-    texts.iter().find(|(key, _)| key == RECORD).and_then(|(_, text)| serde_json::from_str(text).ok())
+/// The JSON record among text chunks, if there is one; an error where this version does not understand it.
+pub fn record(texts: &[(String, String)]) -> Option<serde_json::Result<Record>> {
+    texts.iter().find(|(key, _)| key == RECORD).map(|(_, text)| serde_json::from_str(text))
 }
 
 #[cfg(test)]
@@ -120,6 +127,7 @@ mod tests {
             version: "0.1.0".into(),
             method: "generate".into(),
             model: "shapes".into(),
+            model_hash: "0123456789abcdef".into(),
             prompt: prompt.into(),
             negative: Some("blue".into()),
             seed: u64::MAX,
@@ -145,7 +153,7 @@ mod tests {
             let mut bytes = Vec::new();
             write_png(&mut bytes, 2, 1, &[1, 2, 3, 4, 5, 6], Some(&record)).unwrap();
             let texts = read_text("test.png", std::io::Cursor::new(&bytes)).unwrap();
-            assert_eq!(super::record(&texts), Some(record.clone()));
+            assert_eq!(super::record(&texts).unwrap().unwrap(), record);
             assert_eq!(texts[0], (PARAMETERS.to_string(), record.parameters()), "{prompt}");
         }
     }

@@ -4,6 +4,7 @@ mod atomic;
 mod flags;
 mod generate;
 mod inspect;
+mod machine;
 pub mod metadata;
 mod progress;
 mod prompts;
@@ -41,10 +42,10 @@ pub fn main() -> ExitCode {
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever read our output has gone; that is no failure worth words.
-        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        // Whoever read our output has gone and hears no more.
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("rarebit: {error}");
+            machine::say(&format!("rarebit: {error}"));
             ExitCode::from(error.exit_code())
         }
     }
@@ -64,7 +65,7 @@ fn usage(error: clap::Error) -> ExitCode {
     }
     let text = error.to_string();
     let message: Vec<&str> = text.split("\n\n").next().unwrap_or("bad usage").lines().map(str::trim).collect();
-    eprintln!("rarebit: {}; see --help", message.join(" ").trim_start_matches("error: "));
+    machine::say(&format!("rarebit: {}; see --help", message.join(" ").trim_start_matches("error: ")));
     ExitCode::from(2)
 }
 
@@ -75,10 +76,4 @@ fn in_pool(threads: Option<usize>, work: impl FnOnce() -> Result<()> + Send) -> 
         .build()
         .map_err(|error| Error::Usage(format!("cannot start the worker threads: {error}")))?;
     pool.install(work)
-}
-
-/// One line to stdout.
-fn print_line(line: &str) -> Result<()> {
-    use std::io::Write;
-    writeln!(std::io::stdout().lock(), "{line}").map_err(Error::io("write", "standard output"))
 }

@@ -1,7 +1,7 @@
 //! What a run says while it works: a bar with it/s and ETA on stderr, paths or JSON events on stdout.
 
 use crate::Result;
-use crate::cli::print_line;
+use crate::cli::machine::{print_line, say};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::path::Path;
 
@@ -19,13 +19,13 @@ impl Reporter {
     /// A remark for a person; not shown by `--quiet`.
     pub fn note(&self, text: &str) {
         if !self.quiet {
-            self.bar.suspend(|| eprintln!("{text}"));
+            self.bar.suspend(|| say(text));
         }
     }
 
     /// A warning for a person; always shown.
     pub fn warn(&self, text: &str) {
-        self.bar.suspend(|| eprintln!("rarebit: {text}"));
+        self.bar.suspend(|| say(&format!("rarebit: {text}")));
     }
 
     /// A machine-readable line on stdout, with `--json`.

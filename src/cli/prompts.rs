@@ -55,9 +55,13 @@ pub fn for_file(prompts: &[(usize, String)], seed: u64, count: usize, out: &Path
 
 /// `dir/name.png` → `dir/name-SEED.png`.
 fn with_suffix(path: &Path, seed: u64) -> PathBuf {
-    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-    let extension = path.extension().map(|e| format!(".{}", e.to_string_lossy())).unwrap_or_default();
-    path.with_file_name(format!("{stem}-{seed}{extension}"))
+    let mut name = path.file_stem().unwrap_or_default().to_owned();
+    name.push(format!("-{seed}"));
+    if let Some(extension) = path.extension() {
+        name.push(".");
+        name.push(extension);
+    }
+    path.with_file_name(name)
 }
 
 /// Whether the image is already there and was made as `record` says. A file made otherwise is an error, not overwritten:
@@ -71,7 +75,7 @@ pub fn is_finished(path: &Path, record: &Record) -> Result<bool> {
     let texts = metadata::read_text(&path.display().to_string(), BufReader::new(file))?;
     match metadata::record(&texts) {
         None => Ok(true),
-        Some(found) if found == *record => Ok(true),
+        Some(Ok(found)) if found.same_image(record) => Ok(true),
         Some(_) => Err(Error::Usage(format!(
             "{}: was made with other settings; choose another --out, or --overwrite",
             path.display()

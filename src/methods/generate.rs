@@ -31,6 +31,13 @@ pub struct Job {
     pub draws: Vec<Vec<f32>>,
 }
 
+impl Job {
+    /// What the unconditional branch is told.
+    fn negative(&self) -> &str {
+        self.negative.as_deref().unwrap_or("")
+    }
+}
+
 /// A finished image.
 #[derive(Clone, Debug)]
 pub struct Image {
@@ -43,15 +50,15 @@ pub struct Image {
 }
 
 /// Where a run is; the observer may stop it by returning an error.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Progress {
+#[derive(Clone, Copy, Debug)]
+pub enum Progress<'a> {
     /// Sampling step `done` of `steps` is finished.
     Step { done: usize, steps: usize },
-    /// Image `done` of `images` in this batch is decoded.
-    Decoded { done: usize, images: usize },
+    /// The image of job `index` is finished.
+    Image { index: usize, image: &'a Image },
 }
 
-pub type Observer<'a> = dyn FnMut(Progress) -> Result<()> + 'a;
+pub type Observer<'a> = dyn FnMut(Progress<'_>) -> Result<()> + 'a;
 
 /// A prompt's states on the host: context `[T, D]`, and for SDXL the pooled projection `[P]` (else empty).
 #[derive(Clone, Debug)]
@@ -131,10 +138,6 @@ pub struct Loaded<'p, 'e> {
 }
 
 impl Loaded<'_, '_> {
-    pub fn batch(&self) -> usize {
-        self.sizes.batch
-    }
-
     /// Gives the states of a prompt, which is then not encoded: embeddings that come from elsewhere.
     pub fn set_text(&mut self, prompt: &str, text: Text) {
         self.texts.insert(prompt.to_string(), text);
@@ -157,11 +160,13 @@ impl Loaded<'_, '_> {
 
     /// Encodes the prompts and computes what all steps share.
     fn condition(&mut self, jobs: &[Job]) -> Result<()> {
+        // A long prompt file must not pile up its states.
+        self.texts.retain(|text, _| jobs.iter().any(|job| job.prompt == *text || job.negative() == text));
         let zero = self.pipeline.config.zero_empty_negative;
         let mut texts = Vec::with_capacity(rows(self.sizes, &self.schedule));
         if self.schedule.needs.uncond {
             for job in jobs {
-                let mut text = self.encode(job.negative.as_deref().unwrap_or(""))?;
+                let mut text = self.encode(job.negative())?;
                 if zero && job.negative.is_none() {
                     text.context.fill(0.0);
                     text.pooled.fill(0.0);
@@ -252,6 +257,10 @@ impl Loaded<'_, '_> {
         let channels = self.pipeline.config.unet.in_channels;
         let mut latents = vec![0.0; batch * height * width * channels];
         self.executor.read(sampler::LATENTS, DataMut::F32(&mut latents))?;
+        if latents.iter().any(|x| !x.is_finite()) {
+            let what = "the final latents are not finite; --check-finite names the op where it begins";
+            return Err(Error::Numeric(what.into()));
+        }
         let mut pixels =
             vec![0.0; self.settings.height * self.settings.width * self.pipeline.config.vae.image_channels];
         let mut images = Vec::with_capacity(batch);
@@ -261,8 +270,9 @@ impl Loaded<'_, '_> {
             self.executor.read(buffer::IMAGE, DataMut::F32(&mut pixels))?;
             let rgb = pixels.iter().map(|&x| to_byte(x)).collect();
             let latents = to_channels_first(latents, channels);
-            images.push(Image { width: self.settings.width, height: self.settings.height, rgb, latents });
-            observe(Progress::Decoded { done: index + 1, images: batch })?;
+            let image = Image { width: self.settings.width, height: self.settings.height, rgb, latents };
+            observe(Progress::Image { index, image: &image })?;
+            images.push(image);
         }
         Ok(images)
     }

@@ -9,7 +9,7 @@ mod keys_vae;
 mod pack;
 mod single_file;
 
-pub use file::{Header, Stored, parse_header, parse_json};
+pub use file::{Header, Stored, fingerprint, parse_header, parse_json};
 pub use pack::Rows;
 
 use crate::{Error, Result};
@@ -18,6 +18,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// Which network of a pipeline a weight belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -82,6 +83,7 @@ pub struct Model {
     metadata: BTreeMap<String, String>,
     ignored: Vec<String>,
     open_clip: [bool; 4],
+    fingerprint: OnceLock<String>,
 }
 
 /// Where a tensor, or some rows of one, lies.
@@ -140,6 +142,7 @@ impl Model {
             metadata: BTreeMap::new(),
             ignored: Vec::new(),
             open_clip: [false; 4],
+            fingerprint: OnceLock::new(),
         }
     }
 
@@ -230,6 +233,11 @@ impl Model {
     pub fn rows(&self, weight: &Weight) -> Result<Rows<'_>> {
         let found: Result<Vec<_>> = weight.keys.iter().map(|key| self.tensor(weight.component, key)).collect();
         Rows::new(self, weight, &found?)
+    }
+
+    /// 16 hex digits that tell models apart: a hash of the length and of samples of every file. No cryptography.
+    pub fn fingerprint(&self) -> &str {
+        self.fingerprint.get_or_init(|| format!("{:016x}", fingerprint(self.files.iter().flat_map(File::samples))))
     }
 
     /// Lets the system drop the mapped pages of a weight that has been read, to keep resident memory low.

@@ -102,16 +102,6 @@ impl<T: Real> Cpu<T> {
         self
     }
 
-    /// Bytes of thread scratch: what `load` holds besides weights, buffers and arena.
-    pub fn scratch_bytes(&self) -> usize {
-        self.scratch.slots.len() * self.scratch.len * size_of::<T>()
-    }
-
-    /// Bytes of weights as held: packed, with padding.
-    pub fn weight_bytes(&self) -> usize {
-        self.store.weight_bytes()
-    }
-
     /// Elements of thread scratch an op needs.
     fn scratch(&self, program: &Program, node: &Node) -> usize {
         match &node.op {

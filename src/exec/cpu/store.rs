@@ -67,10 +67,6 @@ pub fn form(program: &Program, id: ValueId) -> Result<Form> {
 }
 
 impl<T: Real> Store<T> {
-    pub fn weight_bytes(&self) -> usize {
-        self.weights.iter().map(|w| size_of_val(w.as_slice())).sum()
-    }
-
     /// The index of a weight, fetched and packed if it is not held yet.
     pub fn weight(&mut self, weight: &Weight, form: Form, tiling: Tiling, model: &Model) -> Result<usize> {
         if let Some(&index) = self.by_weight.get(&(weight.clone(), form)) {
