@@ -237,7 +237,9 @@ fn bad_flags() {
     fails(&["generate", PROMPT, "--dtype", "f16"], 2, &["--dtype"]);
     fails(&["generate", PROMPT, "--guidance", "nan"], 2, &["--guidance"]);
     fails(&["generate", PROMPT, "--count", "0"], 2, &["--count"]);
-    fails(&["generate", PROMPT, "--memory-limit", "3M"], 1, &["3.0 MiB", "--size"]);
+    fails(&["generate", PROMPT, "--memory-limit", "3M"], 1, &["--memory-limit is 3.0 MiB", "weights alone"]);
+    fails(&["generate", PROMPT, "--memory-limit", "21M", "--size", "512x512"], 1, &["21.0 MiB", "a smaller --size"]);
+    fails(&["generate", PROMPT, "--memory-limit", "21M", "--batch", "9", "--count", "9"], 1, &["--batch or --size"]);
     fails(&["generate", PROMPT, "--count", "1000000000000"], 2, &["--count", "1000000"]);
     fails(&["generate", PROMPT, "--threads", "0"], 2, &["--threads"]);
     fails(&["generate", PROMPT, "--out", "star.jpg"], 2, &["--out", ".png"]);

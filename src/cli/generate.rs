@@ -8,7 +8,7 @@ use crate::cli::{atomic, machine, tensors};
 use crate::methods::generate::{Generator, Image, Job, Loaded, Progress, Settings};
 use crate::methods::pipeline::Pipeline;
 use crate::plan::show_bytes;
-use crate::weights::fingerprint;
+use crate::weights::{Component, fingerprint};
 use crate::{Error, Result};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -194,12 +194,12 @@ impl Run<'_> {
             executor.clear();
             let generator = Generator::plan(self.pipeline, &*executor, self.settings.clone(), batch)?;
             let (footprint, calls) = (generator.footprint(), generator.calls());
-            machine::check_memory(self.args.model.memory_limit, footprint.total(), batch)?;
-            let faults = machine::major_faults();
+            machine::check_memory(self.args.model.memory_limit, &footprint, batch)?;
+            let before = machine::disk_bytes();
             let mut generator = generator.load(&mut *executor)?;
             if part == 0 {
-                let faults = machine::major_faults().saturating_sub(faults);
-                report_load(&self.reporter, started.elapsed().as_secs_f64(), faults, footprint.total())?;
+                let from_disk = machine::disk_bytes().saturating_sub(before);
+                self.report_load(started.elapsed().as_secs_f64(), from_disk, footprint.total())?;
                 self.reporter.start(targets.len().div_ceil(self.args.batch) * calls);
             }
             for targets in group.chunks(batch) {
@@ -231,6 +231,17 @@ impl Run<'_> {
         // Only --latents-out needs them; a long run must not pile them up.
         let kept = images.into_iter().filter(|_| self.args.latents_out.is_some());
         Ok(kept.flat_map(|image| image.latents).collect())
+    }
+
+    /// A load is cold when most of the stored weights had to come from the disk, warm when the system still held them.
+    fn report_load(&self, seconds: f64, from_disk: u64, planned: usize) -> Result<()> {
+        let stored: usize = Component::ALL.iter().map(|&c| self.pipeline.model.bytes(c)).sum();
+        let state = if 2 * from_disk > stored as u64 { "cold" } else { "warm" };
+        self.reporter.note(&format!("loaded in {seconds:.2} s ({state}), {} planned", show_bytes(planned)));
+        self.reporter.event(json!({
+            "event": "load", "seconds": seconds, "state": state, "disk_bytes": from_disk, "stored_bytes": stored,
+            "planned_bytes": planned
+        }))
     }
 
     fn save(&self, target: &Target, image: &Image, seconds: f64) -> Result<()> {
@@ -292,13 +303,4 @@ fn warn_of_cut_tokens(args: &Generate, pipeline: &Pipeline, targets: &[Target], 
         }
     }
     Ok(())
-}
-
-fn report_load(reporter: &Reporter, seconds: f64, faults: u64, planned: usize) -> Result<()> {
-    // Pages that had to come from the disk: a first load after boot or after other files pushed this one out.
-    let state = if faults > 0 { "cold" } else { "warm" };
-    reporter.note(&format!("loaded in {seconds:.2} s ({state}), {} planned", show_bytes(planned)));
-    reporter.event(json!({
-        "event": "load", "seconds": seconds, "state": state, "major_faults": faults, "planned_bytes": planned
-    }))
 }

@@ -1,6 +1,6 @@
-//! What the command line asks of the machine: memory, page faults, Ctrl-C, and a stderr that may be closed.
+//! What the command line asks of the machine: memory, what came from the disk, Ctrl-C, and a stderr that may be closed.
 
-use crate::plan::show_bytes;
+use crate::plan::{Footprint, show_bytes};
 use crate::{Error, Result};
 use std::io::Write;
 use std::sync::Arc;
@@ -16,19 +16,25 @@ pub fn print_line(line: &str) -> Result<()> {
     writeln!(std::io::stdout().lock(), "{line}").map_err(Error::io("write", "standard output"))
 }
 
-/// Refuses a plan that `limit` (`--memory-limit`), or else this machine, cannot hold.
-pub fn check_memory(limit: Option<usize>, needed: usize, batch: usize) -> Result<()> {
+/// Refuses a plan that `limit` (`--memory-limit`), or else this machine, cannot hold, and says what would help.
+pub fn check_memory(limit: Option<usize>, plan: &Footprint, batch: usize) -> Result<()> {
     let (limit, whose) = match (limit, physical_memory()) {
         (Some(limit), _) => (limit, "--memory-limit is"),
         (None, Some(memory)) => (memory, "this machine has"),
         (None, None) => return Ok(()),
     };
-    if needed <= limit {
+    if plan.total() <= limit {
         return Ok(());
     }
-    let flags = if batch > 1 { "--batch or --size" } else { "--size" };
-    let (needed, limit) = (show_bytes(needed), show_bytes(limit));
-    Err(Error::Memory(format!("the plan needs {needed} and {whose} {limit}; a smaller {flags} needs less")))
+    let advice = match batch {
+        _ if plan.weight_bytes > limit => {
+            format!("its weights alone take {}, so this model needs a larger limit", show_bytes(plan.weight_bytes))
+        }
+        1 => "a smaller --size needs less".to_string(),
+        _ => "a smaller --batch or --size needs less".to_string(),
+    };
+    let (needed, limit) = (show_bytes(plan.total()), show_bytes(limit));
+    Err(Error::Memory(format!("the plan needs {needed} and {whose} {limit}; {advice}")))
 }
 
 /// In bytes (`/proc/meminfo`, in KiB there); `None` where there is no such file.
@@ -38,11 +44,11 @@ fn physical_memory() -> Option<usize> {
     Some(line.split_whitespace().next()?.parse::<usize>().ok()? * 1024)
 }
 
-/// Major page faults of this process so far (`/proc/self/stat`, field 12); 0 where there is no such file.
-pub fn major_faults() -> u64 {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let after_name = stat.rsplit(')').next().unwrap_or_default();
-    after_name.split_whitespace().nth(9).and_then(|field| field.parse().ok()).unwrap_or(0)
+/// Bytes this process has had the disk deliver so far (`/proc/self/io`); 0 where there is no such file.
+pub fn disk_bytes() -> u64 {
+    let io = std::fs::read_to_string("/proc/self/io").unwrap_or_default();
+    let field = io.lines().find_map(|line| line.strip_prefix("read_bytes:"));
+    field.and_then(|bytes| bytes.trim().parse().ok()).unwrap_or(0)
 }
 
 /// A flag that the first Ctrl-C raises; the second ends the process at once.
