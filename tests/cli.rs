@@ -233,6 +233,7 @@ fn bad_flags() {
     fails(&["generate", PROMPT, "--frobnicate"], 2, &["--frobnicate"]);
     fails(&["generate"], 2, &["PROMPT"]);
     fails(&["generate", PROMPT, "--sampler", "magic"], 2, &["magic", "euler-a"]);
+    fails(&["generate", PROMPT, "--spacing", "even"], 2, &["--spacing", "even", "linspace"]);
     fails(&["generate", PROMPT, "--device", "cuda"], 2, &["--device cuda"]);
     fails(&["generate", PROMPT, "--dtype", "f16"], 2, &["--dtype"]);
     fails(&["generate", PROMPT, "--guidance", "nan"], 2, &["--guidance"]);

@@ -54,23 +54,6 @@ impl From<PredictionFlag> for Prediction {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum SpacingFlag {
-    Leading,
-    Linspace,
-    Trailing,
-}
-
-impl From<SpacingFlag> for Spacing {
-    fn from(flag: SpacingFlag) -> Spacing {
-        match flag {
-            SpacingFlag::Leading => Spacing::Leading,
-            SpacingFlag::Linspace => Spacing::Linspace,
-            SpacingFlag::Trailing => Spacing::Trailing,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DTypeFlag {
     Auto,
     F32,
@@ -167,8 +150,8 @@ pub struct SamplingFlags {
     #[arg(long)]
     pub sampler: Option<Method>,
     /// How timesteps are spread [default: the model's]
-    #[arg(long, value_enum)]
-    pub spacing: Option<SpacingFlag>,
+    #[arg(long, value_name = "leading|linspace|trailing")]
+    pub spacing: Option<Spacing>,
     /// Share of fresh noise in DDIM, 0 to 1
     #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub eta: f64,
@@ -204,7 +187,7 @@ impl SamplingFlags {
             height,
             sampler: sampler::Settings {
                 method: self.sampler.or(Method::of(&config.scheduler)).unwrap_or(Method::Ddim),
-                spacing: self.spacing.map(Into::into),
+                spacing: self.spacing,
                 steps: self.steps,
                 eta: self.eta,
                 guidance: self.guidance.unwrap_or(usual_guidance),
@@ -214,9 +197,7 @@ impl SamplingFlags {
             dtype,
         })
     }
-}
 
-impl SamplingFlags {
     /// What the user may not expect of these flags with this model.
     pub fn remarks(&self, pipeline: &Pipeline) -> Vec<String> {
         let mut remarks = Vec::new();

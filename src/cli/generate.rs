@@ -73,7 +73,6 @@ impl Generate {
         let scheduler = &pipeline.config.scheduler;
         let row = noise.as_ref().map(|rows| &rows[target.index]);
         let hash = |row: &Vec<f32>| format!("{:016x}", fingerprint(row.iter().flat_map(|x| x.to_le_bytes())));
-        let name = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
         Record {
             version: env!("CARGO_PKG_VERSION").into(),
             method: "generate".into(),
@@ -86,11 +85,11 @@ impl Generate {
             noise: row.map(hash),
             steps: settings.sampler.steps,
             sampler: settings.sampler.method.to_string(),
-            spacing: name(&settings.sampler.spacing(scheduler)),
+            spacing: settings.sampler.spacing(scheduler).to_string(),
             eta: settings.sampler.eta,
             guidance: settings.sampler.guidance,
             cfg_pp: settings.sampler.cfg_pp,
-            prediction: name(&scheduler.prediction),
+            prediction: format!("{:?}", scheduler.prediction).to_lowercase(),
             width: settings.width,
             height: settings.height,
             dtype: settings.dtype.to_string(),

@@ -1,6 +1,7 @@
 //! Configurations of the networks and the scheduler, as read from diffusers JSON or detected from a checkpoint's keys.
 
 use crate::program::Activation;
+use crate::{Error, Result};
 
 /// CLIP text tower (`CLIPTextModel`, `CLIPTextModelWithProjection`).
 #[derive(Clone, Debug, PartialEq)]
@@ -90,11 +91,41 @@ pub enum Prediction {
     Sample,
 }
 
+/// How timesteps are spread; `Display` and `FromStr` use the names of diffusers, which are also those of the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Spacing {
     Leading,
     Linspace,
     Trailing,
+}
+
+impl Spacing {
+    pub const ALL: [Spacing; 3] = [Spacing::Leading, Spacing::Linspace, Spacing::Trailing];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Spacing::Leading => "leading",
+            Spacing::Linspace => "linspace",
+            Spacing::Trailing => "trailing",
+        }
+    }
+}
+
+impl std::fmt::Display for Spacing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl std::str::FromStr for Spacing {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Spacing> {
+        Spacing::ALL.into_iter().find(|s| s.name() == name).ok_or_else(|| {
+            let names = Spacing::ALL.map(Spacing::name).join(", ");
+            Error::Usage(format!("unknown spacing '{name}' (one of {names})"))
+        })
+    }
 }
 
 /// The fields of `scheduler_config.json` that change what a sampler does; defaults are those of the diffusers class named in it.

@@ -349,10 +349,10 @@ pub fn scheduler(f: &Fields, old_pipeline: bool) -> Result<SchedulerConfig> {
         },
         spacing: match f.text("timestep_spacing", "")? {
             "" => None,
-            "leading" => Some(Spacing::Leading),
-            "linspace" => Some(Spacing::Linspace),
-            "trailing" => Some(Spacing::Trailing),
-            _ => return Err(f.wrong("timestep_spacing", "leading, linspace or trailing")),
+            name => match name.parse() {
+                Ok(spacing) => Some(spacing),
+                Err(_) => return Err(f.wrong("timestep_spacing", "leading, linspace or trailing")),
+            },
         },
         steps_offset: if old_pipeline { 1 } else { f.count("steps_offset", 0, 0)? },
         // Classes without the field leave the default of the DDIM that may take over their configuration.

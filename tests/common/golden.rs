@@ -4,7 +4,6 @@ use rarebit::exec::Executor;
 use rarebit::methods::generate::{Generator, Image, Job, Settings};
 use rarebit::methods::networks::Tensor;
 use rarebit::methods::pipeline::Pipeline;
-use rarebit::models::config::Spacing;
 use rarebit::program::DType;
 use rarebit::sampler::{self, Rng};
 use rarebit::weights::Model;
@@ -100,18 +99,12 @@ impl Golden {
         }
         let shape = self.tensor(&case.name).unwrap().shape;
         let factor = pipeline.config.vae.factor();
-        let spacing = match case.text("spacing").as_str() {
-            "leading" => Spacing::Leading,
-            "linspace" => Spacing::Linspace,
-            "trailing" => Spacing::Trailing,
-            other => panic!("spacing {other}"),
-        };
         let settings = Settings {
             width: factor * shape[3],
             height: factor * shape[2],
             sampler: sampler::Settings {
                 method: case.text("sampler").parse().unwrap(),
-                spacing: Some(spacing),
+                spacing: Some(case.text("spacing").parse().unwrap()),
                 steps: case.number("steps") as usize,
                 eta: 0.0,
                 guidance: case.number("guidance"),

@@ -5,7 +5,6 @@ use rarebit::exec::cpu::Cpu;
 use rarebit::methods::generate::{Generator, Job, Settings, Text};
 use rarebit::methods::networks::{AddedConditions, Networks, Tensor};
 use rarebit::methods::pipeline::Pipeline;
-use rarebit::models::config::Spacing;
 use rarebit::program::DType;
 use rarebit::sampler::{self, Rng};
 use rarebit::weights::Model;
@@ -124,17 +123,12 @@ fn sample(pipeline: &Pipeline, dump: &Dump<'_>, settings: &Value) -> Result<Tens
     let number = |field: &str| settings[field].as_f64().ok_or(format!("no '{field}' in the settings"));
     let noise = dump.floats("in/noise")?;
     let factor = pipeline.config.vae.factor();
-    let spacing = match word("spacing")? {
-        "leading" => Spacing::Leading,
-        "linspace" => Spacing::Linspace,
-        _ => Spacing::Trailing,
-    };
     let settings = Settings {
         width: factor * noise.shape[3],
         height: factor * noise.shape[2],
         sampler: sampler::Settings {
             method: word("sampler")?.parse()?,
-            spacing: Some(spacing),
+            spacing: Some(word("spacing")?.parse()?),
             steps: number("steps")? as usize,
             eta: 0.0,
             guidance: number("guidance")?,
