@@ -4,8 +4,8 @@ the key layouts of the full-size checkpoints. Deterministic: the same versions w
 Everything is computed by the real diffusers pipelines in float32 from the stored weights. Layouts are NCHW and [batch, token, channel].
 `golden.json` says how each tensor came about; tests/data/README.md lists the names.
 
-    python dump.py --tokenizer MODEL/tokenizer                       the tiny pipelines
-    python dump.py --tokenizer MODEL/tokenizer --model MODEL --name shapes   only golden files, of an existing folder
+    python dump.py --tokenizer TOKENIZER             the tiny pipelines
+    python dump.py --model MODEL --name shapes       only golden files, of an existing folder
 """
 
 import argparse
@@ -261,7 +261,7 @@ def write_layouts(folder):
 def main():
     parser = argparse.ArgumentParser(description="write the golden files of tests/data")
     parser.add_argument("--out", default=os.path.join(os.path.dirname(__file__), "../../tests/data"))
-    parser.add_argument("--tokenizer", help="a CLIP tokenizer folder with 819 ids, at most 32 long (the embedded model's)")
+    parser.add_argument("--tokenizer", help="a CLIP tokenizer folder with 819 ids, at most 32 long (that of tests/data/tiny-sd1)")
     parser.add_argument("--model", help="dump golden files of this diffusers folder instead of making tiny ones")
     parser.add_argument("--name", default="shapes", help="folder under --out for --model")
     args = parser.parse_args()
