@@ -1,6 +1,6 @@
 //! rarebit: forward and input-gradient of Stable Diffusion pipelines as planned op programs.
 //!
-//! Data flows one way: `weights`, `text` → `program` → `models` → `plan` → `exec` → `sampler` → `methods` → `cli`.
+//! Data flows one way: `weights`, `text` → `program` → `models` → `plan` → `exec` → `sampler` → `methods`, `metrics` → `cli`.
 //! A module imports only from its left (`tests/layering.rs` enforces it).
 #![deny(unsafe_code)]
 
@@ -9,6 +9,7 @@ pub mod cli;
 pub mod error;
 pub mod exec;
 pub mod methods;
+pub mod metrics;
 pub mod models;
 pub mod plan;
 pub mod program;

@@ -2,57 +2,14 @@
 
 mod common;
 
+use common::command::{check_failure, fails, files, path, rarebit, succeeds, text};
 use common::golden::data_folder;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 use tempfile::TempDir;
 
 const PROMPT: &str = "a red star on a dark blue background";
-
-fn rarebit(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_rarebit")).args(args).output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-#[track_caller]
-fn succeeds(args: &[&str]) -> String {
-    let output = rarebit(args);
-    assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
-    text(&output.stdout)
-}
-
-/// The command fails with `code` and one line on stderr that holds every one of `words`.
-#[track_caller]
-fn fails(args: &[&str], code: i32, words: &[&str]) {
-    let output = rarebit(args);
-    check_failure(&output, code, words);
-}
-
-#[track_caller]
-fn check_failure(output: &Output, code: i32, words: &[&str]) {
-    let stderr = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{stderr}");
-    assert_eq!(stderr.trim_end().lines().count(), 1, "not one line: {stderr}");
-    assert!(!stderr.contains("panicked"), "{stderr}");
-    for word in words {
-        assert!(stderr.contains(word), "'{word}' is not in: {stderr}");
-    }
-}
-
-fn files(folder: &Path) -> Vec<String> {
-    let names = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
-    let mut names: Vec<String> = names.collect();
-    names.sort();
-    names
-}
-
-fn path(folder: &TempDir, name: &str) -> String {
-    folder.path().join(name).display().to_string()
-}
 
 /// A writable copy of a tiny pipeline.
 fn copy_of(name: &str) -> TempDir {

@@ -1,4 +1,4 @@
-//! What is compiled into the binary: the default model `shapes`.
+//! What is compiled into the binary: the default model `shapes`, its world, and the reader of that world's images.
 
 use crate::Result;
 use crate::weights::Model;
@@ -25,7 +25,18 @@ static SHAPES: &[(&str, &[u8])] = shapes_files![
     "vae/diffusion_pytorch_model.safetensors",
 ];
 
+/// The attribute reader, a model of its own: what it is says nothing about how an image was made.
+static SHAPES_READER: &[(&str, &[u8])] = shapes_files!["reader/config.json", "reader/model.safetensors"];
+
+/// The world's tables, caption grammar and aesthetic, as JSON; written by `tools/shapes/world.py`.
+pub const SHAPES_WORLD: &str = include_str!("shapes/world.json");
+
 /// The embedded model, through the loader every folder goes through.
 pub fn shapes() -> Result<Model> {
     Model::embedded(SHAPES)
+}
+
+/// The reader of the embedded model's images.
+pub fn shapes_reader() -> Result<Model> {
+    Model::embedded(SHAPES_READER)
 }

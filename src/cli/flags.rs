@@ -13,7 +13,7 @@ use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// Which model, where and how it runs.
+/// Which model.
 #[derive(Args, Clone)]
 pub struct ModelFlags {
     /// A diffusers folder or a single-file checkpoint (.safetensors) [default: the embedded `shapes` model]
@@ -25,15 +25,6 @@ pub struct ModelFlags {
     /// What the UNet predicts, where the model does not say
     #[arg(long, value_enum)]
     pub prediction: Option<PredictionFlag>,
-    /// Where to run; this version runs on the CPU
-    #[arg(long, default_value = "auto", value_name = "auto|cpu")]
-    pub device: Device,
-    /// Number type of weights and activations; the CPU computes in f32, or in f64 as its own oracle
-    #[arg(long, value_enum, default_value = "auto")]
-    pub dtype: DTypeFlag,
-    /// Refuse to start when the plan needs more, e.g. 6G or 800M
-    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
-    pub memory_limit: Option<usize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -110,7 +101,23 @@ impl ModelFlags {
             (Some(model), Some(unet)) => format!("{}+{}", stem(model), stem(unet)),
         }
     }
+}
 
+/// Where and how programs run.
+#[derive(Args)]
+pub struct DeviceFlags {
+    /// Where to run; this version runs on the CPU
+    #[arg(long, default_value = "auto", value_name = "auto|cpu")]
+    pub device: Device,
+    /// Number type of weights and activations; the CPU computes in f32, or in f64 as its own oracle
+    #[arg(long, value_enum, default_value = "auto")]
+    pub dtype: DTypeFlag,
+    /// Refuse to start when the plan needs more, e.g. 6G or 800M
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub memory_limit: Option<usize>,
+}
+
+impl DeviceFlags {
     pub fn program_dtype(&self) -> Result<DType> {
         match self.dtype {
             DTypeFlag::Auto | DTypeFlag::F32 => Ok(DType::F32),
@@ -210,6 +217,11 @@ impl SamplingFlags {
         }
         remarks
     }
+}
+
+/// What makes the plan of a sampling run smaller.
+pub fn smaller_plan(batch: usize) -> &'static str {
+    if batch > 1 { "a smaller --batch or --size" } else { "a smaller --size" }
 }
 
 /// A number of images: 1 to a million.

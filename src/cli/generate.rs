@@ -1,6 +1,6 @@
 //! `rarebit generate`: prompts to PNG files.
 
-use crate::cli::flags::{self, ModelFlags, SamplingFlags};
+use crate::cli::flags::{self, DeviceFlags, ModelFlags, SamplingFlags};
 use crate::cli::metadata::{self, Record};
 use crate::cli::progress::Reporter;
 use crate::cli::prompts::{self, Target};
@@ -26,6 +26,8 @@ pub struct Generate {
     prompts: Option<PathBuf>,
     #[command(flatten)]
     model: ModelFlags,
+    #[command(flatten)]
+    device: DeviceFlags,
     #[command(flatten)]
     sampling: SamplingFlags,
     /// Starting noise: safetensors, tensor `noise`, f32 [B, C, H/f, W/f], unit variance, one row per image
@@ -148,7 +150,7 @@ pub fn run(args: &Generate) -> Result<()> {
     }
     let targets = args.targets()?;
     let pipeline = args.model.open()?;
-    let settings = args.sampling.settings(&pipeline, args.model.program_dtype()?)?;
+    let settings = args.sampling.settings(&pipeline, args.device.program_dtype()?)?;
     let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
     let shape = [targets.len(), pipeline.config.unet.in_channels, height, width];
     let noise = args.noise.as_ref().map(|path| tensors::read_noise(path, shape)).transpose()?;
@@ -183,7 +185,7 @@ impl Run<'_> {
     /// Makes and saves the targets, batch by batch; returns the latents of all.
     fn make(&mut self, targets: &[Target], started: Instant) -> Result<Vec<f32>> {
         let mut latents = Vec::new();
-        let mut executor = self.args.model.executor(self.args.check_finite)?;
+        let mut executor = self.args.device.executor(self.args.check_finite)?;
         // Whole batches share one set of programs; a smaller last batch gets its own.
         let whole = targets.len() - targets.len() % self.args.batch;
         for (part, group) in
@@ -193,13 +195,13 @@ impl Run<'_> {
             executor.clear();
             let generator = Generator::plan(self.pipeline, &*executor, self.settings.clone(), batch)?;
             let (footprint, calls) = (generator.footprint(), generator.calls());
-            machine::check_memory(self.args.model.memory_limit, &footprint, batch)?;
+            machine::check_memory(self.args.device.memory_limit, &footprint, flags::smaller_plan(batch))?;
             let before = machine::disk_bytes();
             let mut generator = generator.load(&mut *executor)?;
             if part == 0 {
                 let from_disk = machine::disk_bytes().saturating_sub(before);
                 self.report_load(started.elapsed().as_secs_f64(), from_disk, footprint.total())?;
-                self.reporter.start(targets.len().div_ceil(self.args.batch) * calls);
+                self.reporter.start("step", targets.len().div_ceil(self.args.batch) * calls);
             }
             for targets in group.chunks(batch) {
                 latents.extend(self.make_batch(&mut generator, targets)?);

@@ -1,6 +1,6 @@
 //! `rarebit inspect`: what a model holds and needs, or how an image was made.
 
-use crate::cli::flags::{self, ModelFlags, SamplingFlags};
+use crate::cli::flags::{self, DeviceFlags, ModelFlags, SamplingFlags};
 use crate::cli::machine::{check_memory, print_line};
 use crate::cli::metadata;
 use crate::exec::Executor;
@@ -23,6 +23,8 @@ pub struct Inspect {
     #[command(flatten)]
     model: ModelFlags,
     #[command(flatten)]
+    device: DeviceFlags,
+    #[command(flatten)]
     sampling: SamplingFlags,
     /// Print the memory plan of every program for these sampling flags
     #[arg(long)]
@@ -44,9 +46,9 @@ pub fn run(args: &Inspect) -> Result<()> {
     match &args.path {
         Some(path) if is_png(path)? => inspect_image(path, args.json),
         path => {
-            let mut flags = args.model.clone();
-            flags.model = path.clone().or(flags.model);
-            inspect_model(args, &flags)
+            let mut model = args.model.clone();
+            model.model = path.clone().or(model.model);
+            inspect_model(args, &model)
         }
     }
 }
@@ -81,11 +83,11 @@ fn inspect_image(path: &Path, json: bool) -> Result<()> {
     Ok(())
 }
 
-fn inspect_model(args: &Inspect, flags: &ModelFlags) -> Result<()> {
-    let pipeline = flags.open()?;
-    let executor = flags.executor(false)?;
+fn inspect_model(args: &Inspect, model: &ModelFlags) -> Result<()> {
+    let pipeline = model.open()?;
+    let executor = args.device.executor(false)?;
     let plan = match args.plan || args.ops {
-        true => Some(plan(args, flags, &pipeline, &*executor)?),
+        true => Some(plan(args, &pipeline, &*executor)?),
         false => None,
     };
     if args.json {
@@ -104,19 +106,14 @@ fn inspect_model(args: &Inspect, flags: &ModelFlags) -> Result<()> {
     }
     print_line(plan.footprint().to_string().trim_end())?;
     // A plan may be made for another machine; only a limit that was given is held against it.
-    match flags.memory_limit {
-        Some(_) => check_memory(flags.memory_limit, &plan.footprint(), args.batch),
+    match args.device.memory_limit {
+        Some(limit) => check_memory(Some(limit), &plan.footprint(), flags::smaller_plan(args.batch)),
         None => Ok(()),
     }
 }
 
-fn plan<'p>(
-    args: &Inspect,
-    flags: &ModelFlags,
-    pipeline: &'p Pipeline,
-    executor: &dyn Executor,
-) -> Result<Generator<'p>> {
-    let settings = args.sampling.settings(pipeline, flags.program_dtype()?)?;
+fn plan<'p>(args: &Inspect, pipeline: &'p Pipeline, executor: &dyn Executor) -> Result<Generator<'p>> {
+    let settings = args.sampling.settings(pipeline, args.device.program_dtype()?)?;
     Generator::plan(pipeline, executor, settings, args.batch)
 }
 

@@ -16,8 +16,8 @@ pub fn print_line(line: &str) -> Result<()> {
     writeln!(std::io::stdout().lock(), "{line}").map_err(Error::io("write", "standard output"))
 }
 
-/// Refuses a plan that `limit` (`--memory-limit`), or else this machine, cannot hold, and says what would help.
-pub fn check_memory(limit: Option<usize>, plan: &Footprint, batch: usize) -> Result<()> {
+/// Refuses a plan that `limit` (`--memory-limit`), or else this machine, cannot hold; `remedy` would make it smaller.
+pub fn check_memory(limit: Option<usize>, plan: &Footprint, remedy: &str) -> Result<()> {
     let (limit, whose) = match (limit, physical_memory()) {
         (Some(limit), _) => (limit, "--memory-limit is"),
         (None, Some(memory)) => (memory, "this machine has"),
@@ -26,12 +26,10 @@ pub fn check_memory(limit: Option<usize>, plan: &Footprint, batch: usize) -> Res
     if plan.total() <= limit {
         return Ok(());
     }
-    let advice = match batch {
-        _ if plan.weight_bytes > limit => {
-            format!("its weights alone take {}, so this model needs a larger limit", show_bytes(plan.weight_bytes))
-        }
-        1 => "a smaller --size needs less".to_string(),
-        _ => "a smaller --batch or --size needs less".to_string(),
+    let advice = if plan.weight_bytes > limit {
+        format!("its weights alone take {}, so this model needs a larger limit", show_bytes(plan.weight_bytes))
+    } else {
+        format!("{remedy} needs less")
     };
     let (needed, limit) = (show_bytes(plan.total()), show_bytes(limit));
     Err(Error::Memory(format!("the plan needs {needed} and {whose} {limit}; {advice}")))

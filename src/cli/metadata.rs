@@ -99,18 +99,35 @@ pub fn read_text(name: &str, file: impl BufRead + Seek) -> Result<Vec<(String, S
     let mut reader = png::Decoder::new(file).read_info().map_err(broken)?;
     // Text may follow the pixels.
     reader.finish().map_err(broken)?;
-    let info = reader.info();
+    texts(reader.info()).map_err(broken)
+}
+
+/// The text chunks of a PNG that has been read to its end.
+pub fn texts(info: &png::Info<'_>) -> Result<Vec<(String, String)>, png::DecodingError> {
     let mut texts = Vec::new();
     for chunk in &info.uncompressed_latin1_text {
         texts.push((chunk.keyword.clone(), chunk.text.clone()));
     }
     for chunk in &info.compressed_latin1_text {
-        texts.push((chunk.keyword.clone(), chunk.get_text().map_err(broken)?));
+        texts.push((chunk.keyword.clone(), chunk.get_text()?));
     }
     for chunk in &info.utf8_text {
-        texts.push((chunk.keyword.clone(), chunk.get_text().map_err(broken)?));
+        texts.push((chunk.keyword.clone(), chunk.get_text()?));
     }
     Ok(texts)
+}
+
+/// The prompt an image was made from: the record's, else that of the A1111 parameters, whichever program wrote them.
+pub fn prompt(texts: &[(String, String)]) -> Option<String> {
+    let find = |keyword: &str| texts.iter().find(|(key, _)| key == keyword).map(|(_, text)| text.as_str());
+    // Records of other versions may have other fields; the prompt is in all of them.
+    let record = find(RECORD).and_then(|text| serde_json::from_str::<serde_json::Value>(text).ok());
+    if let Some(prompt) = record.as_ref().and_then(|record| record.get("prompt")?.as_str()) {
+        return Some(prompt.to_string());
+    }
+    let parameters = find(PARAMETERS)?;
+    let settings = ["\nNegative prompt: ", "\nSteps: "].iter().filter_map(|mark| parameters.find(mark)).min();
+    Some(parameters[..settings.unwrap_or(parameters.len())].to_string())
 }
 
 /// The JSON record among text chunks, if there is one; an error where this version does not understand it.
@@ -166,6 +183,19 @@ mod tests {
             "a red star\nNegative prompt: blue\nSteps: 20, Sampler: ddim, CFG scale: 7.5, Seed: 18446744073709551615, \
              Size: 2x1, Model: shapes, Version: rarebit 0.1.0"
         );
+    }
+
+    #[test]
+    fn prompts_of_both_chunks() {
+        let chunk = |key: &str, text: &str| (key.to_string(), text.to_string());
+        let parameters = example("two\nlines").parameters();
+        assert_eq!(prompt(&[chunk(PARAMETERS, &parameters)]).as_deref(), Some("two\nlines"));
+        let plain = Record { negative: None, ..example("a red star") };
+        assert_eq!(prompt(&[chunk(PARAMETERS, &plain.parameters())]).as_deref(), Some("a red star"));
+        assert_eq!(prompt(&[chunk(PARAMETERS, "alone"), chunk(RECORD, "{")]).as_deref(), Some("alone"));
+        let newer = r#"{"prompt": "a ring", "unheard_of": 1}"#;
+        assert_eq!(prompt(&[chunk(PARAMETERS, "other"), chunk(RECORD, newer)]).as_deref(), Some("a ring"));
+        assert_eq!(prompt(&[chunk("Comment", "a red star")]), None);
     }
 
     #[test]

@@ -3,11 +3,15 @@
 mod atomic;
 mod flags;
 mod generate;
+mod images;
 mod inspect;
 mod machine;
 pub mod metadata;
 mod progress;
 mod prompts;
+mod report;
+mod score;
+mod sheet;
 mod tensors;
 
 use crate::{Error, Result};
@@ -28,6 +32,8 @@ enum Command {
     Generate(Box<generate::Generate>),
     /// Show what a model holds and needs, or how an image was made.
     Inspect(Box<inspect::Inspect>),
+    /// Measure images.
+    Score(Box<score::Score>),
 }
 
 /// Parses, runs, reports: 0 done, 1 failed, 2 bad usage.
@@ -39,6 +45,7 @@ pub fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Generate(args) => in_pool(args.threads(), || generate::run(&args)),
         Command::Inspect(args) => in_pool(None, || inspect::run(&args)),
+        Command::Score(args) => in_pool(args.threads(), || score::run(&args)),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -30,17 +30,17 @@ impl Reporter {
 
     /// A machine-readable line on stdout, with `--json`.
     pub fn event(&self, event: serde_json::Value) -> Result<()> {
-        if self.json { print_line(&event.to_string()) } else { Ok(()) }
+        if self.json { self.line(&event.to_string()) } else { Ok(()) }
     }
 
-    /// Starts the bar: `total` sampling steps.
-    pub fn start(&mut self, total: usize) {
+    /// Starts the bar: `total` times a `unit`, say "step".
+    pub fn start(&mut self, unit: &str, total: usize) {
         if self.quiet {
             return;
         }
         self.bar = ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr());
-        let style = "{bar:32} step {pos}/{len}  {per_sec}  eta {eta}  {msg}";
-        if let Ok(style) = ProgressStyle::with_template(style) {
+        let style = format!("{{bar:32}} {unit} {{pos}}/{{len}}  {{per_sec}}  eta {{eta}}  {{msg}}");
+        if let Ok(style) = ProgressStyle::with_template(&style) {
             let per_sec = |state: &indicatif::ProgressState, out: &mut dyn std::fmt::Write| {
                 // A bar that cannot be drawn is no reason to stop.
                 let _ = write!(out, "{:.2} it/s", state.per_sec());
@@ -58,7 +58,12 @@ impl Reporter {
         if self.json {
             return self.event(event);
         }
-        self.bar.suspend(|| print_line(&path.display().to_string()))
+        self.line(&path.display().to_string())
+    }
+
+    /// A line of a result for a person, on stdout.
+    pub fn line(&self, text: &str) -> Result<()> {
+        self.bar.suspend(|| print_line(text))
     }
 
     pub fn finish(&self) {

@@ -76,6 +76,27 @@ impl VaeConfig {
     }
 }
 
+/// `AttributeReader`, ours: what an image of the `shapes` world shows. `channels` from full resolution down.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ReaderConfig {
+    /// Image side in pixels.
+    pub sample_size: usize,
+    pub image_channels: usize,
+    pub channels: Vec<usize>,
+    pub norm_groups: usize,
+    pub squeeze_channels: usize,
+    pub hidden_size: usize,
+    /// Attributes and the number of values each can take, in the order of the logits.
+    pub heads: Vec<(String, usize)>,
+}
+
+impl ReaderConfig {
+    /// Side of the last feature map, which the hidden layer sees whole.
+    pub fn last_side(&self) -> usize {
+        self.sample_size >> (self.channels.len() - 1)
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BetaSchedule {
     Linear,

@@ -136,6 +136,21 @@ pub fn text_config(model: &Model, c: Component) -> Result<ClipTextConfig> {
     Ok(config)
 }
 
+/// The attribute reader's configuration: `reader/config.json`, and from the weights how many values each head tells apart.
+pub fn reader_config(model: &Model) -> Result<ReaderConfig> {
+    let Some(fields) = fields(model, "reader")? else {
+        return Err(Error::file(model.path(), "has no reader/config.json"));
+    };
+    let values = |attribute: &str| {
+        let key = format!("heads.{attribute}.bias");
+        match model.shape(Component::Reader, &key).as_deref() {
+            Some(&[n]) if n > 0 => Ok(n),
+            Some(_) | None => Err(fields.error(format!("attribute '{attribute}' has no head '{key}' in the weights"))),
+        }
+    };
+    parse::reader(&fields, values)
+}
+
 /// A configuration of the model, where it has it.
 fn fields<'a>(model: &'a Model, name: &str) -> Result<Option<Fields<'a>>> {
     let found = model.config_path(name).zip(model.config(name));

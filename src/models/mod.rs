@@ -5,5 +5,6 @@ pub mod config;
 pub mod detect;
 mod layers;
 pub mod parse;
+pub mod reader;
 pub mod unet;
 pub mod vae;

@@ -97,14 +97,14 @@ impl<'a> Fields<'a> {
 
     /// Block types, one per level.
     fn blocks(&self, field: &str, default: &[&'a str]) -> Result<Vec<&'a str>> {
-        match self.get(field) {
-            None => Ok(default.to_vec()),
-            Some(v) => {
-                let list = v.as_array().filter(|list| !list.is_empty());
-                let names = list.and_then(|list| list.iter().map(Value::as_str).collect());
-                names.ok_or_else(|| self.wrong(field, "a list of block types"))
-            }
-        }
+        if self.get(field).is_some() { self.names(field) } else { Ok(default.to_vec()) }
+    }
+
+    /// A list of names that must be there.
+    fn names(&self, field: &str) -> Result<Vec<&'a str>> {
+        let list = self.get(field).and_then(Value::as_array).filter(|list| !list.is_empty());
+        let names = list.and_then(|list| list.iter().map(Value::as_str).collect());
+        names.ok_or_else(|| self.wrong(field, "a list of names"))
     }
 
     /// Refuses any value but `value` (absent and null are fine; a list must hold nothing else).
@@ -270,6 +270,30 @@ pub fn vae(f: &Fields) -> Result<VaeConfig> {
         return Err(f.wrong("scaling_factor", "a number other than 0"));
     }
     match config.channels.iter().find(|c| *c % config.norm_groups != 0) {
+        Some(c) => Err(f.error(format!("{c} channels do not divide by {} norm groups", config.norm_groups))),
+        None => Ok(config),
+    }
+}
+
+/// `AttributeReader`; `values` tells the number of values of an attribute, which is for the weights to say.
+pub fn reader(f: &Fields, values: impl Fn(&str) -> Result<usize>) -> Result<ReaderConfig> {
+    f.only("_class_name", json!("AttributeReader"))?;
+    let head = |name: &&str| Ok((name.to_string(), values(name)?));
+    let config = ReaderConfig {
+        sample_size: f.count("sample_size", 64, 1)?,
+        image_channels: f.count("in_channels", 3, 1)?,
+        channels: f.sizes("block_out_channels", &[16, 48, 96, 128])?,
+        norm_groups: f.count("norm_num_groups", 8, 1)?,
+        squeeze_channels: f.count("squeeze_channels", 32, 1)?,
+        hidden_size: f.count("hidden_size", 256, 1)?,
+        heads: f.names("attributes")?.iter().map(head).collect::<Result<_>>()?,
+    };
+    let halvings = config.channels.len() as u32 - 1;
+    if config.sample_size.trailing_zeros() < halvings {
+        return Err(f.wrong("sample_size", &format!("a side that halves {halvings} times")));
+    }
+    let normed = [&config.channels[..], &[config.hidden_size]].concat();
+    match normed.iter().find(|c| *c % config.norm_groups != 0) {
         Some(c) => Err(f.error(format!("{c} channels do not divide by {} norm groups", config.norm_groups))),
         None => Ok(config),
     }

@@ -8,12 +8,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Configuration files by the name they get in [`Model::config`].
-const CONFIGS: [(&str, &str); 8] = [
+const CONFIGS: [(&str, &str); 9] = [
     ("model_index", "model_index.json"),
     ("unet", "unet/config.json"),
     ("vae", "vae/config.json"),
     ("text_encoder", "text_encoder/config.json"),
     ("text_encoder_2", "text_encoder_2/config.json"),
+    ("reader", "reader/config.json"),
     ("scheduler", "scheduler/scheduler_config.json"),
     ("tokenizer", "tokenizer/tokenizer_config.json"),
     ("tokenizer_2", "tokenizer_2/tokenizer_config.json"),
@@ -222,7 +223,7 @@ fn canonical(c: Component, key: &str) -> Option<String> {
     match c {
         Component::TextEncoder | Component::TextEncoder2 => keys_text::from_transformers(key),
         Component::Vae => Some(keys_vae::from_diffusers(key)),
-        Component::Unet => Some(key.to_string()),
+        Component::Unet | Component::Reader => Some(key.to_string()),
     }
 }
 

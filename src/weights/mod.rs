@@ -27,10 +27,13 @@ pub enum Component {
     TextEncoder2,
     Unet,
     Vae,
+    /// Reads the attributes of an image of the `shapes` world; no part of a diffusion pipeline.
+    Reader,
 }
 
 impl Component {
-    pub const ALL: [Component; 4] = [Component::TextEncoder, Component::TextEncoder2, Component::Unet, Component::Vae];
+    pub const ALL: [Component; 5] =
+        [Component::TextEncoder, Component::TextEncoder2, Component::Unet, Component::Vae, Component::Reader];
 
     /// The folder name diffusers gives the component.
     pub fn name(self) -> &'static str {
@@ -39,6 +42,7 @@ impl Component {
             Component::TextEncoder2 => "text_encoder_2",
             Component::Unet => "unet",
             Component::Vae => "vae",
+            Component::Reader => "reader",
         }
     }
 }
@@ -77,12 +81,12 @@ pub struct Model {
     path: PathBuf,
     single_file: bool,
     files: Vec<File>,
-    tensors: [BTreeMap<String, Tensor>; 4],
+    tensors: [BTreeMap<String, Tensor>; Component::ALL.len()],
     configs: BTreeMap<String, (PathBuf, serde_json::Value)>,
     tokenizers: BTreeMap<String, Cow<'static, [u8]>>,
     metadata: BTreeMap<String, String>,
     ignored: Vec<String>,
-    open_clip: [bool; 4],
+    open_clip: [bool; Component::ALL.len()],
     fingerprint: OnceLock<String>,
 }
 
@@ -141,7 +145,7 @@ impl Model {
             tokenizers: BTreeMap::new(),
             metadata: BTreeMap::new(),
             ignored: Vec::new(),
-            open_clip: [false; 4],
+            open_clip: Default::default(),
             fingerprint: OnceLock::new(),
         }
     }
@@ -205,8 +209,8 @@ impl Model {
         &self.ignored
     }
 
-    /// A parsed configuration file: `model_index`, `unet`, `vae`, `text_encoder`, `text_encoder_2`, `scheduler`,
-    /// `tokenizer`, `tokenizer_2`.
+    /// A parsed configuration file: `model_index`, `unet`, `vae`, `text_encoder`, `text_encoder_2`, `reader`,
+    /// `scheduler`, `tokenizer`, `tokenizer_2`.
     pub fn config(&self, name: &str) -> Option<&serde_json::Value> {
         self.configs.get(name).map(|(_, json)| json)
     }

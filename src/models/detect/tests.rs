@@ -222,3 +222,31 @@ fn other_kinds_of_unet_are_named() {
     let e = pipeline_config(&single(&[32, 32], &[(key, &[32, 32, 3, 3])], &[]), None).unwrap_err().to_string();
     assert!(e.contains("down_blocks.0 has 7 residual blocks, expected") || e.contains("up_blocks.0 has 2"), "{e}");
 }
+
+/// A reader folder with the given fields and two heads, `shape` of 3 values and `frame` of 2.
+fn reader(edits: Value) -> Result<ReaderConfig> {
+    let mut config = json!({"_class_name": "AttributeReader", "sample_size": 8, "block_out_channels": [4, 8],
+        "norm_num_groups": 2, "hidden_size": 16, "attributes": ["shape", "frame"]});
+    config.as_object_mut().unwrap().extend(edits.as_object().unwrap().clone());
+    let weights = weights(&[("heads.shape.bias", &[3]), ("heads.frame.bias", &[2])]);
+    let files: [(&str, &[u8]); 2] =
+        [("reader/config.json", config.to_string().into_bytes().leak()), ("reader/model.safetensors", weights)];
+    reader_config(&Model::embedded(Box::leak(Box::new(files))).unwrap())
+}
+
+#[test]
+fn readers_are_checked() {
+    let config = reader(json!({})).unwrap();
+    assert_eq!(config.heads, [("shape".to_string(), 3), ("frame".to_string(), 2)]);
+    assert_eq!((config.last_side(), config.squeeze_channels), (4, 32));
+    let refused = |edits: Value, words: &str| {
+        let error = reader(edits).unwrap_err().to_string();
+        assert!(error.contains("reader/config.json") && error.contains(words), "{error}");
+    };
+    refused(json!({"attributes": ["shape", "tilt"]}), "attribute 'tilt' has no head 'heads.tilt.bias'");
+    refused(json!({"attributes": []}), "attributes is [], needed a list of names");
+    refused(json!({"sample_size": 9}), "sample_size is 9, needed a side that halves 1 times");
+    refused(json!({"sample_size": 2, "block_out_channels": vec![2; 80]}), "halves 79 times");
+    refused(json!({"hidden_size": 15}), "15 channels do not divide by 2 norm groups");
+    refused(json!({"_class_name": "Other"}), "_class_name");
+}

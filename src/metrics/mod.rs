@@ -1,0 +1,3 @@
+//! Metrics: what a set of images is worth, measured.
+
+pub mod shapes;
