@@ -131,7 +131,9 @@ fn histograms(out: &mut String, attributes: &[AttributeReport]) {
         );
         let total = attribute.counts.iter().sum::<usize>().max(1) as f64;
         let name_width = attribute.values.iter().map(String::len).max().unwrap_or(0);
+        // What was neither seen nor to be expected says nothing.
         let values: Vec<String> = (0..attribute.values.len())
+            .filter(|&i| attribute.counts[i] > 0 || attribute.expected[i] > 0.0)
             .map(|i| {
                 let percent = |share: f64| 100.0 * share;
                 let (name, seen) = (&attribute.values[i], percent(attribute.counts[i] as f64 / total));
