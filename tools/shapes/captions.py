@@ -72,8 +72,9 @@ def grammar() -> dict:
     }
 
 
-def mention(rng: np.random.Generator) -> set[str]:
-    return {name for name, chance in MENTION.items() if rng.random() < chance}
+def mention(rng: np.random.Generator, share: float = 1.0) -> set[str]:
+    """What a caption mentions; `share` makes it say less, of all but the shape alike."""
+    return {name for name, chance in MENTION.items() if rng.random() < (chance if name == "shape" else chance * share)}
 
 
 def _article(words: str) -> str:
