@@ -54,7 +54,7 @@ fn checkpoint(program: &Program) -> Model {
     for (_, weight) in program.weights() {
         let mut shape = weight.shape.clone();
         match weight.pack {
-            Pack::Linear => shape.reverse(),
+            Pack::Linear | Pack::Geglu => shape.reverse(),
             Pack::Conv => shape = vec![shape[3], shape[2], shape[0], shape[1]],
             Pack::LinearTransposed | Pack::Table | Pack::Vector => {}
         }
@@ -77,7 +77,8 @@ fn weight(b: &mut Builder, name: &str, pack: Pack, shape: &[usize]) -> ValueId {
 fn gemm(rows: usize, k: usize, n: usize, activation: Activation) -> Bench {
     Bench::new("gemm", format!("{rows}x{k}x{n} {activation:?}"), |b| {
         let x = b.input("x", &[1, rows, k]);
-        let w = weight(b, "w", Pack::Linear, &[k, n]);
+        let pack = if activation == Activation::Geglu { Pack::Geglu } else { Pack::Linear };
+        let w = weight(b, "w", pack, &[k, n]);
         let bias = Some(weight(b, "bias", Pack::Vector, &[n]));
         b.gemm(Gemm { x, w, bias, residual: None, activation })
     })
@@ -90,6 +91,35 @@ fn conv(batch: usize, size: usize, i: usize, o: usize, kernel: usize, stride: us
         let w = weight(b, "w", Pack::Conv, &[kernel, kernel, i, o]);
         let bias = Some(weight(b, "bias", Pack::Vector, &[o]));
         b.conv2d(Conv2d { x, w, bias, shift: None, residual: None, stride, padding: [kernel / 2; 4] })
+    })
+}
+
+/// Gradient of [`gemm`] to its input.
+fn gemm_to_input(rows: usize, k: usize, n: usize) -> Bench {
+    Bench::new("gemm_to_input", format!("{rows}x{k}x{n}"), |b| {
+        let d_y = b.input("d_y", &[1, rows, n]);
+        let w = weight(b, "w", Pack::Linear, &[k, n]);
+        b.push(Op::GemmBackward(GemmBackward::Input { d_y, w, residual: None }))[0]
+    })
+}
+
+/// Gradient of [`gemm`] to its weight.
+fn gemm_to_weight(rows: usize, k: usize, n: usize) -> Bench {
+    Bench::new("gemm_to_weight", format!("{rows}x{k}x{n}"), |b| {
+        let (x, d_y) = (b.input("x", &[1, rows, k]), b.input("d_y", &[1, rows, n]));
+        b.push(Op::GemmBackward(GemmBackward::Weight { x, d_y }))[0]
+    })
+}
+
+/// Gradient of [`conv`] to its input, whose side is `size`.
+fn conv_to_input(batch: usize, size: usize, i: usize, o: usize, kernel: usize, stride: usize) -> Bench {
+    let name = format!("{batch}x{size}x{size} {i} to {o} {kernel}x{kernel}/{stride}");
+    Bench::new("conv2d_to_input", name, |b| {
+        let out = (size + kernel / 2 * 2 - kernel) / stride + 1;
+        let d_y = b.input("d_y", &[batch, out, out, o]);
+        let w = weight(b, "w", Pack::Conv, &[kernel, kernel, i, o]);
+        let (size, padding) = ([size; 2], [kernel / 2; 4]);
+        b.push(Op::Conv2dBackward(Conv2dBackward { d_y, w, residual: None, size, stride, padding }))[0]
     })
 }
 
@@ -139,6 +169,13 @@ fn shapes() -> Vec<Bench> {
         gemm(512, 5120, 1280, None),
         gemm(128, 1280, 1280, None),
         gemm(154, 768, 3072, QuickGelu),
+        conv_to_input(1, 64, 320, 320, 3, 1),
+        conv_to_input(1, 64, 320, 320, 3, 2),
+        conv_to_input(1, 8, 1280, 1280, 3, 1),
+        conv_to_input(1, 512, 128, 3, 3, 1),
+        gemm_to_input(4096, 320, 2560),
+        gemm_to_input(4096, 320, 320),
+        gemm_to_weight(1024, 768, 3072),
         attention(2, 4096, 4096, 8, 40),
         attention(2, 1024, 1024, 8, 80),
         attention(2, 256, 256, 8, 160),

@@ -1,10 +1,11 @@
 //! rarebit: forward and input-gradient of Stable Diffusion pipelines as planned op programs.
 //!
-//! Data flows one way: `weights`, `text` → `program` → `models` → `plan` → `exec` → `sampler` → `methods`, `metrics` → `cli`.
+//! Data flows one way: `weights`, `text` → `program` → `models` → `autodiff` → `plan` → `exec` → `sampler` → `methods`, `metrics` → `cli`.
 //! A module imports only from its left (`tests/layering.rs` enforces it).
 #![deny(unsafe_code)]
 
 pub mod assets;
+pub mod autodiff;
 pub mod cli;
 pub mod error;
 pub mod exec;

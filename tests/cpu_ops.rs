@@ -1,93 +1,17 @@
 //! The CPU executor computes what the ops say: f64 against plain loops, f32 against f64, and the same bits whatever the
 //! batch, the number of threads and the runs before; no op touches memory that is not its own.
 
-#[path = "common/cases.rs"]
-mod cases;
-#[path = "common/naive.rs"]
-mod naive;
+mod common;
 
-use cases::{Built, Case};
-use naive::Buffers;
-use rarebit::exec::cpu::{Cpu, Real};
+use common::cases::Case;
+use common::feed::{fill, no_weights, noise, run, weights};
+use common::naive::Buffers;
+use common::{cases, naive};
+use rarebit::exec::cpu::Cpu;
 use rarebit::exec::{Data, DataMut, Executor};
 use rarebit::plan::plan;
 use rarebit::program::*;
-use rarebit::weights::{Component, Model, Pack, Weight};
-
-/// Uniform in [-1, 1], a function of its arguments only.
-fn noise(name: &str, sample: usize, len: usize) -> Vec<f64> {
-    let mut state = name.bytes().fold(sample as u64 + 1, |h, b| (h ^ b as u64).wrapping_mul(0x100_0000_01b3));
-    let mut next = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 52) as f64 - 1.0
-    };
-    // Rounded to f32, so that both executors get the same numbers.
-    (0..len).map(|_| (2.0 * next()) as f32 as f64).collect()
-}
-
-/// Contents for the buffers of a case; sample `i` of a batched buffer is that of sample `first + i` in any batch.
-fn fill(built: &Built, first: usize, batch: usize) -> Buffers {
-    let mut buffers = Buffers::default();
-    for &id in &built.program.inputs {
-        let value = built.program.value(id);
-        let Origin::Input(name) = &value.origin else { continue };
-        if value.dtype == DType::I32 {
-            continue;
-        }
-        let mut values = if built.batched.contains(name) {
-            (first..first + batch).flat_map(|sample| noise(name, sample, value.len() / batch)).collect()
-        } else {
-            noise(name, 1000, value.len())
-        };
-        if name == "coefficients" {
-            values[0] = 0.75;
-        }
-        buffers.floats.insert(name.clone(), values);
-    }
-    buffers.ints = built.ints.iter().cloned().collect();
-    buffers
-}
-
-/// A checkpoint with nothing in it that these programs use.
-fn no_weights() -> Model {
-    weights(&[("unused", vec![1], vec![0.0])])
-}
-
-/// A model of named UNet tensors.
-fn weights(tensors: &[(&str, Vec<usize>, Vec<f32>)]) -> Model {
-    use safetensors::tensor::{Dtype, TensorView, serialize};
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("model.safetensors");
-    let bytes: Vec<Vec<u8>> = tensors.iter().map(|t| t.2.iter().flat_map(|x| x.to_le_bytes()).collect()).collect();
-    let views = tensors.iter().zip(&bytes).map(|((name, shape, _), bytes)| {
-        (format!("model.diffusion_model.{name}"), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap())
-    });
-    std::fs::write(&path, serialize(views, None).unwrap()).unwrap();
-    Model::open(&path, None).unwrap()
-}
-
-/// Runs a program and returns its outputs in order.
-fn run<T: Real>(mut cpu: Cpu<T>, program: &Program, buffers: &Buffers, model: &Model, times: usize) -> Vec<Vec<f64>> {
-    let planned = plan(program.clone(), |program, node| cpu.workspace(program, node));
-    let id = cpu.load(planned, model).unwrap();
-    for _ in 0..times {
-        for (name, values) in &buffers.floats {
-            cpu.write(name, Data::F64(values)).unwrap();
-        }
-        for (name, values) in &buffers.ints {
-            cpu.write(name, Data::I32(values)).unwrap();
-        }
-        cpu.run(id).unwrap();
-    }
-    let read = |(name, id): &(String, ValueId)| {
-        let mut out = vec![0.0; program.value(*id).len()];
-        cpu.read(name, DataMut::F64(&mut out)).unwrap();
-        out
-    };
-    program.outputs.iter().map(read).collect()
-}
+use rarebit::weights::{Component, Pack, Weight};
 
 fn outputs(program: &Program, values: &[Vec<f64>]) -> Vec<Vec<f64>> {
     program.outputs.iter().map(|(_, id)| values[id.index()].clone()).collect()
@@ -216,7 +140,7 @@ fn other_instruction_sets_agree() {
 fn weights_agree_with_inputs() {
     for (pack, shape, activation) in [
         (Pack::Linear, vec![70, 96], Activation::None),
-        (Pack::Linear, vec![33, 2 * 50], Activation::Geglu),
+        (Pack::Geglu, vec![33, 2 * 50], Activation::Geglu),
         (Pack::LinearTransposed, vec![20, 33], Activation::Gelu),
         (Pack::Conv, vec![3, 3, 40, 72], Activation::None),
         (Pack::Conv, vec![3, 3, 4, 20], Activation::None),
@@ -237,7 +161,7 @@ fn weights_agree_with_inputs() {
                 .collect(),
         };
         let stored_shape = match pack {
-            Pack::Linear => vec![n, k],
+            Pack::Linear | Pack::Geglu => vec![n, k],
             Pack::LinearTransposed => vec![k, n],
             _ => vec![n, inputs, shape[0], shape[1]],
         };

@@ -1,9 +1,8 @@
 //! After its first run a program runs without a single heap allocation.
 
-#[path = "common/cases.rs"]
-#[allow(dead_code)]
-mod cases;
+mod common;
 
+use common::{cases, gradients};
 use rarebit::exec::Executor;
 use rarebit::exec::cpu::Cpu;
 use rarebit::plan::plan;
@@ -53,8 +52,11 @@ fn no_weights() -> Model {
 fn a_second_run_allocates_nothing() {
     let model = no_weights();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
-    for case in cases::all().into_iter().chain(cases::across_samples()) {
-        let program = case.program(DType::F32, 2, true).program;
+    let forward = cases::all().into_iter().chain(cases::across_samples());
+    let forward = forward.map(|case| case.program(DType::F32, 2, true).program);
+    let backward = gradients::all().into_iter().map(|case| case.backward(DType::F32, 2, true).program);
+    for program in forward.chain(backward) {
+        let name = program.name.clone();
         // Work handed over from outside the pool would pass through a queue that grows.
         let allocations = pool.install(|| {
             let mut cpu = Cpu::<f32>::new();
@@ -66,6 +68,6 @@ fn a_second_run_allocates_nothing() {
             cpu.run(id).unwrap();
             ALLOCATIONS.load(Ordering::Relaxed) - before
         });
-        assert_eq!(allocations, 0, "{}", case.name);
+        assert_eq!(allocations, 0, "{name}");
     }
 }

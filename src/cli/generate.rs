@@ -236,7 +236,7 @@ impl Run<'_> {
 
     /// A load is cold when most of the stored weights had to come from the disk, warm when the system still held them.
     fn report_load(&self, seconds: f64, from_disk: u64, planned: usize) -> Result<()> {
-        let stored: usize = Component::ALL.iter().map(|&c| self.pipeline.model.bytes(c)).sum();
+        let stored: usize = Component::PIPELINE.iter().map(|&c| self.pipeline.model.bytes(c)).sum();
         let state = if 2 * from_disk > stored as u64 { "cold" } else { "warm" };
         self.reporter.note(&format!("loaded in {seconds:.2} s ({state}), {} planned", show_bytes(planned)));
         self.reporter.event(json!({

@@ -26,6 +26,37 @@ pub enum DataMut<'a> {
     F64(&'a mut [f64]),
 }
 
+/// What host memory holds of a run: f32, or f64 where a program of f64 is to be looked at in full.
+pub trait HostFloat: Copy + Default + Send + Sync + 'static {
+    fn data(values: &[Self]) -> Data<'_>;
+    fn data_mut(values: &mut [Self]) -> DataMut<'_>;
+    fn scaled(self, by: f64) -> Self;
+}
+
+impl HostFloat for f32 {
+    fn data(values: &[f32]) -> Data<'_> {
+        Data::F32(values)
+    }
+    fn data_mut(values: &mut [f32]) -> DataMut<'_> {
+        DataMut::F32(values)
+    }
+    fn scaled(self, by: f64) -> f32 {
+        self * by as f32
+    }
+}
+
+impl HostFloat for f64 {
+    fn data(values: &[f64]) -> Data<'_> {
+        Data::F64(values)
+    }
+    fn data_mut(values: &mut [f64]) -> DataMut<'_> {
+        DataMut::F64(values)
+    }
+    fn scaled(self, by: f64) -> f64 {
+        self * by
+    }
+}
+
 /// Loads programs, holds their weights, named buffers and one arena, and runs them.
 pub trait Executor {
     /// Bytes of scratch the op needs in the arena while it runs; given to the planner.

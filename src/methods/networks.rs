@@ -1,11 +1,13 @@
-//! Single networks as host calls: text towers, one UNet prediction, VAE decode and encode, on tensors in PyTorch's layouts.
+//! Single networks as host calls: text towers, one UNet prediction, VAE decode and encode, and gradients,
+//! on tensors in PyTorch's layouts.
 //!
 //! For comparisons, tools and library users who bring their own loop; the methods run longer programs.
 
+use crate::autodiff::{Cotangent, Request, differentiate};
 use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::methods::generate::{to_channels_first, to_channels_last};
 use crate::methods::pipeline::Pipeline;
-use crate::methods::programs::{self, buffer};
+use crate::methods::programs::{self, buffer, gradient_of};
 use crate::models::unet::{Added, Unet};
 use crate::models::vae;
 use crate::plan::plan;
@@ -47,6 +49,14 @@ pub struct AddedConditions {
     pub size_ids: Vec<f32>,
 }
 
+/// Gradients to what the UNet reads, each laid out like it.
+#[derive(Clone, Debug)]
+pub struct UnetGradient {
+    pub latents: Tensor,
+    pub context: Vec<f32>,
+    pub pooled: Option<Vec<f32>>,
+}
+
 /// The networks of one pipeline on one executor.
 pub struct Networks<'p> {
     pipeline: &'p Pipeline,
@@ -57,6 +67,13 @@ pub struct Networks<'p> {
 const PREDICTION: &str = "prediction";
 const PIXELS: &str = "pixels";
 const MOMENTS: &str = "moments";
+
+/// A program and the gradient of its one output, times a cotangent of that name, to named inputs.
+fn vector_jacobian(program: &Program, to: &[&str]) -> Result<Program> {
+    let objectives = program.outputs.iter().map(|(name, id)| (*id, Cotangent::Input(gradient_of(name)))).collect();
+    let leaves = to.iter().filter_map(|name| Some((program.input(name)?, gradient_of(name)))).collect();
+    differentiate(program, &Request { objectives, leaves }, None)
+}
 
 impl<'p> Networks<'p> {
     /// `dtype` must be one the executor runs.
@@ -105,6 +122,45 @@ impl<'p> Networks<'p> {
         added: Option<&AddedConditions>,
     ) -> Result<Tensor> {
         let step = self.load_unet(latents.image_shape()?, context.len(), added.is_some())?;
+        self.write_unet(latents, timestep, context, added)?;
+        self.executor.run(step)?;
+        let [b, _, h, w] = latents.image_shape()?;
+        let shape = [b, h, w, self.pipeline.config.unet.out_channels];
+        Ok(Tensor::from_channels_last(&self.read(PREDICTION, shape.iter().product())?, shape))
+    }
+
+    /// Gradients of `Σ prediction ∘ cotangent` of [`Networks::unet`]; `cotangent [B, C, h, w]`.
+    pub fn unet_gradient(
+        &mut self,
+        latents: &Tensor,
+        timestep: f64,
+        context: &[f32],
+        added: Option<&AddedConditions>,
+        cotangent: &Tensor,
+    ) -> Result<UnetGradient> {
+        let shape = latents.image_shape()?;
+        let mut to = vec![LATENTS, buffer::CONTEXT];
+        to.extend(added.map(|_| buffer::POOLED));
+        let gradient = self.load_unet_gradient(shape, context.len(), added.is_some(), &to)?;
+        self.write_unet(latents, timestep, context, added)?;
+        self.executor.write(&gradient_of(PREDICTION), Data::F32(&cotangent.channels_last()?))?;
+        self.executor.run(gradient)?;
+        let [b, c, h, w] = shape;
+        let d_latents = self.read(&gradient_of(LATENTS), b * c * h * w)?;
+        Ok(UnetGradient {
+            latents: Tensor::from_channels_last(&d_latents, [b, h, w, c]),
+            context: self.read(&gradient_of(buffer::CONTEXT), context.len())?,
+            pooled: added.map(|added| self.read(&gradient_of(buffer::POOLED), added.pooled.len())).transpose()?,
+        })
+    }
+
+    fn write_unet(
+        &mut self,
+        latents: &Tensor,
+        timestep: f64,
+        context: &[f32],
+        added: Option<&AddedConditions>,
+    ) -> Result<()> {
         self.executor.write(LATENTS, Data::F32(&latents.channels_last()?))?;
         self.executor.write(buffer::TIMESTEPS, Data::F64(&[timestep]))?;
         self.executor.write(buffer::CONTEXT, Data::F32(context))?;
@@ -112,14 +168,28 @@ impl<'p> Networks<'p> {
             self.executor.write(buffer::POOLED, Data::F32(&added.pooled))?;
             self.executor.write(buffer::SIZE_IDS, Data::F32(&added.size_ids))?;
         }
-        self.executor.run(step)?;
-        let [b, _, h, w] = latents.image_shape()?;
-        let shape = [b, h, w, self.pipeline.config.unet.out_channels];
-        Ok(Tensor::from_channels_last(&self.read(PREDICTION, shape.iter().product())?, shape))
+        Ok(())
     }
 
     /// Loads the UNet as one program with everything it is conditioned on inside; run it with [`Networks::run`].
-    pub fn load_unet(&mut self, [b, _, h, w]: [usize; 4], context_len: usize, with_added: bool) -> Result<ProgramId> {
+    pub fn load_unet(&mut self, shape: [usize; 4], context_len: usize, with_added: bool) -> Result<ProgramId> {
+        let program = self.unet_program(shape, context_len, with_added)?;
+        self.load(program)
+    }
+
+    /// Loads the same and its gradient to the named buffers (`latents`, `context`, `pooled`), forward and backward in one.
+    pub fn load_unet_gradient(
+        &mut self,
+        shape: [usize; 4],
+        context_len: usize,
+        with_added: bool,
+        to: &[&str],
+    ) -> Result<ProgramId> {
+        let program = self.unet_program(shape, context_len, with_added)?;
+        self.load(vector_jacobian(&program, to)?)
+    }
+
+    fn unet_program(&self, [b, _, h, w]: [usize; 4], context_len: usize, with_added: bool) -> Result<Program> {
         let config = &self.pipeline.config.unet;
         let unet = Unet::new(config);
         let mut builder = Builder::new("unet", self.dtype);
@@ -140,18 +210,27 @@ impl<'p> Networks<'p> {
         let time = builder.select(time, index);
         let prediction = unet.forward(&mut builder, latents, kv, time);
         builder.output(PREDICTION, prediction);
-        let program = builder.finish()?;
-        self.load(program)
+        builder.finish()
     }
 
     /// Loads the decoder for latents of this shape; run it with [`Networks::run`].
-    pub fn load_decoder(&mut self, [b, c, h, w]: [usize; 4]) -> Result<ProgramId> {
+    pub fn load_decoder(&mut self, shape: [usize; 4]) -> Result<ProgramId> {
+        let program = self.decoder_program(shape)?;
+        self.load(program)
+    }
+
+    /// Loads the same and its gradient to the latents, forward and backward in one.
+    pub fn load_decoder_gradient(&mut self, shape: [usize; 4]) -> Result<ProgramId> {
+        let program = self.decoder_program(shape)?;
+        self.load(vector_jacobian(&program, &[LATENTS])?)
+    }
+
+    fn decoder_program(&self, [b, c, h, w]: [usize; 4]) -> Result<Program> {
         let mut builder = Builder::new("decode", self.dtype);
         let latents = builder.input(LATENTS, &[b, h, w, c]);
         let image = vae::decode(&mut builder, &self.pipeline.config.vae, latents);
         builder.output(PIXELS, image);
-        let program = builder.finish()?;
-        self.load(program)
+        builder.finish()
     }
 
     /// Runs a loaded network on whatever its buffers hold.
@@ -169,6 +248,16 @@ impl<'p> Networks<'p> {
         self.executor.run(decode)?;
         let shape = [b, f * h, f * w, channels];
         Ok(Tensor::from_channels_last(&self.read(PIXELS, shape.iter().product())?, shape))
+    }
+
+    /// Gradient to the latents of `Σ image ∘ cotangent` of [`Networks::decode`]; `cotangent [B, 3, f·h, f·w]`.
+    pub fn decode_gradient(&mut self, latents: &Tensor, cotangent: &Tensor) -> Result<Tensor> {
+        let [b, c, h, w] = latents.image_shape()?;
+        let gradient = self.load_decoder_gradient([b, c, h, w])?;
+        self.executor.write(LATENTS, Data::F32(&latents.channels_last()?))?;
+        self.executor.write(&gradient_of(PIXELS), Data::F32(&cotangent.channels_last()?))?;
+        self.executor.run(gradient)?;
+        Ok(Tensor::from_channels_last(&self.read(&gradient_of(LATENTS), b * c * h * w)?, [b, h, w, c]))
     }
 
     /// Means and log-variances `[B, L, H/f, W/f]`, not scaled, of an image in [-1, 1].

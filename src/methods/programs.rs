@@ -5,8 +5,8 @@ use crate::methods::pipeline::Pipeline;
 use crate::models::unet::{Added, Unet};
 use crate::models::{clip_text, vae};
 use crate::plan::{Footprint, Planned, plan};
-use crate::program::{Builder, DType, Program};
-use crate::sampler::{LATENTS, Schedule, append_update};
+use crate::program::{Builder, DType, Program, ValueId};
+use crate::sampler::{LATENTS, Needs, Schedule, append_update};
 use crate::{Error, Result};
 
 /// The sizes a set of programs is built for.
@@ -47,6 +47,11 @@ pub mod buffer {
     pub const STEP: &str = "step";
     pub const DECODE_LATENTS: &str = "decode.latents";
     pub const IMAGE: &str = "image";
+}
+
+/// The buffer that holds the gradient to a buffer.
+pub fn gradient_of(name: &str) -> String {
+    format!("d.{name}")
 }
 
 impl Programs {
@@ -120,29 +125,51 @@ pub fn condition(pipeline: &Pipeline, dtype: DType, sizes: Sizes, schedule: &Sch
     b.finish()
 }
 
+/// What every step of a run reads: keys and values of the text, time projections of all steps.
+#[derive(Clone, Copy)]
+pub struct Conditions {
+    pub kv: ValueId,
+    pub time: ValueId,
+}
+
+impl Conditions {
+    /// As named buffers.
+    pub fn inputs(b: &mut Builder, unet: &Unet, sizes: Sizes, schedule: &Schedule, added: bool) -> Conditions {
+        let (rows, steps) = (rows(sizes, schedule), schedule.steps.len());
+        let kv = b.input(buffer::KV, &[rows, sizes.tokens, unet.kv_width()]);
+        let time = if added { vec![steps, rows, unet.time_width()] } else { vec![steps, unet.time_width()] };
+        Conditions { kv, time: b.input(buffer::TIME, &time) }
+    }
+}
+
+/// The UNet at step `index [1]`: its predictions with and, under guidance, without the prompt.
+pub fn predict(
+    b: &mut Builder,
+    unet: &Unet,
+    needs: Needs,
+    latents: ValueId,
+    conditions: Conditions,
+    index: ValueId,
+) -> (ValueId, Option<ValueId>) {
+    let time = b.select(conditions.time, index);
+    if !needs.uncond {
+        return (unet.forward(b, latents, conditions.kv, time), None);
+    }
+    let batch = b.shape(latents)[0];
+    let x = b.repeat(latents, 2);
+    let prediction = unet.forward(b, x, conditions.kv, time);
+    (b.slice(prediction, batch, batch), Some(b.slice(prediction, 0, batch)))
+}
+
 /// One sampling step: UNet, guidance, update; latents in, latents out.
 pub fn step(pipeline: &Pipeline, dtype: DType, sizes: Sizes, schedule: &Schedule) -> Result<Program> {
     let config = &pipeline.config;
-    let (unet, rows) = (Unet::new(&config.unet), rows(sizes, schedule));
-    let Sizes { batch, height, width, tokens } = sizes;
+    let unet = Unet::new(&config.unet);
     let mut b = Builder::new("step", dtype);
-    let latents = b.input(LATENTS, &[batch, height, width, config.unet.in_channels]);
-    let kv = b.input(buffer::KV, &[rows, tokens, unet.kv_width()]);
-    let steps = schedule.steps.len();
-    let time = match config.unet.added {
-        None => b.input(buffer::TIME, &[steps, unet.time_width()]),
-        Some(_) => b.input(buffer::TIME, &[steps, rows, unet.time_width()]),
-    };
+    let latents = b.input(LATENTS, &[sizes.batch, sizes.height, sizes.width, config.unet.in_channels]);
+    let conditions = Conditions::inputs(&mut b, &unet, sizes, schedule, config.unet.added.is_some());
     let index = b.input_i32(buffer::STEP, &[1]);
-
-    let time = b.select(time, index);
-    let x = if schedule.needs.uncond { b.repeat(latents, 2) } else { latents };
-    let prediction = unet.forward(&mut b, x, kv, time);
-    let (unconditional, conditional) = if schedule.needs.uncond {
-        (Some(b.slice(prediction, 0, batch)), b.slice(prediction, batch, batch))
-    } else {
-        (None, prediction)
-    };
+    let (conditional, unconditional) = predict(&mut b, &unet, schedule.needs, latents, conditions, index);
     append_update(&mut b, schedule.needs, latents, conditional, unconditional);
     b.finish()
 }

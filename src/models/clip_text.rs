@@ -1,20 +1,19 @@
 //! CLIP text towers: CLIP-L (Radford et al. 2021), OpenCLIP-H and OpenCLIP-bigG (`CLIPTextModel`, `CLIPTextModelWithProjection`).
 
 use super::config::ClipTextConfig;
-use super::layers::{Layers, Linear};
-use crate::program::{Activation, Attention, Builder, Cols, Gemm, ValueId};
-use crate::weights::{Component, Pack, Weight};
+use super::layers::{ClipLayer, Layers, Linear};
+use crate::program::{Builder, ValueId};
+use crate::weights::Component;
 
 /// One tower inside a program.
 pub struct ClipText<'c, 'b> {
     config: &'c ClipTextConfig,
-    component: Component,
     net: Layers<'b>,
 }
 
 impl<'c, 'b> ClipText<'c, 'b> {
     pub fn new(b: &'b mut Builder, config: &'c ClipTextConfig, component: Component) -> ClipText<'c, 'b> {
-        ClipText { config, component, net: Layers::new(b, component) }
+        ClipText { config, net: Layers::new(b, component) }
     }
 
     /// Token plus position embeddings: `ids [B, T]` → `[B, T, C]`.
@@ -27,22 +26,10 @@ impl<'c, 'b> ClipText<'c, 'b> {
 
     /// The residual stream after layers `from .. to`.
     pub fn layers(&mut self, mut x: ValueId, from: usize, to: usize) -> ValueId {
-        let ClipTextConfig { width, heads, mlp_width, layer_norm_eps: eps, activation, .. } = *self.config;
-        let add_to = |x| Linear { residual: Some(x), ..Linear::default() };
+        let ClipTextConfig { heads, mlp_width, layer_norm_eps: norm_eps, activation, .. } = *self.config;
+        let layer = ClipLayer { heads, mlp_width, activation, norm_eps, causal: true };
         for i in from..to {
-            let path = format!("text_model.encoder.layers.{i}");
-            let h = self.net.layer_norm(&format!("{path}.layer_norm1"), x, eps);
-            let paths = ["q_proj", "k_proj", "v_proj"].map(|p| format!("{path}.self_attn.{p}"));
-            let qkv = self.net.fused_linear(&paths, h, 3 * width, Linear::default());
-            let column = |i: usize| Cols { value: qkv, at: i * width };
-            let (q, k, v) = (column(0), column(1), column(2));
-            let h = self.net.b.attention(Attention { q, k, v, heads, head_dim: width / heads, causal: true });
-            x = self.net.linear(&format!("{path}.self_attn.out_proj"), h, width, add_to(x));
-
-            let h = self.net.layer_norm(&format!("{path}.layer_norm2"), x, eps);
-            let h =
-                self.net.linear(&format!("{path}.mlp.fc1"), h, mlp_width, Linear { activation, ..Linear::default() });
-            x = self.net.linear(&format!("{path}.mlp.fc2"), h, width, add_to(x));
+            x = self.net.clip_layer(&format!("text_model.encoder.layers.{i}"), x, &layer);
         }
         x
     }
@@ -54,10 +41,18 @@ impl<'c, 'b> ClipText<'c, 'b> {
     /// The row at the end-of-text token, projected: `x [B, T, C]` normalised, `eos [B]` → `[B, projection]`.
     pub fn pooled(&mut self, x: ValueId, eos: ValueId, projection: usize) -> ValueId {
         let x = self.net.b.pool(x, eos);
-        let keys = vec!["text_projection.weight".to_string()];
-        let shape = vec![self.config.width, projection];
-        let w = self.net.b.weight(Weight { component: self.component, keys, pack: Pack::Linear, shape });
-        self.net.b.gemm(Gemm { x, w, bias: None, residual: None, activation: Activation::None })
+        self.net.linear("text_projection", x, projection, Linear { bias: false, ..Linear::default() })
+    }
+
+    /// Everything after [`ClipText::embed`] in a CLIP pair: `x [B, T, C]`, `eos [B]` → features `[B, projection]`.
+    pub fn features(&mut self, x: ValueId, eos: ValueId) -> ValueId {
+        let x = self.layers(x, 0, self.config.layers);
+        let x = self.final_norm(x);
+        let Some(projection) = self.config.projection else {
+            self.net.b.fail("this text tower has no text_projection");
+            return x;
+        };
+        self.pooled(x, eos, projection)
     }
 }
 

@@ -1,5 +1,6 @@
 //! Configurations of the networks and the scheduler, as read from diffusers JSON or detected from a checkpoint's keys.
 
+use super::preprocess::Preprocess;
 use crate::program::Activation;
 use crate::{Error, Result};
 
@@ -16,6 +17,69 @@ pub struct ClipTextConfig {
     pub layer_norm_eps: f64,
     /// Width of `text_projection`, where the tower has one (SDXL's second encoder).
     pub projection: Option<usize>,
+}
+
+/// CLIP image tower (`CLIPVisionModelWithProjection`).
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClipImageConfig {
+    /// Image side in pixels.
+    pub image_size: usize,
+    pub patch_size: usize,
+    pub width: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub mlp_width: usize,
+    pub activation: Activation,
+    pub layer_norm_eps: f64,
+    pub projection: usize,
+}
+
+impl ClipImageConfig {
+    /// Patches and the class row.
+    pub fn positions(&self) -> usize {
+        (self.image_size / self.patch_size).pow(2) + 1
+    }
+}
+
+/// `CLIPModel`, or its image tower alone.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClipConfig {
+    pub image: ClipImageConfig,
+    pub text: Option<ClipTextConfig>,
+    /// Logarithm of what cosines are multiplied by before the softmax of CLIP's training.
+    pub logit_scale: Option<f64>,
+    /// What the image tower was trained to be shown.
+    pub preprocess: Preprocess,
+}
+
+/// `GPT2LMHeadModel`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gpt2Config {
+    pub vocab_size: usize,
+    pub width: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub mlp_width: usize,
+    pub max_positions: usize,
+    pub layer_norm_eps: f64,
+}
+
+/// A chain of linear layers on a feature.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HeadConfig {
+    /// Width of the feature.
+    pub input: usize,
+    pub layers: Vec<HeadLayer>,
+    /// ReLU between the layers; nothing otherwise.
+    pub relu: bool,
+}
+
+/// One linear layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HeadLayer {
+    /// Its number in the checkpoint's keys (`layers.2.weight`); dropout and activations have numbers too.
+    pub key: usize,
+    pub width: usize,
 }
 
 /// SDXL's added conditions: pooled text and six size numbers.

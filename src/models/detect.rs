@@ -1,8 +1,11 @@
 //! The configuration of a whole pipeline: from its JSON files where there are any, always checked against the tensors.
 
+mod around;
 mod structure;
 #[cfg(test)]
 mod tests;
+
+pub use around::{clip_config, head_config, policy_config};
 
 use super::config::*;
 use super::parse::{self, Fields};
@@ -118,8 +121,12 @@ pub fn vae_config(model: &Model) -> Result<VaeConfig> {
 
 /// A text tower's configuration: `text_encoder*/config.json`, checked against the weights, or else the weights alone.
 pub fn text_config(model: &Model, c: Component) -> Result<ClipTextConfig> {
+    checked_text(model, c, fields(model, c.name())?)
+}
+
+fn checked_text(model: &Model, c: Component, fields: Option<Fields>) -> Result<ClipTextConfig> {
     let seen = structure::text(model, c)?;
-    let Some(fields) = fields(model, c.name())? else {
+    let Some(fields) = fields else {
         return match seen.width % seen.heads {
             0 => Ok(seen),
             _ => Err(Error::file(model.path(), format!("{}: cannot tell the heads of width {}", c.name(), seen.width))),

@@ -1,6 +1,8 @@
 //! diffusers and transformers JSON configurations → ours, with the defaults of the class named; what we do not build
 //! is refused.
 
+pub mod around;
+
 use super::config::*;
 use crate::program::Activation;
 use crate::{Error, Result};
@@ -14,6 +16,8 @@ const LARGEST: u64 = 10_000_000;
 /// otherwise.
 pub struct Fields<'a> {
     file: PathBuf,
+    /// The field of the file that holds them; empty for the file's own.
+    inside: &'static str,
     map: &'a Map<String, Value>,
 }
 
@@ -21,13 +25,14 @@ impl<'a> Fields<'a> {
     /// `file` names the configuration in messages. Errors when `json` is not an object.
     pub fn new(file: PathBuf, json: &'a Value) -> Result<Fields<'a>> {
         match json.as_object() {
-            Some(map) => Ok(Fields { file, map }),
+            Some(map) => Ok(Fields { file, inside: "", map }),
             None => Err(Error::file(file, "is not a JSON object")),
         }
     }
 
     pub(super) fn error(&self, what: String) -> Error {
-        Error::file(&self.file, what)
+        let inside = if self.inside.is_empty() { String::new() } else { format!("{}: ", self.inside) };
+        Error::file(&self.file, format!("{inside}{what}"))
     }
 
     fn get(&self, field: &str) -> Option<&'a Value> {
@@ -302,11 +307,6 @@ pub fn reader(f: &Fields, values: impl Fn(&str) -> Result<usize>) -> Result<Read
 /// `CLIPTextModel` or `CLIPTextModelWithProjection`; whether there is a projection is for the weights to say.
 pub fn text(f: &Fields) -> Result<ClipTextConfig> {
     f.only("model_type", json!("clip_text_model"))?;
-    let activation = match f.text("hidden_act", "quick_gelu")? {
-        "quick_gelu" => Activation::QuickGelu,
-        "gelu" => Activation::Gelu,
-        _ => return Err(f.wrong("hidden_act", "\"quick_gelu\" or \"gelu\"; others are not supported")),
-    };
     let config = ClipTextConfig {
         vocab_size: f.count("vocab_size", 49408, 1)?,
         width: f.count("hidden_size", 512, 1)?,
@@ -314,13 +314,22 @@ pub fn text(f: &Fields) -> Result<ClipTextConfig> {
         heads: f.count("num_attention_heads", 8, 1)?,
         mlp_width: f.count("intermediate_size", 2048, 1)?,
         max_positions: f.count("max_position_embeddings", 77, 1)?,
-        activation,
+        activation: gelu(f)?,
         layer_norm_eps: f.number("layer_norm_eps", 1e-5)?,
         projection: None,
     };
     match config.width % config.heads {
         0 => Ok(config),
         _ => Err(f.error(format!("hidden_size {} does not divide by {} heads", config.width, config.heads))),
+    }
+}
+
+/// The activation of a CLIP tower.
+fn gelu(f: &Fields) -> Result<Activation> {
+    match f.text("hidden_act", "quick_gelu")? {
+        "quick_gelu" => Ok(Activation::QuickGelu),
+        "gelu" => Ok(Activation::Gelu),
+        _ => Err(f.wrong("hidden_act", "\"quick_gelu\" or \"gelu\"; others are not supported")),
     }
 }
 

@@ -1,8 +1,10 @@
 //! The memory plan: a pure function of a program that says where every value lives in one arena, before anything is allocated.
 
 mod arena;
+mod budget;
 mod report;
 
+pub use budget::{Recompute, plan_gradient};
 pub use report::{Footprint, Line, show_bytes};
 
 use crate::program::{Node, Origin, Program, ValueId};

@@ -18,6 +18,16 @@ impl Builder {
         Builder { program, weights: HashMap::new(), error: None }
     }
 
+    /// Goes on where a finished program ends.
+    pub(crate) fn extend(program: Program, name: String) -> Builder {
+        let weights = program.weights().map(|(id, weight)| (weight.clone(), id)).collect();
+        Builder { program: Program { name, ..program }, weights, error: None }
+    }
+
+    pub(crate) fn program(&self) -> &Program {
+        &self.program
+    }
+
     pub fn shape(&self, id: ValueId) -> Shape {
         self.program.values.get(id.index()).map(|v| v.shape.clone()).unwrap_or_default()
     }
@@ -27,7 +37,7 @@ impl Builder {
         self.shape(id).last().copied().unwrap_or(0)
     }
 
-    /// A named float buffer.
+    /// A named float buffer; asking for the same one again gives the same value.
     pub fn input(&mut self, name: impl Into<String>, shape: &[usize]) -> ValueId {
         self.input_of(name, shape, self.program.dtype)
     }
@@ -44,9 +54,23 @@ impl Builder {
     }
 
     fn input_of(&mut self, name: impl Into<String>, shape: &[usize], dtype: DType) -> ValueId {
-        let id = self.value(Value { shape: shape.to_vec(), dtype, origin: Origin::Input(name.into()) });
+        let value = Value { shape: shape.to_vec(), dtype, origin: Origin::Input(name.into()) };
+        if let Some(&id) = self.program.inputs.iter().find(|id| *self.program.value(**id) == value) {
+            return id;
+        }
+        let id = self.value(value);
         self.program.inputs.push(id);
         id
+    }
+
+    /// A named buffer in the place of a weight; asking for the same one again gives the same value.
+    pub fn parameter(&mut self, weight: &Weight) -> ValueId {
+        let name = weight.name();
+        let is = |id: &ValueId| matches!(&self.program.value(*id).origin, Origin::Input(held) if *held == name);
+        match self.program.inputs.iter().copied().find(is) {
+            Some(id) => id,
+            None => self.input(name, &weight.shape),
+        }
     }
 
     /// A weight; asking for the same one again gives the same value.
@@ -90,6 +114,11 @@ impl Builder {
     /// Appends any op; outputs in the order the op documents.
     #[track_caller]
     pub fn push(&mut self, op: Op) -> Vec<ValueId> {
+        self.push_at(op, Location::caller())
+    }
+
+    /// The same for an op that another model line than the caller's is to be named for.
+    pub(crate) fn push_at(&mut self, op: Op, at: &'static Location<'static>) -> Vec<ValueId> {
         const MOST_OUTPUTS: usize = 3;
         if self.error.is_some() {
             return vec![ValueId(0); MOST_OUTPUTS];
@@ -97,7 +126,8 @@ impl Builder {
         let types = match infer::infer(&self.program, &op) {
             Ok(types) => types,
             Err(what) => {
-                self.fail(what);
+                let (program, at) = (self.program.name.clone(), at.to_string());
+                self.error.get_or_insert(Error::Program { program, what, at });
                 return vec![ValueId(0); MOST_OUTPUTS];
             }
         };
@@ -106,7 +136,7 @@ impl Builder {
             .into_iter()
             .map(|(shape, dtype)| self.value(Value { shape, dtype, origin: Origin::Op(index) }))
             .collect();
-        self.program.nodes.push(Node { op, outputs: outputs.clone(), at: Location::caller() });
+        self.program.nodes.push(Node { op, outputs: outputs.clone(), at });
         outputs
     }
 
@@ -143,14 +173,64 @@ impl Builder {
         self.push(Op::Norm(Norm::Layer { x, gamma, beta, eps }))[0]
     }
 
+    /// Over the last dimension.
+    #[track_caller]
+    pub fn softmax(&mut self, x: ValueId) -> ValueId {
+        self.push(Op::Norm(Norm::Softmax { x }))[0]
+    }
+
+    /// Rows of norm 1.
+    #[track_caller]
+    pub fn unit(&mut self, x: ValueId, eps: f64) -> ValueId {
+        self.push(Op::Norm(Norm::Unit { x, eps }))[0]
+    }
+
+    /// Inner product per sample.
+    #[track_caller]
+    pub fn dot(&mut self, a: ValueId, b: ValueId) -> ValueId {
+        self.push(Op::Norm(Norm::Dot { a, b }))[0]
+    }
+
+    /// The loss per row.
+    #[track_caller]
+    pub fn cross_entropy(&mut self, logits: ValueId, targets: ValueId) -> ValueId {
+        self.push(Op::Norm(Norm::CrossEntropy { logits, targets }))[0]
+    }
+
+    #[track_caller]
+    pub fn sum(&mut self, x: ValueId, over: Over) -> ValueId {
+        self.push(Op::Norm(Norm::Sum { x, over }))[0]
+    }
+
     #[track_caller]
     pub fn activate(&mut self, x: ValueId, activation: Activation) -> ValueId {
         self.push(Op::Elementwise(Elementwise::Activate { x, activation }))[0]
     }
 
     #[track_caller]
+    pub fn geglu(&mut self, x: ValueId) -> ValueId {
+        self.push(Op::Elementwise(Elementwise::Geglu { x }))[0]
+    }
+
+    #[track_caller]
+    pub fn map(&mut self, x: ValueId, f: Scalar) -> ValueId {
+        self.push(Op::Elementwise(Elementwise::Map { x, f }))[0]
+    }
+
+    #[track_caller]
     pub fn add(&mut self, a: ValueId, b: ValueId) -> ValueId {
         self.push(Op::Elementwise(Elementwise::Add { a, b }))[0]
+    }
+
+    #[track_caller]
+    pub fn mul(&mut self, a: ValueId, b: ValueId) -> ValueId {
+        self.push(Op::Elementwise(Elementwise::Mul { a, b }))[0]
+    }
+
+    /// Sample by sample.
+    #[track_caller]
+    pub fn scale(&mut self, x: ValueId, by: ValueId) -> ValueId {
+        self.push(Op::Elementwise(Elementwise::Scale { x, by }))[0]
     }
 
     #[track_caller]
@@ -164,8 +244,35 @@ impl Builder {
     }
 
     #[track_caller]
+    pub fn channel_affine(&mut self, x: ValueId, scale: &[f64], shift: &[f64]) -> ValueId {
+        let (scale, shift) = (scale.to_vec(), shift.to_vec());
+        self.push(Op::Elementwise(Elementwise::ChannelAffine { x, scale, shift }))[0]
+    }
+
+    #[track_caller]
+    pub fn clamp(&mut self, x: ValueId, low: f64, high: f64) -> ValueId {
+        self.push(Op::Elementwise(Elementwise::Clamp { x, low, high }))[0]
+    }
+
+    /// The value, but no gradient.
+    #[track_caller]
+    pub fn detach(&mut self, x: ValueId) -> ValueId {
+        self.push(Op::Elementwise(Elementwise::Detach { x }))[0]
+    }
+
+    #[track_caller]
+    pub fn constant(&mut self, shape: &[usize], value: f64) -> ValueId {
+        self.push(Op::Elementwise(Elementwise::Constant { shape: shape.to_vec(), value }))[0]
+    }
+
+    #[track_caller]
     pub fn concat(&mut self, a: ValueId, b: ValueId) -> ValueId {
         self.push(Op::Elementwise(Elementwise::Concat { a, b }))[0]
+    }
+
+    #[track_caller]
+    pub fn columns(&mut self, x: impl Into<Cols>, len: usize) -> ValueId {
+        self.push(Op::Elementwise(Elementwise::Columns { x: x.into(), len }))[0]
     }
 
     #[track_caller]
@@ -184,8 +291,29 @@ impl Builder {
     }
 
     #[track_caller]
+    pub fn resize(&mut self, x: ValueId, height: usize, width: usize, how: Interpolation) -> ValueId {
+        self.push(Op::Resample(Resample::Resize { x, height, width, how }))[0]
+    }
+
+    #[track_caller]
+    pub fn crop(&mut self, x: ValueId, top: usize, left: usize, height: usize, width: usize) -> ValueId {
+        self.push(Op::Resample(Resample::Crop { x, top, left, height, width }))[0]
+    }
+
+    #[track_caller]
     pub fn tokens(&mut self, ids: ValueId, table: ValueId, positions: ValueId) -> ValueId {
-        self.push(Op::Embedding(Embedding::Tokens { ids, table, positions }))[0]
+        self.push(Op::Embedding(Embedding::Tokens { ids, table, extra: None, positions }))[0]
+    }
+
+    /// With rows of its own after those of the table.
+    #[track_caller]
+    pub fn tokens_with(&mut self, ids: ValueId, table: ValueId, extra: ValueId, positions: ValueId) -> ValueId {
+        self.push(Op::Embedding(Embedding::Tokens { ids, table, extra: Some(extra), positions }))[0]
+    }
+
+    #[track_caller]
+    pub fn mix(&mut self, weights: ValueId, ids: ValueId, table: ValueId) -> ValueId {
+        self.push(Op::Embedding(Embedding::Mix { weights, ids, table }))[0]
     }
 
     #[track_caller]
@@ -204,7 +332,38 @@ impl Builder {
     }
 
     #[track_caller]
+    pub fn patches(&mut self, x: ValueId, class: ValueId, positions: ValueId) -> ValueId {
+        self.push(Op::Embedding(Embedding::Patches { x, class, positions }))[0]
+    }
+
+    #[track_caller]
+    pub fn row(&mut self, x: ValueId, row: usize) -> ValueId {
+        self.push(Op::Embedding(Embedding::Row { x, row }))[0]
+    }
+
+    #[track_caller]
     pub fn combine(&mut self, terms: &[ValueId], coefficients: ValueId) -> ValueId {
         self.push(Op::Update(Update::Combine { terms: terms.to_vec(), coefficients }))[0]
+    }
+
+    /// The next `p`, `m` and `v`.
+    #[track_caller]
+    pub fn adamw(&mut self, [p, g, m, v]: [ValueId; 4], scalars: ValueId) -> [ValueId; 3] {
+        let out = self.push(Op::Update(Update::AdamW { p, g, m, v, scalars }));
+        [out[0], out[1], out[2]]
+    }
+
+    /// The next `p`, `v` and `b`.
+    #[track_caller]
+    pub fn rmsprop(&mut self, [p, g, v, b]: [ValueId; 4], scalars: ValueId) -> [ValueId; 3] {
+        let out = self.push(Op::Update(Update::RmsProp { p, g, v, b, scalars }));
+        [out[0], out[1], out[2]]
+    }
+
+    /// The next `p` and `b`.
+    #[track_caller]
+    pub fn nesterov(&mut self, [p, g, b]: [ValueId; 3], scalars: ValueId) -> [ValueId; 2] {
+        let out = self.push(Op::Update(Update::Nesterov { p, g, b, scalars }));
+        [out[0], out[1]]
     }
 }

@@ -6,12 +6,12 @@
 
 mod build;
 mod infer;
-mod op;
+mod ops;
 mod print;
 mod verify;
 
 pub use build::Builder;
-pub use op::*;
+pub use ops::*;
 
 use crate::weights::Weight;
 use std::panic::Location;
@@ -122,6 +122,12 @@ impl Program {
 
     pub fn shape(&self, id: ValueId) -> &[usize] {
         &self.values[id.index()].shape
+    }
+
+    /// The input that a named buffer is.
+    pub fn input(&self, name: &str) -> Option<ValueId> {
+        let is = |id: &&ValueId| matches!(&self.value(**id).origin, Origin::Input(found) if found == name);
+        self.inputs.iter().find(is).copied()
     }
 
     /// The weights the program reads, each once, in order of first use.

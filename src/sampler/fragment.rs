@@ -16,6 +16,13 @@ pub const UPDATE: &str = "sampler.update";
 /// Weights of the new and the old entry in every slot of the history.
 pub const PUSH: &str = "sampler.push";
 
+/// What a sampler carries from step to step: the latents, and the stored predictions of earlier steps, the newest first.
+#[derive(Clone, Debug)]
+pub struct State {
+    pub latents: ValueId,
+    pub history: Vec<ValueId>,
+}
+
 /// Appends guidance and the sampler's update to a step program and returns the new latents.
 ///
 /// `x` is the program's input [`LATENTS`]; `e_cond` and `e_uncond` are the network's outputs, all of one shape.
@@ -24,41 +31,54 @@ pub const PUSH: &str = "sampler.push";
 /// A program that lacks a branch the needs ask for fails when it is finished.
 #[track_caller]
 pub fn append_update(b: &mut Builder, needs: Needs, x: ValueId, e_cond: ValueId, e_uncond: Option<ValueId>) -> ValueId {
+    let shape = b.shape(x);
+    let history = HISTORY[..needs.history].iter().map(|name| b.input(*name, &shape)).collect();
+    let next = update(b, needs, &State { latents: x, history }, e_cond, e_uncond, "");
+    b.output(LATENTS, next.latents);
+    for (name, &entry) in HISTORY.iter().zip(&next.history) {
+        b.output(*name, entry);
+    }
+    next.latents
+}
+
+/// Guidance and update of one step as part of a longer program: from one state to the next. The names of its coefficients and of
+/// its noise end in `suffix`.
+#[track_caller]
+pub fn update(
+    b: &mut Builder,
+    needs: Needs,
+    state: &State,
+    e_cond: ValueId,
+    e_uncond: Option<ValueId>,
+    suffix: &str,
+) -> State {
     if needs.uncond != e_uncond.is_some() {
         b.fail(format!("sampler needs unconditional branch: {}, got: {}", needs.uncond, e_uncond.is_some()));
     }
-    let shape = b.shape(x);
+    let x = state.latents;
     let mut terms = vec![x, e_cond];
     terms.extend(e_uncond);
     if needs.noise {
-        terms.push(b.input(NOISE, &shape));
+        let shape = b.shape(x);
+        terms.push(b.input(format!("{NOISE}{suffix}"), &shape));
     }
-    let next = if needs.history == 0 { combine(b, UPDATE, &terms) } else { append_multistep(b, needs, &terms) };
-    b.output(LATENTS, next);
-    next
-}
-
-/// Stores this step's prediction, updates the latents from it and its predecessors, and shifts the history.
-#[track_caller]
-fn append_multistep(b: &mut Builder, needs: Needs, terms: &[ValueId]) -> ValueId {
-    let (x, shape) = (terms[0], b.shape(terms[0]));
-    let stored = combine(b, STORE, terms);
-    let history: Vec<ValueId> = HISTORY[..needs.history].iter().map(|name| b.input(*name, &shape)).collect();
-    let next = combine(b, UPDATE, &[&[x, stored], &history[..]].concat());
-    let push = needs.switch.then(|| b.scalars(PUSH, 2));
-    let newer = [&[stored], &history[..]].concat();
-    for (slot, (&new, &old)) in newer.iter().zip(&history).enumerate() {
-        let entry = match push {
-            Some(push) => b.combine(&[new, old], push),
-            None => new,
-        };
-        b.output(HISTORY[slot], entry);
+    if needs.history == 0 {
+        return State { latents: combine(b, UPDATE, suffix, &terms), history: vec![] };
     }
-    next
+    // Stores this step's prediction, updates the latents from it and its predecessors, and shifts the history.
+    let stored = combine(b, STORE, suffix, &terms);
+    let latents = combine(b, UPDATE, suffix, &[&[x, stored], &state.history[..]].concat());
+    let push = needs.switch.then(|| b.scalars(format!("{PUSH}{suffix}"), 2));
+    let newer = [&[stored], &state.history[..]].concat();
+    let history = newer.iter().zip(&state.history).map(|(&new, &old)| match push {
+        Some(push) => b.combine(&[new, old], push),
+        None => new,
+    });
+    State { latents, history: history.collect() }
 }
 
 #[track_caller]
-fn combine(b: &mut Builder, coefficients: &'static str, terms: &[ValueId]) -> ValueId {
-    let coefficients = b.scalars(coefficients, terms.len());
+fn combine(b: &mut Builder, coefficients: &str, suffix: &str, terms: &[ValueId]) -> ValueId {
+    let coefficients = b.scalars(format!("{coefficients}{suffix}"), terms.len());
     b.combine(terms, coefficients)
 }

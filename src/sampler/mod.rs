@@ -14,7 +14,7 @@ mod pndm;
 mod schedule;
 mod torch;
 
-pub use fragment::{HISTORY, LATENTS, NOISE, PUSH, STORE, UPDATE, append_update};
+pub use fragment::{HISTORY, LATENTS, NOISE, PUSH, STORE, State, UPDATE, append_update, update};
 pub use noise::{Noise, Rng};
 
 use crate::models::config::{Prediction, SchedulerConfig, Spacing};

@@ -1,4 +1,4 @@
-//! The diffusers folder layout: configs, tokenizer files, and component weights in one file, a variant, or shards.
+//! Folders of diffusers and transformers: configs, tokenizer files, and component weights in one file, a variant, or shards.
 
 use super::file::{File, parse_json};
 use super::{Component, Model, Tensor, keys_text, keys_vae};
@@ -8,13 +8,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Configuration files by the name they get in [`Model::config`].
-const CONFIGS: [(&str, &str); 9] = [
+const CONFIGS: [(&str, &str); 13] = [
     ("model_index", "model_index.json"),
     ("unet", "unet/config.json"),
     ("vae", "vae/config.json"),
     ("text_encoder", "text_encoder/config.json"),
     ("text_encoder_2", "text_encoder_2/config.json"),
     ("reader", "reader/config.json"),
+    ("clip", "clip/config.json"),
+    ("clip_preprocessor", "clip/preprocessor_config.json"),
+    ("aesthetic", "aesthetic/config.json"),
+    ("prompt_policy", "prompt_policy/config.json"),
     ("scheduler", "scheduler/scheduler_config.json"),
     ("tokenizer", "tokenizer/tokenizer_config.json"),
     ("tokenizer_2", "tokenizer_2/tokenizer_config.json"),
@@ -99,13 +103,8 @@ pub(super) fn load(model: &mut Model, source: &Source) -> Result<()> {
             add_config(model, name, source.path(file), &bytes)?;
         }
     }
-    for folder in ["tokenizer", "tokenizer_2"] {
-        for file in TOKENIZER_FILES {
-            let name = format!("{folder}/{file}");
-            if let Some(bytes) = source.read(&name)? {
-                model.tokenizers.insert(name, bytes);
-            }
-        }
+    for folder in ["tokenizer", "tokenizer_2", Component::Clip.name(), Component::Policy.name()] {
+        load_tokenizer(model, source, folder, folder)?;
     }
     for component in Component::ALL {
         load_component(model, source, component.name(), component)?;
@@ -117,6 +116,52 @@ pub(super) fn load(model: &mut Model, source: &Source) -> Result<()> {
             "is not a diffusers folder: expected model_index.json and weights in unet/, vae/, text_encoder/",
         )),
     }
+}
+
+/// Loads a folder that is one network, with its configuration and what transformers puts beside it.
+pub(super) fn load_network(model: &mut Model, source: &Source, c: Component) -> Result<()> {
+    load_configs(model, source, c)?;
+    load_tokenizer(model, source, "", c.name())?;
+    load_component(model, source, "", c)?;
+    match model.has(c) {
+        true => Ok(()),
+        false => Err(Error::file(source.path(""), "has no model.safetensors")),
+    }
+}
+
+/// Loads a weights file; what its name makes part of a transformers folder brings that folder's configuration.
+pub(super) fn load_file(model: &mut Model, path: &Path, c: Component) -> Result<()> {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if rank(name).is_some() {
+        load_configs(model, &Source::Disk(folder), c)?;
+    }
+    let number = file_number(model, path, || File::open(path))?;
+    add_file(model, number, c, None)?;
+    match model.has(c) {
+        true => Ok(()),
+        false => Err(Error::file(path, "holds no tensors")),
+    }
+}
+
+/// The configurations in a network's own folder.
+fn load_configs(model: &mut Model, source: &Source, c: Component) -> Result<()> {
+    let preprocessor = format!("{}_preprocessor", c.name());
+    for (name, file) in [(c.name(), "config.json"), (&preprocessor, "preprocessor_config.json")] {
+        if let Some(bytes) = source.read(file)? {
+            add_config(model, name, source.path(file), &bytes)?;
+        }
+    }
+    Ok(())
+}
+
+fn load_tokenizer(model: &mut Model, source: &Source, folder: &str, name: &str) -> Result<()> {
+    for file in TOKENIZER_FILES {
+        if let Some(bytes) = source.read(&inside(folder, file))? {
+            model.tokenizers.insert(format!("{name}/{file}"), bytes);
+        }
+    }
+    Ok(())
 }
 
 /// Loads a UNet folder (`config.json` and weights) over the UNet of `model`.
@@ -139,39 +184,41 @@ fn add_config(model: &mut Model, name: &str, path: PathBuf, bytes: &[u8]) -> Res
     Ok(())
 }
 
+/// A file's name from the root, given its folder's (`""` is the root).
+fn inside(folder: &str, name: &str) -> String {
+    if folder.is_empty() { name.to_string() } else { format!("{folder}/{name}") }
+}
+
 /// Loads the weights of one component, where its folder has any.
 fn load_component(model: &mut Model, source: &Source, folder: &str, c: Component) -> Result<()> {
-    let inside = |name: &str| if folder.is_empty() { name.to_string() } else { format!("{folder}/{name}") };
     let Some(name) = weight_file(source, folder)? else { return Ok(()) };
+    let name = inside(folder, &name);
+    let path = source.path(&name);
     if name.ends_with(".safetensors") {
-        return add_file(model, source.open(&inside(&name))?, c, None);
+        let number = file_number(model, &path, || source.open(&name))?;
+        return add_file(model, number, c, None);
     }
-    let index = inside(&name);
-    let path = source.path(&index);
-    let bytes = source.read(&index)?.unwrap_or_default();
-    for (shard, keys) in shards(&path, &bytes)? {
-        add_file(model, source.open(&inside(&shard))?, c, Some(&keys))?;
+    let index = source.read(&name)?.unwrap_or_default();
+    for (shard, keys) in shards(&path, folder, &index)? {
+        let number = file_number(model, &source.path(&shard), || source.open(&shard))?;
+        add_file(model, number, c, Some(&keys))?;
     }
     Ok(())
+}
+
+/// The number of the file at `path`, opened if it is not yet: two components may share one.
+fn file_number(model: &mut Model, path: &Path, open: impl FnOnce() -> Result<File>) -> Result<usize> {
+    if let Some(number) = model.files.iter().position(|file| file.path() == path) {
+        return Ok(number);
+    }
+    model.files.push(open()?);
+    Ok(model.files.len() - 1)
 }
 
 /// Chooses among the weight files of a folder: full precision before `fp16` before another variant, one file before
 /// shards.
 fn weight_file(source: &Source, folder: &str) -> Result<Option<String>> {
     let names = source.list(folder)?;
-    let stem = |name: &str| STEMS.iter().find_map(|s| Some(name.strip_prefix(s)?.strip_prefix('.')?.to_string()));
-    // What follows the stem: `safetensors`, `fp16.safetensors`, `safetensors.index.json`,
-    // `safetensors.index.fp16.json`.
-    let rank = |name: &String| match stem(name)?.as_str() {
-        "safetensors" => Some(0),
-        "safetensors.index.json" => Some(1),
-        "fp16.safetensors" => Some(2),
-        "safetensors.index.fp16.json" => Some(3),
-        rest if rest.contains("-of-") => None,
-        rest if rest.ends_with(".safetensors") => Some(4),
-        rest if rest.starts_with("safetensors.index.") => Some(5),
-        _ => None,
-    };
     if let Some((_, name)) = names.iter().filter_map(|name| Some((rank(name)?, name))).min() {
         return Ok(Some(name.clone()));
     }
@@ -181,27 +228,60 @@ fn weight_file(source: &Source, folder: &str) -> Result<Option<String>> {
     }
 }
 
-/// The shards of an index file and the keys each must hold.
-fn shards(path: &Path, bytes: &[u8]) -> Result<BTreeMap<String, BTreeSet<String>>> {
+/// The place of a weights file among those of its folder; `None` for one that is none, or only a shard.
+fn rank(name: &str) -> Option<usize> {
+    let rest = STEMS.iter().find_map(|stem| name.strip_prefix(stem)?.strip_prefix('.'))?;
+    match rest {
+        "safetensors" => Some(0),
+        "safetensors.index.json" => Some(1),
+        "fp16.safetensors" => Some(2),
+        "safetensors.index.fp16.json" => Some(3),
+        _ if rest.contains("-of-") => None,
+        _ if rest.ends_with(".safetensors") => Some(4),
+        _ if rest.starts_with("safetensors.index.") => Some(5),
+        _ => None,
+    }
+}
+
+/// The shards of the index file of a folder, and the keys each must hold.
+fn shards(path: &Path, folder: &str, bytes: &[u8]) -> Result<BTreeMap<String, BTreeSet<String>>> {
     let json = parse_json(path, bytes)?;
     let Some(map) = json.get("weight_map").and_then(|m| m.as_object()) else {
         return Err(Error::file(path, "has no 'weight_map': not an index of shards"));
     };
     let mut shards: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for (key, shard) in map {
-        match shard.as_str() {
-            Some(shard) if shard.ends_with(".safetensors") && !shard.contains(['/', '\\']) => {
-                shards.entry(shard.to_string()).or_default().insert(key.clone());
-            }
-            _ => return Err(Error::file(path, format!("'{key}' is not in a .safetensors file beside the index"))),
-        }
+        let Some(shard) = shard.as_str().and_then(|shard| shard_name(folder, shard)) else {
+            let what = format!("'{key}' is not in a .safetensors file beside the index or in a folder beside its own");
+            return Err(Error::file(path, what));
+        };
+        shards.entry(shard).or_default().insert(key.clone());
     }
     Ok(shards)
 }
 
+/// A shard's name from the root, given the index's folder. It may lie in a folder beside that one (`../text_encoder/…`, so that
+/// networks share weights), and nowhere else.
+fn shard_name(folder: &str, shard: &str) -> Option<String> {
+    let (up, rest) = match shard.strip_prefix("../") {
+        Some(rest) => (true, rest),
+        None => (false, shard),
+    };
+    let plain = |part: &str| !part.is_empty() && part != "." && part != "..";
+    // A backslash or a drive's colon would be a path of its own elsewhere.
+    if !rest.ends_with(".safetensors") || rest.contains(['\\', ':']) || !rest.split('/').all(plain) {
+        return None;
+    }
+    Some(match (up, folder.is_empty()) {
+        (false, _) => inside(folder, rest),
+        (true, false) => rest.to_string(),
+        (true, true) => shard.to_string(),
+    })
+}
+
 /// Enters the tensors of a file under canonical names; `keys` limits it to those an index assigns to this shard.
-fn add_file(model: &mut Model, file: File, c: Component, keys: Option<&BTreeSet<String>>) -> Result<()> {
-    let number = model.files.len();
+fn add_file(model: &mut Model, number: usize, c: Component, keys: Option<&BTreeSet<String>>) -> Result<()> {
+    let file = &model.files[number];
     let mut found = Vec::new();
     for (key, info) in &file.header().tensors {
         if keys.is_none_or(|keys| keys.contains(key))
@@ -214,7 +294,6 @@ fn add_file(model: &mut Model, file: File, c: Component, keys: Option<&BTreeSet<
         let what = "the index of shards puts it in this file, which lacks it".to_string();
         return Err(Error::Tensor { path: file.path().to_path_buf(), key: key.clone(), what });
     }
-    model.files.push(file);
     found.into_iter().try_for_each(|(name, tensor)| model.insert(c, name, tensor))
 }
 
@@ -223,7 +302,9 @@ fn canonical(c: Component, key: &str) -> Option<String> {
     match c {
         Component::TextEncoder | Component::TextEncoder2 => keys_text::from_transformers(key),
         Component::Vae => Some(keys_vae::from_diffusers(key)),
-        Component::Unet | Component::Reader => Some(key.to_string()),
+        Component::Clip => keys_text::from_clip(key),
+        Component::Policy => keys_text::from_gpt2(key),
+        Component::Unet | Component::Reader | Component::Aesthetic => Some(key.to_string()),
     }
 }
 
@@ -268,10 +349,39 @@ mod tests {
             assert!(e.contains(why), "{e}");
         };
         refused(r#"{"weight_map":{"c":"a-1.safetensors"}}"#, "tensor 'c': the index");
-        refused(r#"{"weight_map":{"a":"../a-1.safetensors"}}"#, "beside the index");
+        for shard in ["/a-1", "../../a-1", "x/../a-1", ".././a-1", "..//a-1", "c:a-1", "..\\\\a-1"] {
+            let json = format!(r#"{{"weight_map":{{"a":"{shard}.safetensors"}}}}"#);
+            refused(json.leak(), "beside the index");
+        }
+        refused(r#"{"weight_map":{"a":"../a-1.safetensors"}}"#, "embedded model/a-1.safetensors: does not exist");
         refused(r#"{"weight_map":{"a":"a-3.safetensors"}}"#, "a-3.safetensors: does not exist");
         refused(r#"{"weight_map":7}"#, "weight_map");
         refused("{", "malformed JSON");
+    }
+
+    #[test]
+    fn an_index_may_borrow_from_a_folder_beside_its_own() {
+        let index =
+            br#"{"weight_map":{"logit_scale":"own.safetensors","text_model.a":"../text_encoder/model.safetensors"}}"#;
+        let (shared, own) = (file(&[("text_model.a", &[2])]), file(&[("logit_scale", &[])]));
+        let files: [(&str, &[u8]); 3] = [
+            ("clip/model.safetensors.index.json", index),
+            ("clip/own.safetensors", own),
+            ("text_encoder/model.safetensors", shared),
+        ];
+        assert_eq!(keys(&files, Component::Clip).unwrap(), ["logit_scale", "text_model.a"]);
+        // On disk, also where the model is that folder alone; the shared file is opened once.
+        let folder = tempfile::tempdir().unwrap();
+        for (name, bytes) in files {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, bytes).unwrap();
+        }
+        let whole = Model::open(folder.path(), None).unwrap();
+        assert_eq!((whole.keys(Component::Clip).len(), whole.files().count()), (2, 2));
+        let alone = Model::network(Component::Clip, &folder.path().join("clip")).unwrap();
+        assert_eq!(alone.keys(Component::Clip), whole.keys(Component::Clip));
+        assert!(!alone.has(Component::TextEncoder));
     }
 
     #[test]

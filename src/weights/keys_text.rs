@@ -1,4 +1,4 @@
-//! Names of CLIP text towers: transformers with or without prefix, and OpenCLIP with its fused projections.
+//! Names of CLIP and GPT-2: transformers with or without prefix, and OpenCLIP text towers with their fused projections.
 
 use std::ops::Range;
 
@@ -11,6 +11,24 @@ pub(super) fn from_transformers(key: &str) -> Option<String> {
     }
     let bare = ["embeddings.", "encoder.", "final_layer_norm."].iter().any(|p| key.starts_with(p));
     Some(if bare { format!("text_model.{key}") } else { key.to_string() })
+}
+
+/// The canonical name of a key of `CLIPModel` or its image tower; a bare `CLIPVisionModel` gets its prefix.
+pub(super) fn from_clip(key: &str) -> Option<String> {
+    if key.ends_with("position_ids") {
+        return None;
+    }
+    let bare = ["embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm."].iter().any(|p| key.starts_with(p));
+    Some(if bare { format!("vision_model.{key}") } else { key.to_string() })
+}
+
+/// The canonical name of a key of `GPT2LMHeadModel`, which may lack its prefix; `None` for the causal masks of old checkpoints
+/// and for a copy of the tied head.
+pub(super) fn from_gpt2(key: &str) -> Option<String> {
+    if key.ends_with(".attn.bias") || key.ends_with(".attn.masked_bias") || key == "lm_head.weight" {
+        return None;
+    }
+    Some(if key.starts_with("transformer.") { key.to_string() } else { format!("transformer.{key}") })
 }
 
 /// Part of an OpenCLIP tensor under its transformers name.
@@ -88,6 +106,19 @@ mod tests {
         );
         assert_eq!(from_transformers("text_projection.weight"), Some("text_projection.weight".into()));
         assert_eq!(from_transformers("text_model.embeddings.position_ids"), None);
+    }
+
+    #[test]
+    fn clip_and_gpt2_names() {
+        assert_eq!(from_clip("pre_layrnorm.bias"), Some("vision_model.pre_layrnorm.bias".into()));
+        assert_eq!(from_clip("text_model.embeddings.position_ids"), None);
+        assert_eq!(from_clip("logit_scale"), Some("logit_scale".into()));
+        assert_eq!(from_gpt2("h.0.attn.c_attn.bias"), Some("transformer.h.0.attn.c_attn.bias".into()));
+        assert_eq!(from_gpt2("transformer.wte.weight"), Some("transformer.wte.weight".into()));
+        assert_eq!(
+            ["h.0.attn.bias", "transformer.h.0.attn.masked_bias", "lm_head.weight"].map(from_gpt2),
+            [None, None, None]
+        );
     }
 
     #[test]

@@ -27,15 +27,33 @@ pub enum Component {
     TextEncoder2,
     Unet,
     Vae,
-    /// Reads the attributes of an image of the `shapes` world; no part of a diffusion pipeline.
+    /// Reads the attributes of an image of the `shapes` world. From here on: no part of a diffusion pipeline.
     Reader,
+    /// `CLIPModel`, or its image tower alone.
+    Clip,
+    /// Scores a CLIP image embedding.
+    Aesthetic,
+    /// `GPT2LMHeadModel` that rewrites prompts.
+    Policy,
 }
 
 impl Component {
-    pub const ALL: [Component; 5] =
-        [Component::TextEncoder, Component::TextEncoder2, Component::Unet, Component::Vae, Component::Reader];
+    pub const ALL: [Component; 8] = [
+        Component::TextEncoder,
+        Component::TextEncoder2,
+        Component::Unet,
+        Component::Vae,
+        Component::Reader,
+        Component::Clip,
+        Component::Aesthetic,
+        Component::Policy,
+    ];
 
-    /// The folder name diffusers gives the component.
+    /// What makes images.
+    pub const PIPELINE: [Component; 4] =
+        [Component::TextEncoder, Component::TextEncoder2, Component::Unet, Component::Vae];
+
+    /// The component's folder in a model; diffusers' name where it has one.
     pub fn name(self) -> &'static str {
         match self {
             Component::TextEncoder => "text_encoder",
@@ -43,6 +61,9 @@ impl Component {
             Component::Unet => "unet",
             Component::Vae => "vae",
             Component::Reader => "reader",
+            Component::Clip => "clip",
+            Component::Aesthetic => "aesthetic",
+            Component::Policy => "prompt_policy",
         }
     }
 }
@@ -52,13 +73,15 @@ impl Component {
 pub enum Pack {
     /// Stored `[N, K]` (PyTorch linear), or `[N, K, 1, 1]`; value shape `[K, N]`.
     Linear,
+    /// As `Linear`; the columns are the value and the gate of a GEGLU, which executors may hold apart.
+    Geglu,
     /// Stored `[K, N]` (a bare projection parameter, GPT-2's Conv1D); value shape `[K, N]`.
     LinearTransposed,
     /// Stored `[O, I, kh, kw]`, or `[O, I]` where the kernel is 1x1; value shape `[kh, kw, I, O]`.
     Conv,
     /// Stored `[rows, C]`, used row by row; value shape `[rows, C]`.
     Table,
-    /// Stored `[C]`; value shape `[C]`.
+    /// Stored `[C]`, or `[]` where `C` is 1; value shape `[C]`.
     Vector,
 }
 
@@ -71,6 +94,13 @@ pub struct Weight {
     pub pack: Pack,
     /// The value's shape (see [`Pack`]).
     pub shape: Vec<usize>,
+}
+
+impl Weight {
+    /// Component and keys: what a named buffer that stands in for the weight is called.
+    pub fn name(&self) -> String {
+        format!("{}/{}", self.component.name(), self.keys.join("+"))
+    }
 }
 
 /// All components of a pipeline on disk (or in the binary): mapped tensors under diffusers / transformers names, and
@@ -133,6 +163,27 @@ impl Model {
         let mut model = Model::empty(PathBuf::from("embedded model"));
         folder::load(&mut model, &folder::Source::Embedded(files))?;
         Ok(model)
+    }
+
+    /// One network alone: see [`Model::add`].
+    pub fn network(c: Component, path: &Path) -> Result<Model> {
+        let mut model = Model::empty(path.to_path_buf());
+        model.add(c, path)?;
+        Ok(model)
+    }
+
+    /// Adds a network in the layout of transformers, or puts it in the place of the one there is: CLIP, an aesthetic head, a
+    /// prompt policy. `path` is its folder or its `.safetensors` file. Of a file under a name transformers gives weights
+    /// (`model.safetensors`), the `config.json` beside it counts too.
+    pub fn add(&mut self, c: Component, path: &Path) -> Result<()> {
+        self.tensors[c as usize].clear();
+        let own = |name: &str| name.split('/').next() == Some(c.name()) || name == format!("{}_preprocessor", c.name());
+        self.configs.retain(|name, _| !own(name));
+        self.tokenizers.retain(|name, _| !own(name));
+        if path.is_dir() {
+            return folder::load_network(self, &folder::Source::Disk(path), c);
+        }
+        folder::load_file(self, path, c)
     }
 
     fn empty(path: PathBuf) -> Model {
@@ -209,8 +260,8 @@ impl Model {
         &self.ignored
     }
 
-    /// A parsed configuration file: `model_index`, `unet`, `vae`, `text_encoder`, `text_encoder_2`, `reader`,
-    /// `scheduler`, `tokenizer`, `tokenizer_2`.
+    /// A parsed configuration file: `model_index`, `scheduler`, `tokenizer`, `tokenizer_2`, `clip_preprocessor`, or a
+    /// component's by its name.
     pub fn config(&self, name: &str) -> Option<&serde_json::Value> {
         self.configs.get(name).map(|(_, json)| json)
     }
@@ -220,7 +271,7 @@ impl Model {
         self.configs.get(name).map(|(path, _)| path.as_path())
     }
 
-    /// A file of `tokenizer` or `tokenizer_2`: `vocab.json`, `merges.txt`, `tokenizer.json`, `special_tokens_map.json`,
+    /// A file of `tokenizer`, `tokenizer_2`, `clip` or `prompt_policy`: `vocab.json`, `merges.txt`, `tokenizer.json`, `special_tokens_map.json`,
     /// `tokenizer_config.json`, `added_tokens.json`.
     pub fn tokenizer_file(&self, folder: &str, file: &str) -> Option<&[u8]> {
         self.tokenizers.get(&format!("{folder}/{file}")).map(|bytes| bytes.as_ref())
@@ -239,9 +290,28 @@ impl Model {
         Rows::new(self, weight, &found?)
     }
 
-    /// 16 hex digits that tell models apart: a hash of the length and of samples of every file. No cryptography.
+    /// Opens a weight and gives its value, row-major in the weight's shape: what a trainable copy of it starts from.
+    pub fn value(&self, weight: &Weight) -> Result<Vec<f32>> {
+        let rows = self.rows(weight)?;
+        let (n, k) = (rows.rows(), rows.columns());
+        let mut values = vec![0.0; n * k];
+        values.chunks_exact_mut(k.max(1)).enumerate().for_each(|(n, row)| rows.row_f32(n, row));
+        Ok(match weight.pack {
+            Pack::Table | Pack::Vector => values,
+            // Rows are outputs, which the value has last.
+            Pack::Linear | Pack::Geglu | Pack::LinearTransposed | Pack::Conv => {
+                (0..n * k).map(|i| values[i % n * k + i / n]).collect()
+            }
+        })
+    }
+
+    /// 16 hex digits that tell pipelines apart: a hash of the length and of samples of every file that makes images. No
+    /// cryptography.
     pub fn fingerprint(&self) -> &str {
-        self.fingerprint.get_or_init(|| format!("{:016x}", fingerprint(self.files.iter().flat_map(File::samples))))
+        let used =
+            |n: usize| Component::PIPELINE.iter().any(|c| self.tensors[*c as usize].values().any(|t| t.file == n));
+        let files = || self.files.iter().enumerate().filter(|(n, _)| used(*n)).flat_map(|(_, file)| file.samples());
+        self.fingerprint.get_or_init(|| format!("{:016x}", fingerprint(files())))
     }
 
     /// Lets the system drop the mapped pages of a weight that has been read, to keep resident memory low.

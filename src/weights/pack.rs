@@ -152,7 +152,7 @@ fn untangle<T: Real>(stored: Stored, bytes: &[u8], taps: usize, out: &mut [T]) {
 /// Rows and columns of the value's matrix.
 fn matrix(weight: &Weight) -> [usize; 2] {
     match (weight.pack, &weight.shape[..]) {
-        (Pack::Linear | Pack::LinearTransposed, &[k, n]) => [n, k],
+        (Pack::Linear | Pack::Geglu | Pack::LinearTransposed, &[k, n]) => [n, k],
         (Pack::Conv, &[kh, kw, i, o]) => [o, kh * kw * i],
         (Pack::Table, &[rows, c]) => [rows, c],
         (Pack::Vector, &[c]) => [1, c],
@@ -164,7 +164,7 @@ fn matrix(weight: &Weight) -> [usize; 2] {
 fn needed(weight: &Weight) -> String {
     let n = if weight.keys.len() > 1 { "n".to_string() } else { matrix(weight)[0].to_string() };
     match (weight.pack, &weight.shape[..]) {
-        (Pack::Linear, shape) => format!("[{n}, {}]", shape[0]),
+        (Pack::Linear | Pack::Geglu, shape) => format!("[{n}, {}]", shape[0]),
         (Pack::LinearTransposed, shape) => format!("[{}, {n}]", shape[0]),
         (Pack::Conv, shape) => format!("[{n}, {}, {}, {}]", shape[2], shape[0], shape[1]),
         (Pack::Table, shape) => format!("[{n}, {}]", shape[1]),
@@ -180,7 +180,9 @@ fn layout(weight: &Weight, tensor: &Tensor) -> Option<Layout> {
     // A lone tensor must fill the matrix; several share its rows, and their sum is checked by the caller.
     let share = |n: usize| weight.keys.len() > 1 || n == if weight.pack == Pack::Vector { columns } else { rows };
     let found = match (weight.pack, &tensor.shape[..]) {
-        (Pack::Linear, &[n, k] | &[n, k, 1] | &[n, k, 1, 1]) => Layout { rows: n, columns: k, order: plain },
+        (Pack::Linear | Pack::Geglu, &[n, k] | &[n, k, 1] | &[n, k, 1, 1]) => {
+            Layout { rows: n, columns: k, order: plain }
+        }
         (Pack::LinearTransposed, &[k, n]) => Layout { rows: n, columns: k, order: swapped },
         (Pack::Conv, &[o, i]) if weight.shape[..2] == [1, 1] => Layout { rows: o, columns: i, order: plain },
         (Pack::Conv, &[o, i, kh, kw]) if weight.shape[..3] == [kh, kw, i] && kh * kw <= CHUNK => {
@@ -189,6 +191,7 @@ fn layout(weight: &Weight, tensor: &Tensor) -> Option<Layout> {
         }
         (Pack::Table, &[rows, c]) => Layout { rows, columns: c, order: plain },
         (Pack::Vector, &[c]) => return share(c).then_some(Layout { rows: 1, columns: c, order: plain }),
+        (Pack::Vector, &[]) => return share(1).then_some(Layout { rows: 1, columns: 1, order: plain }),
         _ => return None,
     };
     (found.columns == columns && share(found.rows)).then_some(found)

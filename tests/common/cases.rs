@@ -1,5 +1,8 @@
 //! One list of op cases for correctness, gradient and speed tests: each appends one op to a builder.
 
+#[path = "cases_backward.rs"]
+mod backward;
+
 use rarebit::program::*;
 
 /// How a case gets its operands.
@@ -71,7 +74,8 @@ impl Case {
 
 /// Every op, with the shapes where kernels go wrong: odd sizes, tails, one row, one column, padding, strides, column offsets.
 pub fn all() -> Vec<Case> {
-    [gemms(), convolutions(), attentions(), norms(), elementwise(), rest()].into_iter().flatten().collect()
+    let forward = [gemms(), convolutions(), attentions(), norms(), elementwise(), rest()];
+    forward.into_iter().chain([backward::attentions(), backward::norms()]).flatten().collect()
 }
 
 pub fn gemms() -> Vec<Case> {
@@ -90,8 +94,14 @@ pub fn gemms() -> Vec<Case> {
         (430, 770, 24),
     ];
     for (m, k, n) in shapes {
-        let activations =
-            [Activation::None, Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::Geglu];
+        let activations = [
+            Activation::None,
+            Activation::Silu,
+            Activation::Gelu,
+            Activation::QuickGelu,
+            Activation::GeluTanh,
+            Activation::Geglu,
+        ];
         for (i, activation) in activations.into_iter().enumerate() {
             for (bias, residual) in [(false, false), (true, false), (false, true), (true, true)] {
                 // Large shapes once per activation.
@@ -225,13 +235,55 @@ pub fn norms() -> Vec<Case> {
             f.b.push(Op::Norm(Norm::Layer { x, gamma, beta, eps: 1e-5 }))
         }));
     }
+    for width in [1, 3, 40, 1100] {
+        cases.push(Case::new(format!("softmax {width}"), move |f| {
+            let x = f.batched("x", &[5, width]);
+            f.b.push(Op::Norm(Norm::Softmax { x }))
+        }));
+        for eps in [1e-12, 3.0] {
+            cases.push(Case::new(format!("unit {width} eps {eps}"), move |f| {
+                let x = f.batched("x", &[5, width]);
+                f.b.push(Op::Norm(Norm::Unit { x, eps }))
+            }));
+        }
+        cases.push(Case::new(format!("cross_entropy {width}"), move |f| {
+            let logits = f.batched("logits", &[5, width]);
+            let targets = f.ints("targets", &[5], |i| (i * 7 % width) as i32 - i32::from(i % 4 == 3) * 10_000);
+            f.b.push(Op::Norm(Norm::CrossEntropy { logits, targets }))
+        }));
+    }
+    // More than a chunk of rows, of elements; no row but the sample itself.
+    for rest in [&[3][..], &[7, 5, 3], &[150, 1, 320], &[40_000, 1]] {
+        cases.push(Case::new(format!("dot {rest:?}"), move |f| {
+            let (a, b) = (f.batched("a", rest), f.batched("b", rest));
+            f.b.push(Op::Norm(Norm::Dot { a, b }))
+        }));
+        cases.push(Case::new(format!("sum {rest:?}"), move |f| {
+            let x = f.batched("x", rest);
+            f.b.push(Op::Norm(Norm::Sum { x, over: Over::Middle }))
+        }));
+    }
     cases
 }
 
 pub fn elementwise() -> Vec<Case> {
     let mut cases = vec![];
+    for [rows, width] in [[1, 1], [7, 5], [300, 320]] {
+        cases.push(Case::new(format!("spread over {rows} rows of {width}"), move |f| {
+            let x = f.batched("x", &[width]);
+            let samples = f.b.shape(x)[0];
+            f.b.push(Op::Elementwise(Elementwise::Spread { x, shape: vec![samples, rows, width] }))
+        }));
+        cases.push(Case::new(format!("spread over all {rows} rows of {width}"), move |f| {
+            let (x, y) = (f.shared("x", &[1, width]), f.batched("y", &[rows, width]));
+            let shape = f.b.shape(y);
+            let x = f.b.push(Op::Elementwise(Elementwise::Spread { x, shape }))[0];
+            vec![f.b.add(x, y)]
+        }));
+    }
     for width in [1, 37, 5000] {
-        for activation in [Activation::None, Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
+        use Activation::*;
+        for activation in [None, Silu, Gelu, QuickGelu, GeluTanh] {
             cases.push(Case::new(format!("{activation:?} {width}"), move |f| {
                 let x = f.batched("x", &[width]);
                 vec![f.b.activate(x, activation)]
@@ -253,9 +305,53 @@ pub fn elementwise() -> Vec<Case> {
             let (a, b) = (f.batched("a", &[3, width]), f.batched("b", &[3, 7]));
             vec![f.b.concat(a, b)]
         }));
+        cases.push(Case::new(format!("columns {width}"), move |f| {
+            let x = f.batched("x", &[3, width + 5]);
+            vec![f.b.columns(Cols { value: x, at: 2 }, width)]
+        }));
+        cases.push(Case::new(format!("geglu {width}"), move |f| {
+            let x = f.batched("x", &[3, 2 * width]);
+            vec![f.b.geglu(x)]
+        }));
+        cases.push(Case::new(format!("mul {width}"), move |f| {
+            let (a, b) = (f.batched("a", &[width]), f.batched("b", &[width]));
+            vec![f.b.mul(a, b)]
+        }));
+        cases.push(Case::new(format!("scale {width}"), move |f| {
+            let (x, by) = (f.batched("x", &[2, width]), f.batched("by", &[]));
+            vec![f.b.scale(x, by)]
+        }));
+        cases.push(Case::new(format!("channel_affine {width}"), move |f| {
+            let x = f.batched("x", &[width, 3]);
+            vec![f.b.channel_affine(x, &[0.5, -2.0, 1.5], &[0.25, 0.0, -1.0])]
+        }));
+        cases.push(Case::new(format!("clamp and detach {width}"), move |f| {
+            let x = f.batched("x", &[width]);
+            let clamped = f.b.clamp(x, -0.5, 0.75);
+            let detached = f.b.detach(x);
+            vec![clamped, detached]
+        }));
+        cases.push(Case::new(format!("constant {width}"), move |f| vec![f.b.constant(&[f.batch, width], 0.1)]));
+    }
+    for f in [Scalar::Sqrt, Scalar::Square, Scalar::Ln, Scalar::Exp, Scalar::Reciprocal, Scalar::Spherical] {
+        cases.push(Case::new(format!("{f:?}"), move |feed| {
+            // Within every function's domain: 0.5 to 1, and 1.
+            let x = feed.batched("x", &[37]);
+            let x = feed.b.affine(x, 0.125, 0.75);
+            let x = feed.b.clamp(x, 0.5, 1.0);
+            vec![feed.b.map(x, f)]
+        }));
     }
     cases
 }
+
+/// Every way to resize.
+pub const INTERPOLATIONS: [Interpolation; 4] = [
+    Interpolation { filter: Filter::Bilinear, antialias: false },
+    Interpolation { filter: Filter::Bilinear, antialias: true },
+    Interpolation { filter: Filter::Bicubic, antialias: false },
+    Interpolation { filter: Filter::Bicubic, antialias: true },
+];
 
 /// Resampling, embeddings and updates, and the ops that move whole samples.
 pub fn rest() -> Vec<Case> {
@@ -268,6 +364,39 @@ pub fn rest() -> Vec<Case> {
             vec![f.b.nearest_2x(x, height, width)]
         }));
     }
+    for how in INTERPOLATIONS {
+        for (h, w, height, width, c) in [(1, 1, 3, 2, 1), (5, 9, 2, 4, 3), (4, 3, 9, 5, 2), (16, 18, 7, 8, 3)] {
+            cases.push(Case::new(format!("resize {h}x{w}x{c} to {height}x{width} {how:?}"), move |f| {
+                let x = f.batched("x", &[h, w, c]);
+                vec![f.b.resize(x, height, width, how)]
+            }));
+        }
+    }
+    cases.push(Case::new("crop", |f| {
+        let x = f.batched("x", &[5, 7, 3]);
+        vec![f.b.crop(x, 1, 2, 3, 4)]
+    }));
+    cases.push(Case::new("tokens with extra rows", |f| {
+        let ids = f.ints("ids", &[7], |i| (i * 5 % 14) as i32);
+        let (table, extra) = (f.shared("table", &[11, 20]), f.shared("extra", &[3, 20]));
+        let positions = f.shared("positions", &[9, 20]);
+        vec![f.b.tokens_with(ids, table, extra, positions)]
+    }));
+    cases.push(Case::new("mix", |f| {
+        let weights = f.batched("weights", &[5]);
+        let ids = f.ints("ids", &[5], |i| (i * 7 % 12) as i32 - 1);
+        let table = f.shared("table", &[11, 20]);
+        vec![f.b.mix(weights, ids, table)]
+    }));
+    cases.push(Case::new("patches", |f| {
+        let x = f.batched("x", &[3, 2, 20]);
+        let (class, positions) = (f.shared("class", &[20]), f.shared("positions", &[7, 20]));
+        vec![f.b.patches(x, class, positions)]
+    }));
+    cases.push(Case::new("row", |f| {
+        let x = f.batched("x", &[5, 20]);
+        vec![f.b.row(x, 3)]
+    }));
     cases.push(Case::new("tokens", |f| {
         let ids = f.ints("ids", &[7], |i| (i * 5 % 11) as i32);
         let (table, positions) = (f.shared("table", &[11, 20]), f.shared("positions", &[9, 20]));
@@ -296,7 +425,18 @@ pub fn rest() -> Vec<Case> {
 
 /// Ops that mix the batch, which have no meaning one sample at a time.
 pub fn across_samples() -> Vec<Case> {
-    vec![
+    moves_and_sums().into_iter().chain(backward::across_samples()).collect()
+}
+
+/// Those of them that are no backward ops.
+pub fn moves_and_sums() -> Vec<Case> {
+    let sums = [Over::Samples, Over::Rows].map(|over| {
+        Case::new(format!("sum over {over:?}"), move |f| {
+            let x = f.batched("x", &[70, 500]);
+            f.b.push(Op::Norm(Norm::Sum { x, over }))
+        })
+    });
+    let moves = [
         Case::new("repeat", |f| {
             let x = f.batched("x", &[5, 7]);
             vec![f.b.repeat(x, 3)]
@@ -315,5 +455,6 @@ pub fn across_samples() -> Vec<Case> {
             let at = f.b.input_i32("at", &[1]);
             vec![f.b.select(x, at)]
         }),
-    ]
+    ];
+    moves.into_iter().chain(sums).collect()
 }

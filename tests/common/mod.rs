@@ -1,6 +1,11 @@
 //! Shared by the integration tests; each uses a part of it.
 #![allow(dead_code)]
 
+pub mod around;
+pub mod cases;
 pub mod command;
+pub mod feed;
 pub mod golden;
+pub mod gradients;
 pub mod layouts;
+pub mod naive;

@@ -1,5 +1,8 @@
 //! A second opinion on what a program means: every op as plain loops in f64, written from the formulas in `program`.
 
+#[path = "naive_backward.rs"]
+mod backward;
+
 use rarebit::program::*;
 use std::collections::HashMap;
 
@@ -31,6 +34,7 @@ pub fn evaluate(program: &Program, buffers: &Buffers) -> Vec<Vec<f64>> {
 fn op(program: &Program, op: &Op, values: &[Vec<f64>], buffers: &Buffers) -> Vec<Vec<f64>> {
     let v = |id: ValueId| &values[id.index()][..];
     let shape = |id: ValueId| program.shape(id);
+    let width = |id: ValueId| program.shape(id)[program.shape(id).len() - 1];
     let ints = |id: ValueId| match &program.value(id).origin {
         Origin::Input(name) => &buffers.ints[name][..],
         Origin::Weight(_) | Origin::Op(_) => panic!("no integers"),
@@ -61,6 +65,37 @@ fn op(program: &Program, op: &Op, values: &[Vec<f64>], buffers: &Buffers) -> Vec
             let width = v(*gamma).len();
             norm(v(*x), v(*x).len() / width, |i| (i / width, i % width), v(*gamma), v(*beta), *eps)
         }
+        Op::Norm(Norm::Softmax { x }) => {
+            let rows = v(*x).chunks_exact(width(*x));
+            vec![rows.flat_map(|row| row.iter().map(|x| (x - log_sum_exp(row)).exp())).collect()]
+        }
+        Op::Norm(Norm::Unit { x, eps }) => {
+            let rows = v(*x).chunks_exact(width(*x));
+            let norm = |row: &[f64]| row.iter().map(|x| x * x).sum::<f64>().sqrt();
+            let y = rows.clone().flat_map(|row| row.iter().map(move |x| x / norm(row).max(*eps))).collect();
+            vec![y, rows.map(norm).collect()]
+        }
+        Op::Norm(Norm::Dot { a, b }) => {
+            let size = v(*a).len() / shape(*a)[0];
+            let samples = v(*a).chunks_exact(size).zip(v(*b).chunks_exact(size));
+            vec![samples.map(|(a, b)| a.iter().zip(b).map(|(a, b)| a * b).sum()).collect()]
+        }
+        Op::Norm(Norm::CrossEntropy { logits, targets }) => {
+            let rows = v(*logits).chunks_exact(width(*logits));
+            let lse: Vec<f64> = rows.clone().map(log_sum_exp).collect();
+            let loss = |((row, lse), &target): ((&[f64], &f64), &i32)| {
+                if target < 0 { 0.0 } else { lse - row[target as usize] }
+            };
+            vec![rows.zip(&lse).zip(ints(*targets)).map(loss).collect(), lse]
+        }
+        Op::Norm(Norm::Sum { x, over }) => {
+            let sets = if *over == Over::Middle { shape(*x)[0] } else { 1 };
+            let mut out = vec![0.0; sets * width(*x)];
+            for (i, value) in v(*x).iter().enumerate() {
+                out[i / (v(*x).len() / sets) * width(*x) + i % width(*x)] += value;
+            }
+            vec![out]
+        }
         Op::Elementwise(e) => vec![elementwise(e, &shape, &v)],
         Op::Resample(Resample::Nearest2x { x, height, width }) => {
             let [b, h, w, c] = *shape(*x) else { panic!("no image") };
@@ -75,15 +110,44 @@ fn op(program: &Program, op: &Op, values: &[Vec<f64>], buffers: &Buffers) -> Vec
             }
             vec![out]
         }
-        Op::Embedding(Embedding::Tokens { ids, table, positions }) => {
+        Op::Resample(Resample::Resize { x, height, width, how }) => {
+            vec![resize(v(*x), shape(*x), [*height, *width], *how)]
+        }
+        Op::Resample(Resample::Crop { x, top, left, height, width }) => {
+            let [b, h, w, c] = *shape(*x) else { panic!("no image") };
+            let pixel = |b: usize, y: usize, x: usize| ((b * h + top + y) * w + left + x) * c;
+            let pixels = (0..b).flat_map(|b| (0..height * width).map(move |i| (b, i / width, i % width)));
+            vec![pixels.flat_map(|(b, i, j)| v(*x)[pixel(b, i, j)..][..c].to_vec()).collect()]
+        }
+        Op::Embedding(Embedding::Tokens { ids, table, extra, positions }) => {
             let (length, width) = (shape(*ids)[1], shape(*table)[1]);
+            let rows = [v(*table), extra.map(v).unwrap_or_default()].concat();
             let mut out = vec![];
             for (i, &id) in ints(*ids).iter().enumerate() {
                 for c in 0..width {
-                    out.push(v(*table)[id as usize * width + c] + v(*positions)[i % length * width + c]);
+                    out.push(rows[id as usize * width + c] + v(*positions)[i % length * width + c]);
                 }
             }
             vec![out]
+        }
+        Op::Embedding(Embedding::Mix { weights, ids, table }) => {
+            let (choices, width) = (shape(*ids)[1], shape(*table)[1]);
+            let mut out = vec![0.0; shape(*ids)[0] * width];
+            for (i, (&id, weight)) in ints(*ids).iter().zip(v(*weights)).enumerate().filter(|(_, (id, _))| **id >= 0) {
+                for c in 0..width {
+                    out[i / choices * width + c] += weight * v(*table)[id as usize * width + c];
+                }
+            }
+            vec![out]
+        }
+        Op::Embedding(Embedding::Patches { x, class, positions }) => {
+            let samples = v(*x).chunks_exact(v(*x).len() / shape(*x)[0]);
+            let rows = samples.flat_map(|patches| [v(*class), patches].concat());
+            vec![rows.zip(v(*positions).iter().cycle()).map(|(x, position)| x + position).collect()]
+        }
+        Op::Embedding(Embedding::Row { x, row }) => {
+            let (length, width) = (shape(*x)[1], shape(*x)[2]);
+            vec![v(*x).chunks_exact(length * width).flat_map(|x| x[row * width..][..width].to_vec()).collect()]
         }
         Op::Embedding(Embedding::Sinusoidal { x, dim, flip_sin_to_cos, freq_shift }) => {
             let half = dim / 2;
@@ -113,7 +177,55 @@ fn op(program: &Program, op: &Op, values: &[Vec<f64>], buffers: &Buffers) -> Vec
             }
             vec![out]
         }
+        _ => backward::op(program, op, v, ints),
     }
+}
+
+/// Every output pixel as torch's kernels compute it: taps clamped to the image, or with antialias cut and renormalised.
+fn resize(x: &[f64], shape: &[usize], [height, width]: [usize; 2], how: Interpolation) -> Vec<f64> {
+    let &[batch, h, w, channels] = shape else { panic!("no image") };
+    let cubic = how.filter == Filter::Bicubic;
+    let filter = |x: f64, a: f64| match x.abs() {
+        x if !cubic => (1.0 - x).max(0.0),
+        x if x <= 1.0 => (a + 2.0) * x.powi(3) - (a + 3.0) * x.powi(2) + 1.0,
+        x if x < 2.0 => a * x.powi(3) - 5.0 * a * x.powi(2) + 8.0 * a * x - 4.0 * a,
+        _ => 0.0,
+    };
+    let taps = |from: usize, to: usize, o: usize| -> Vec<(usize, f64)> {
+        let scale = from as f64 / to as f64;
+        let center = scale * (o as f64 + 0.5);
+        if !how.antialias {
+            let real = if cubic { center - 0.5 } else { (center - 0.5).max(0.0) };
+            let (first, count) = if cubic { (real.floor() - 1.0, 4) } else { (real.floor(), 2) };
+            let tap = |j: f64| (j.clamp(0.0, from as f64 - 1.0) as usize, filter(j - real, -0.75));
+            return (0..count).map(|k| tap(first + k as f64)).collect();
+        }
+        let support = if cubic { 2.0 } else { 1.0 } * scale.max(1.0);
+        let first = (center - support + 0.5).max(0.0) as usize;
+        let end = ((center + support + 0.5) as usize).min(from);
+        let weight = |j: usize| filter((j as f64 - center + 0.5) / scale.max(1.0), -0.5);
+        let total: f64 = (first..end).map(weight).sum();
+        (first..end).map(|j| (j, weight(j) / total)).collect()
+    };
+    let mut out = vec![];
+    for b in 0..batch {
+        for row in 0..height {
+            for column in 0..width {
+                let (vertical, horizontal) = (taps(h, height, row), taps(w, width, column));
+                for c in 0..channels {
+                    let pixel = |i: usize, j: usize| x[((b * h + i) * w + j) * channels + c];
+                    let line = |i: usize| horizontal.iter().map(|&(j, weight)| weight * pixel(i, j)).sum::<f64>();
+                    out.push(vertical.iter().map(|&(i, weight)| weight * line(i)).sum());
+                }
+            }
+        }
+    }
+    out
+}
+
+fn log_sum_exp(row: &[f64]) -> f64 {
+    let top = row.iter().cloned().fold(f64::MIN, f64::max);
+    top + row.iter().map(|x| (x - top).exp()).sum::<f64>().ln()
 }
 
 pub fn activate(x: f64, activation: Activation) -> f64 {
@@ -122,6 +234,9 @@ pub fn activate(x: f64, activation: Activation) -> f64 {
         Activation::Silu => x / (1.0 + (-x).exp()),
         Activation::Gelu => 0.5 * x * erfc(-x / 2f64.sqrt()),
         Activation::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
+        Activation::GeluTanh => {
+            0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
+        }
         Activation::Geglu => panic!("not elementwise"),
     }
 }
@@ -271,6 +386,43 @@ fn elementwise<'a>(
 ) -> Vec<f64> {
     match *e {
         Elementwise::Activate { x, activation } => v(x).iter().map(|&x| activate(x, activation)).collect(),
+        Elementwise::Geglu { x } => {
+            let width = shape(x).last().unwrap() / 2;
+            let row =
+                |x: &[f64]| (0..width).map(|i| x[i] * activate(x[width + i], Activation::Gelu)).collect::<Vec<_>>();
+            v(x).chunks_exact(2 * width).flat_map(row).collect()
+        }
+        Elementwise::Map { x, f } => {
+            let f = |x: &f64| match f {
+                Scalar::Sqrt => x.sqrt(),
+                Scalar::Square => x.powi(2),
+                Scalar::Ln => x.ln(),
+                Scalar::Exp => x.exp(),
+                Scalar::Reciprocal => x.recip(),
+                Scalar::Spherical => x.clamp(-1.0, 1.0).acos().powi(2) / 2.0,
+            };
+            v(x).iter().map(f).collect()
+        }
+        Elementwise::Mul { a, b } => v(a).iter().zip(v(b)).map(|(a, b)| a * b).collect(),
+        Elementwise::Scale { x, by } => {
+            let size = v(x).len() / v(by).len();
+            v(x).iter().enumerate().map(|(i, x)| x * v(by)[i / size]).collect()
+        }
+        Elementwise::ChannelAffine { x, ref scale, ref shift } => {
+            let c = scale.len();
+            v(x).iter().enumerate().map(|(i, x)| x * scale[i % c] + shift[i % c]).collect()
+        }
+        Elementwise::Clamp { x, low, high } => v(x).iter().map(|x| x.clamp(low, high)).collect(),
+        Elementwise::Detach { x } => v(x).to_vec(),
+        Elementwise::Constant { ref shape, value } => vec![value; shape.iter().product()],
+        Elementwise::Spread { x, shape: ref over } => {
+            let (width, rows) = (over[over.len() - 1], over.iter().product::<usize>() / v(x).len());
+            v(x).chunks_exact(width).flat_map(|row| row.repeat(rows)).collect()
+        }
+        Elementwise::Columns { x, len } => {
+            let width = *shape(x.value).last().unwrap();
+            v(x.value).chunks_exact(width).flat_map(|row| row[x.at..x.at + len].to_vec()).collect()
+        }
         Elementwise::Add { a, b } => v(a).iter().zip(v(b)).map(|(a, b)| a + b).collect(),
         Elementwise::OuterAdd { a, b } => {
             let width = shape(a)[1];
@@ -288,5 +440,6 @@ fn elementwise<'a>(
             let row = v(x).len() / shape(x)[0];
             v(x)[start * row..(start + len) * row].to_vec()
         }
+        _ => panic!("no plain loops for {e:?}"),
     }
 }

@@ -1,11 +1,14 @@
 """Times the engine against torch eager (float32, the same number of threads) on SD 1.5, call by call in turn, and compares peak memory.
 
-    python bench.py --model DIR [--json OUT.json] [--kinds unet,decode,image]
+    python bench.py --model DIR [--json OUT.json] [--kinds unet,unet-gradient,decode,decode-gradient,image]
 
-`unet` is one call at 64x64 latents, batch 2; `decode` the VAE at 64x64 latents. Two processes load the model, say `ready`, then run once
+`unet` is one call at 64x64 latents, batch 2; `decode` the VAE at 64x64 latents; `unet-gradient` and `decode-gradient` at batch 1. Two processes load the model, say `ready`, then run once
 and print the seconds for every line they get, so that both see the same machine. The program's side is
 
-    bench_cpu MODEL unet|decode HEIGHT WIDTH BATCH        (latent sizes)
+    bench_cpu MODEL unet|unet-gradient|decode|decode-gradient HEIGHT WIDTH BATCH        (latent sizes)
+
+A gradient is that to the latents, forward and backward, parameters frozen (`autograd.grad` in torch). The peak resident memory of both
+processes is read before they end.
 
 `image` is a whole 2-step image in one process, for its wall time and peak resident memory (ru_maxrss of that child).
 This process imports nothing large: on Linux a child inherits the high-water mark of the process that started it.
@@ -22,7 +25,7 @@ import sys
 import tempfile
 import time
 
-SHAPES = {"unet": (64, 64, 2), "decode": (64, 64, 1)}
+SHAPES = {"unet": (64, 64, 2), "unet-gradient": (64, 64, 1), "decode": (64, 64, 1), "decode-gradient": (64, 64, 1)}
 PROMPT = "a red star on a dark blue background"
 
 
@@ -33,12 +36,23 @@ def torch_call(model, kind, height, width, batch):
 
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(batch, 4, height, width, generator=generator)
-    if kind == "unet":
-        unet = diffusers.UNet2DConditionModel.from_pretrained(model, subfolder="unet", dtype=torch.float32).eval()
+    if kind.startswith("unet"):
+        unet = diffusers.UNet2DConditionModel.from_pretrained(model, subfolder="unet", dtype=torch.float32).eval().requires_grad_(False)
         context = torch.randn(batch, 77, unet.config.cross_attention_dim, generator=generator)
-        return lambda: unet(latents, 601.0, context).sample
-    vae = diffusers.AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32).eval()
-    return lambda: vae.decode(latents / vae.config.scaling_factor).sample
+        forward = lambda latents: unet(latents, 601.0, context).sample
+    else:
+        vae = diffusers.AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=torch.float32).eval().requires_grad_(False)
+        forward = lambda latents: vae.decode(latents / vae.config.scaling_factor).sample
+    if not kind.endswith("gradient"):
+        return lambda: forward(latents)
+
+    def gradient():
+        with torch.enable_grad():
+            leaf = latents.clone().requires_grad_(True)
+            out = forward(leaf)
+            return torch.autograd.grad(out, leaf, torch.ones_like(out))
+
+    return gradient
 
 
 def torch_image(model, out, steps):
@@ -91,13 +105,17 @@ class Worker:
         self.process.stdin.flush()
         return float(self.expect())
 
+    def peak_bytes(self):
+        with open(f"/proc/{self.process.pid}/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
     def close(self):
         self.process.stdin.close()
         self.process.wait()
 
 
 def interleaved(commands, environment, repeats):
-    """Seconds of every call per side, after one warm-up call each; who goes first alternates."""
+    """Seconds of every call per side, after one warm-up call each, and peak resident bytes; who goes first alternates."""
     workers = {side: Worker(command, environment) for side, command in commands.items()}
     for worker in workers.values():
         worker.run()
@@ -106,9 +124,10 @@ def interleaved(commands, environment, repeats):
         order = list(workers) if repeat % 2 == 0 else list(workers)[::-1]
         for side in order:
             seconds[side].append(workers[side].run())
+    peaks = {side: worker.peak_bytes() for side, worker in workers.items()}
     for worker in workers.values():
         worker.close()
-    return seconds
+    return seconds, peaks
 
 
 def run_once(command, environment):
@@ -133,7 +152,7 @@ def cpu_name():
 def main():
     parser = argparse.ArgumentParser(description="time the engine against torch on the CPU")
     parser.add_argument("--model", required=True, help="an SD 1.5 diffusers folder (parity.py sd15 --phases build makes one)")
-    parser.add_argument("--kinds", default="unet,decode,image")
+    parser.add_argument("--kinds", default="unet,unet-gradient,decode,decode-gradient,image")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="of the image")
     parser.add_argument("--threads", type=int, default=2)
@@ -169,9 +188,10 @@ def main():
             report(kind, {side: s for side, (s, _) in runs.items()}, "s")
             report("peak memory", {side: b / 2**30 for side, (_, b) in runs.items()}, "GiB")
         else:
-            seconds = interleaved(commands, environment, args.repeats)
-            result[kind] = {side: {"seconds": s, "median": statistics.median(s)} for side, s in seconds.items()}
+            seconds, peaks = interleaved(commands, environment, args.repeats)
+            result[kind] = {side: {"seconds": s, "median": statistics.median(s), "peak_bytes": peaks[side]} for side, s in seconds.items()}
             report(kind, {side: statistics.median(s) for side, s in seconds.items()}, "s")
+            report("peak memory", {side: b / 2**30 for side, b in peaks.items()}, "GiB")
     if args.json:
         with open(args.json, "w") as file:
             json.dump(result, file, indent=2)

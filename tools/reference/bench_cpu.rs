@@ -4,6 +4,7 @@ use rarebit::exec::cpu::Cpu;
 use rarebit::methods::networks::Networks;
 use rarebit::methods::pipeline::Pipeline;
 use rarebit::program::DType;
+use rarebit::sampler::LATENTS;
 use rarebit::weights::Model;
 use std::error::Error;
 use std::io::BufRead;
@@ -13,7 +14,7 @@ use std::time::Instant;
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [model, kind, sizes @ ..] = &args[..] else {
-        return Err("usage: bench_cpu MODEL unet|decode H W BATCH".into());
+        return Err("usage: bench_cpu MODEL unet|unet-gradient|decode|decode-gradient H W BATCH".into());
     };
     let sizes: Vec<usize> = sizes.iter().map(|s| s.parse()).collect::<Result<_, _>>()?;
     let [height, width, batch] = sizes[..] else { return Err("give latent height, width and batch".into()) };
@@ -27,12 +28,13 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn serve(model: &Path, kind: &str, shape: [usize; 4]) -> Result<(), Box<dyn Error>> {
     let pipeline = Pipeline::open(Model::open(model, None)?, None)?;
     let mut networks = Networks::new(&pipeline, Box::new(Cpu::<f32>::new()), DType::F32);
+    let context = shape[0] * pipeline.tokens() * pipeline.config.unet.context_width;
+    let added = pipeline.config.unet.added.is_some();
     let program = match kind {
-        "unet" => {
-            let context = shape[0] * pipeline.tokens() * pipeline.config.unet.context_width;
-            networks.load_unet(shape, context, pipeline.config.unet.added.is_some())?
-        }
+        "unet" => networks.load_unet(shape, context, added)?,
+        "unet-gradient" => networks.load_unet_gradient(shape, context, added, &[LATENTS])?,
         "decode" => networks.load_decoder(shape)?,
+        "decode-gradient" => networks.load_decoder_gradient(shape)?,
         other => return Err(format!("unknown network '{other}'").into()),
     };
     println!("ready");

@@ -1,6 +1,7 @@
-"""Compares the engine with diffusers at full width: SD 1.5, SD 2.1 (v) and SDXL with random weights, float32 on the CPU.
+"""Compares the engine with diffusers at full width: SD 1.5, SD 2.1 (v) and SDXL with random weights, float32 on the CPU; and the image
+tower of OpenCLIP-H and GPT-2 (`clip-h`, `gpt2`) with transformers.
 
-    python parity.py sd15 --work DIR --vocab bpe_simple_vocab_16e6.txt.gz [--phases build,text,unet,decode,encode,sample] [--full]
+    python parity.py sd15 --work DIR --vocab bpe_simple_vocab_16e6.txt.gz [--phases build,text,unet,..] [--full]
 
 Each phase runs in its own process (SDXL's UNet alone is 10 GB in float32): the reference writes `DIR/<model>-dumps/<phase>.safetensors`, then
 
@@ -13,9 +14,13 @@ otherwise, images and latents NCHW, text [batch, token, channel]; `ref/…` in t
 |--------|------------------------------------------------------------------------------------|----------------------------------------|
 | text   | in/ids i32 [B,77]; SDXL also in/ids_2 i32 [B,77]                                   | out/context; SDXL also out/pooled [B,P]|
 | unet   | in/latents [B,4,h,w], in/timestep [1], in/context; SDXL in/pooled, in/time_ids [B,6] | out/unet [B,4,h,w], the raw prediction |
+| unet_gradient | those of unet, and in/d_unet [B,4,h,w]                                      | out/d_latents, out/d_context; SDXL also out/d_pooled: gradients of Σ unet ∘ d_unet |
 | decode | in/vae_latents [1,4,h,w] at the sampler's scale (divide by scaling_factor first)   | out/image [1,3,8h,8w], not clamped     |
+| decode_gradient | those of decode, and in/d_image [1,3,8h,8w]                              | out/d_vae_latents                      |
 | encode | in/image [1,3,H,W] in [-1,1]                                                       | out/mean, out/logvar [1,4,H/8,W/8], not scaled |
 | sample | in/noise [1,4,h,w] unit variance, in/positive, in/negative [1,77,C]; SDXL in/positive_pooled, in/negative_pooled [1,P], in/time_ids [1,6] | out/final [1,4,h,w], before decoding |
+| clip_gradient | in/pixels [1,3,224,224], preprocessed; in/d_features [1,1024]             | out/features, out/d_pixels             |
+| policy_gradient | in/ids, in/targets i32 [B,T], a negative target counts nothing          | out/loss [1], the mean over all targets; out/d_NAME for every weight NAME |
 
 The metadata of the dump has one key, `parity`: JSON with `model`, `phase` and, for `sample`, `sampler`, `spacing`, `steps`, `guidance`;
 other scheduler settings are those of the folder.
@@ -32,13 +37,18 @@ import sys
 import time
 import zipfile
 
-PHASES = ("build", "text", "unet", "decode", "encode", "sample")
-LIMITS = {"text": 2e-5, "unet": 2e-5, "decode": 2e-5, "encode": 2e-5, "sample": 2e-4}
+PHASES = ("build", "text", "unet", "unet_gradient", "decode", "decode_gradient", "encode", "sample")
+LIMITS = {"text": 2e-5, "unet": 2e-5, "unet_gradient": 1e-4, "decode": 2e-5, "decode_gradient": 1e-4, "encode": 2e-5, "sample": 2e-4}
+# Networks that are no pipeline: a phase each.
+NETWORKS = {"clip-h": "clip_gradient", "gpt2": "policy_gradient"}
+LIMITS |= {"clip_gradient": 1e-4, "policy_gradient": 1e-4}
+# Of gradients besides the distance.
+LEAST_COSINE = 0.999999
 # side of the latents: default, --full
 SIDES = {
-    "sd15": {"unet": (64, 64), "decode": (64, 64), "encode": (32, 64), "sample": (32, 64)},
-    "sd21": {"unet": (64, 96), "decode": (64, 96), "encode": (32, 96), "sample": (32, 96)},
-    "sdxl": {"unet": (64, 128), "decode": (64, 128), "encode": (32, 128), "sample": (32, 128)},
+    "sd15": {"unet": (64, 64), "unet_gradient": (32, 64), "decode": (64, 64), "decode_gradient": (32, 64), "encode": (32, 64), "sample": (32, 64)},
+    "sd21": {"unet": (64, 96), "unet_gradient": (32, 96), "decode": (64, 96), "decode_gradient": (32, 96), "encode": (32, 96), "sample": (32, 96)},
+    "sdxl": {"unet": (64, 128), "unet_gradient": (32, 128), "decode": (64, 128), "decode_gradient": (32, 128), "encode": (32, 128), "sample": (32, 128)},
 }
 SAMPLING = {
     "sd15": dict(sampler="ddim", spacing="leading", steps=10, guidance=7.5),
@@ -83,7 +93,12 @@ def write_clip_tokenizer(path, merges):
 def build(args, folder):
     """Writes the model; each component as it is drawn."""
     import models
+    import torch
 
+    if args.model in NETWORKS:
+        torch.manual_seed(7)
+        dtypes = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+        return network(args.model).to(dtypes[args.dtype]).save_pretrained(folder)
     spec = models.PUBLISHED[args.model]
     tokenizer = os.path.join(args.work, "clip_tokenizer")
     write_clip_tokenizer(tokenizer, read_merges(args.vocab))
@@ -92,6 +107,45 @@ def build(args, folder):
     for part in [*models.text_folders(spec), "unet", "vae"]:
         prefix = "text_model." if part == "text_encoder" else ""
         models.write_component(spec, part, folder, seed=7, dtype=args.dtype, prefix=prefix)
+
+
+def network(name, folder=None):
+    """One of NETWORKS, drawn at random or loaded."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, GPT2Config, GPT2LMHeadModel
+
+    kind, config = GPT2LMHeadModel, GPT2Config()
+    if name == "clip-h":
+        kind = CLIPVisionModelWithProjection
+        config = CLIPVisionConfig(
+            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224, patch_size=14,
+            hidden_act="gelu", projection_dim=1024,
+        )  # fmt: skip
+    if folder is None:
+        return kind(config)
+    return kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+
+def reference_clip_gradient(args, folder, spec, load):
+    tower, pixels = network("clip-h", folder).requires_grad_(False), normal(71, 1, 3, 224, 224)
+    features = tower(pixels).image_embeds
+    cotangent, found = gradients(lambda pixels: tower(pixels).image_embeds, {"pixels": pixels})
+    return {"in/pixels": pixels, "in/d_features": cotangent, "ref/features": features, "ref/d_pixels": found["pixels"]}
+
+
+def reference_policy_gradient(args, folder, spec, load):
+    import torch
+
+    policy = network("gpt2", folder)
+    ids = torch.randint(0, policy.config.vocab_size, (2, 128), generator=torch.Generator().manual_seed(81), dtype=torch.int32)
+    targets = torch.cat([ids[:, 1:], torch.full((2, 1), -1, dtype=torch.int32)], 1)
+    targets[1, 100:] = -1
+    with torch.enable_grad():
+        logits = policy(ids.long()).logits.flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, targets.long().flatten(), ignore_index=-1)
+        loss.backward()
+    found = {f"ref/d_{name}": weight.grad for name, weight in policy.named_parameters() if name != "lm_head.weight"}
+    return {"in/ids": ids, "in/targets": targets, "ref/loss": loss.reshape(1), **found}
 
 
 def side(args, phase):
@@ -165,16 +219,43 @@ def call_unet(unet, latents, timestep, context, pooled=None, time_ids=None):
     return unet(latents, timestep, context, added_cond_kwargs=added).sample
 
 
-def reference_unet(args, folder, spec, load):
+def unet_inputs(args, spec, phase, batch):
     import torch
 
-    size = side(args, "unet")
-    inputs = {"latents": normal(11, 2, 4, size, size), "timestep": torch.tensor([601.0]), **condition(spec, 12, 2, size * 8)}
+    size = side(args, phase)
+    return {"latents": normal(11, batch, 4, size, size), "timestep": torch.tensor([601.0]), **condition(spec, 12, batch, size * 8)}
+
+
+def reference_unet(args, folder, spec, load):
+    inputs = unet_inputs(args, spec, "unet", 2)
     unet = load("unet")
     start = time.time()
     out = call_unet(unet, inputs["latents"], 601.0, **{k: inputs[k] for k in inputs if k not in ("latents", "timestep")})
-    print(f"  one UNet call, batch 2 at {size}: {time.time() - start:.1f} s")
+    print(f"  one UNet call, batch 2: {time.time() - start:.1f} s")
     return {**{f"in/{k}": v for k, v in inputs.items()}, "ref/unet": out}
+
+
+def gradients(call, leaves):
+    """Gradients of `Σ call(leaves) ∘ cotangent` by autograd, parameters frozen; also the cotangent, drawn like the output."""
+    import torch
+
+    with torch.enable_grad():
+        leaves = {name: value.clone().requires_grad_(True) for name, value in leaves.items()}
+        start = time.time()
+        out = call(**leaves)
+        cotangent = normal(61, *out.shape)
+        out.backward(cotangent)
+    print(f"  forward and backward: {time.time() - start:.1f} s")
+    return cotangent, {name: value.grad for name, value in leaves.items()}
+
+
+def reference_unet_gradient(args, folder, spec, load):
+    inputs = unet_inputs(args, spec, "unet_gradient", 1)
+    unet = load("unet").requires_grad_(False)
+    fixed = {k: inputs[k] for k in ("time_ids",) if k in inputs}
+    leaves = {k: inputs[k] for k in ("latents", "context", "pooled") if k in inputs}
+    cotangent, found = gradients(lambda latents, **rest: call_unet(unet, latents, 601.0, **rest, **fixed), leaves)
+    return {**{f"in/{k}": v for k, v in inputs.items()}, "in/d_unet": cotangent, **{f"ref/d_{k}": v for k, v in found.items()}}
 
 
 def reference_decode(args, folder, spec, load):
@@ -184,6 +265,13 @@ def reference_decode(args, folder, spec, load):
     image = load("vae").decode(latents / spec["vae"]["scaling_factor"]).sample
     print(f"  load and decode at {size}: {time.time() - start:.1f} s")
     return {"in/vae_latents": latents, "ref/image": image}
+
+
+def reference_decode_gradient(args, folder, spec, load):
+    size = side(args, "decode_gradient")
+    latents, vae = normal(21, 1, 4, size, size), load("vae").requires_grad_(False)
+    cotangent, found = gradients(lambda vae_latents: vae.decode(vae_latents / spec["vae"]["scaling_factor"]).sample, {"vae_latents": latents})
+    return {"in/vae_latents": latents, "in/d_image": cotangent, "ref/d_vae_latents": found["vae_latents"]}
 
 
 def reference_encode(args, folder, spec, load):
@@ -235,11 +323,11 @@ def reference(args, folder, phase):
     torch.set_grad_enabled(False)
     if phase == "build":
         return build(args, folder)
-    spec = models.PUBLISHED[args.model]
+    spec = models.PUBLISHED.get(args.model)
     tensors = globals()[f"reference_{phase}"](args, folder, spec, networks(folder))
     for name, value in tensors.items():
         assert value.isfinite().all(), name
-        if name.startswith("ref/"):
+        if name.startswith("ref/") and value.numel() > 1 and phase != "policy_gradient":
             print(f"  {name} {list(value.shape)} std {value.std():.3g}")
     about = {"model": args.model, "phase": phase, **(SAMPLING[args.model] if phase == "sample" else {})}
     tensors = {name: value.contiguous() for name, value in tensors.items()}
@@ -260,20 +348,27 @@ def compare(folder, phase, out, limit):
     for name in sorted(n for n in wanted if n.startswith("ref/")):
         ref, ours = wanted[name].double(), got.get("out/" + name[4:])
         if ours is None or ours.shape != ref.shape:
-            error = float("inf")
+            error, ok = float("inf"), False
         else:
-            error = ((ours.double() - ref).norm() / ref.norm()).item()
-        rows.append((f"{phase} {name[4:]}", error, limit, error <= limit))
+            ours = ours.double()
+            error = ((ours - ref).norm() / ref.norm()).item()
+            ok = error <= limit
+            if phase.endswith("gradient"):
+                ok = ok and ((ours * ref).sum() / ours.norm() / ref.norm()).item() >= LEAST_COSINE
+        rows.append((f"{phase} {name[4:]}", error, limit, ok))
+    if len(rows) > 12:  # all weights of a network: the worst ones speak for it
+        print(f"{len(rows)} tensors; the worst:")
+        rows = sorted(rows, key=lambda row: -row[1])[:8]
     return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description="full-width parity of the engine with diffusers")
-    parser.add_argument("model", choices=["sd15", "sd21", "sdxl"])
+    parser.add_argument("model", choices=["sd15", "sd21", "sdxl", *NETWORKS])
     parser.add_argument("--work", required=True, help="folder for weights and dumps (SDXL f16: 7 GB)")
     parser.add_argument("--vocab", help="CLIP's bpe_simple_vocab_16e6.txt[.gz], a merges.txt, or a wheel that carries it")
     parser.add_argument("--dtype", choices=["f16", "bf16", "f32"], default="f16", help="storage of the weights (computed in f32 either way)")
-    parser.add_argument("--phases", default=",".join(PHASES))
+    parser.add_argument("--phases", help="default: all of the model")
     parser.add_argument("--full", action="store_true", help="native resolution in every phase")
     parser.add_argument("--side", type=int, help="side of the latents in every phase, overrides both")
     parser.add_argument("--threads", type=int, default=2)
@@ -285,8 +380,9 @@ def main():
     folder = os.path.join(args.work, args.model)
     if args.in_process:
         return reference(args, folder, args.in_process)
-    phases = args.phases.split(",")
-    if "build" in phases and not args.compare_only and not args.vocab:
+    phases = ["build", NETWORKS[args.model]] if args.model in NETWORKS else list(PHASES)
+    phases = args.phases.split(",") if args.phases else phases
+    if "build" in phases and args.model not in NETWORKS and not args.compare_only and not args.vocab:
         args.vocab = find_vocab()
         if not args.vocab:
             parser.error("--vocab is needed to build a model")
@@ -305,7 +401,7 @@ def main():
         print(f"{args.model} {phase}: program {time.time() - start:.1f} s", flush=True)
         rows += compare(folder, phase, out, LIMITS[phase])
     for name, error, limit, ok in rows:
-        print(f"{args.model} {name:16} {error:9.2e}  limit {limit:.0e}  {'ok' if ok else 'FAIL'}")
+        print(f"{args.model} {name:28} {error:9.2e}  limit {limit:.0e}  {'ok' if ok else 'FAIL'}")
     sys.exit(0 if all(row[3] for row in rows) else 1)
 
 

@@ -3,7 +3,7 @@
 use rarebit::exec::Executor;
 use rarebit::exec::cpu::Cpu;
 use rarebit::methods::generate::{Generator, Job, Settings, Text};
-use rarebit::methods::networks::{AddedConditions, Networks, Tensor};
+use rarebit::methods::networks::{AddedConditions, Networks, Tensor, UnetGradient};
 use rarebit::methods::pipeline::Pipeline;
 use rarebit::program::DType;
 use rarebit::sampler::{self, Rng};
@@ -12,6 +12,9 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::Value;
 use std::error::Error;
 use std::path::Path;
+
+#[path = "parity_networks.rs"]
+mod networks;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -46,22 +49,35 @@ fn main() -> Result<()> {
         metadata.metadata().as_ref().and_then(|m| m.get("parity")).ok_or("the dump has no 'parity' metadata")?;
     let settings: Value = serde_json::from_str(settings)?;
     let dump = Dump(SafeTensors::deserialize(&bytes)?);
-    let pipeline = Pipeline::open(Model::open(Path::new(model), None)?, None)?;
     let results = rayon::ThreadPoolBuilder::new().build()?.install(|| {
         // Errors are not `Send`; their text is.
-        compute(&pipeline, &dump, &settings).map_err(|error| error.to_string())
+        compute(Path::new(model), &dump, &settings).map_err(|error| error.to_string())
     })?;
 
     let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = results
         .into_iter()
-        .map(|(name, t)| (name.to_string(), t.shape, t.data.iter().flat_map(|x| x.to_le_bytes()).collect()))
+        .map(|(name, t)| (name, t.shape, t.data.iter().flat_map(|x| x.to_le_bytes()).collect()))
         .collect();
     let views = bytes.iter().map(|(name, shape, data)| Ok((name, TensorView::new(Dtype::F32, shape.clone(), data)?)));
     std::fs::write(out, safetensors::serialize(views.collect::<Result<Vec<_>>>()?, None)?)?;
     Ok(())
 }
 
-fn compute(pipeline: &Pipeline, dump: &Dump<'_>, settings: &Value) -> Result<Vec<(&'static str, Tensor)>> {
+type Named = Vec<(String, Tensor)>;
+
+fn compute(folder: &Path, dump: &Dump<'_>, settings: &Value) -> Result<Named> {
+    match settings["phase"].as_str() {
+        Some("clip_gradient") => networks::clip(folder, dump),
+        Some("policy_gradient") => networks::policy(folder, dump),
+        _ => {
+            let pipeline = Pipeline::open(Model::open(folder, None)?, None)?;
+            let results = of_pipeline(&pipeline, dump, settings)?;
+            Ok(results.into_iter().map(|(name, tensor)| (name.to_string(), tensor)).collect())
+        }
+    }
+}
+
+fn of_pipeline(pipeline: &Pipeline, dump: &Dump<'_>, settings: &Value) -> Result<Vec<(&'static str, Tensor)>> {
     let mut networks = Networks::new(pipeline, Box::new(Cpu::<f32>::new()), DType::F32);
     let mut results = Vec::new();
     if dump.has("in/ids") {
@@ -76,11 +92,25 @@ fn compute(pipeline: &Pipeline, dump: &Dump<'_>, settings: &Value) -> Result<Vec
             }),
             false => None,
         };
-        let context = dump.floats("in/context")?.data;
-        results.push(("out/unet", networks.unet(&latents, f64::from(timestep), &context, added.as_ref())?));
+        let Tensor { shape, data: context } = dump.floats("in/context")?;
+        let (timestep, added) = (f64::from(timestep), added.as_ref());
+        if dump.has("in/d_unet") {
+            let cotangent = dump.floats("in/d_unet")?;
+            let UnetGradient { latents: d_latents, context, pooled } =
+                networks.unet_gradient(&latents, timestep, &context, added, &cotangent)?;
+            results.extend([("out/d_latents", d_latents), ("out/d_context", Tensor { shape, data: context })]);
+            let rows = latents.shape[0];
+            results.extend(pooled.map(|data| ("out/d_pooled", Tensor { shape: vec![rows, data.len() / rows], data })));
+        } else {
+            results.push(("out/unet", networks.unet(&latents, timestep, &context, added)?));
+        }
     }
     if dump.has("in/vae_latents") {
-        results.push(("out/image", networks.decode(&dump.floats("in/vae_latents")?)?));
+        let latents = dump.floats("in/vae_latents")?;
+        results.push(match dump.has("in/d_image") {
+            true => ("out/d_vae_latents", networks.decode_gradient(&latents, &dump.floats("in/d_image")?)?),
+            false => ("out/image", networks.decode(&latents)?),
+        });
     }
     if dump.has("in/image") {
         let (mean, logvar) = networks.encode(&dump.floats("in/image")?)?;

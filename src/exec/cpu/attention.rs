@@ -9,6 +9,7 @@
 use super::microkernel::{Blocks, Dense, Target, multiply};
 use super::pack::{Columns, Packed, Tiling};
 use super::real::Real;
+use super::reduce::{LANES, largest};
 use super::{Cx, Machine, Outputs};
 use crate::program::{Attention, Program};
 use pulp::{Simd, WithSimd};
@@ -20,9 +21,7 @@ const MOST_ROWS: usize = 48;
 /// Key panels of a block: with AVX-512 512 keys, whose scores for a tile take a tenth of the second-level cache.
 const PANELS_PER_BLOCK: usize = 8;
 /// Longest stretch of head dimension in one pass of the score product.
-const DEPTH_BLOCK: usize = 256;
-/// Partial results of a reduction over a row: fixed, so that its order is.
-const LANES: usize = 16;
+pub const DEPTH_BLOCK: usize = 256;
 
 /// The sizes of one attention.
 #[derive(Clone, Copy)]
@@ -231,18 +230,6 @@ fn over_keys<T: Real, S: Simd>(
         let out = Target { values: &mut *sums, stride: dim, add: true };
         multiply(simd, &weights, rows.len(), Blocks::new(1, keys, keys).at(start), v, 0..v.columns.panels, out);
     }
-}
-
-#[inline(always)]
-fn largest<T: Real>(values: &[T]) -> T {
-    let mut lanes = [T::LOWEST; LANES];
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    for chunk in chunks {
-        for (lane, &value) in lanes.iter_mut().zip(chunk) {
-            *lane = lane.greater(value);
-        }
-    }
-    rest.iter().chain(&lanes).fold(T::LOWEST, |top, &value| top.greater(value))
 }
 
 /// Replaces values by e^(value - top) and returns their sum.

@@ -1,6 +1,6 @@
 //! Convolution as an implicit matrix product: `out = conv(x, w) + bias + shift + residual`, no unfolded copy of the image.
 //!
-//! Contract: `x [B, H, W, I]`, `w [kh, kw, I, O]` packed as a `[kh·kw·I, O]` matrix, `out` and `residual [B, Ho, Wo, O]`, any
+//! Contract: `x [B, H, W, I]`, `w [kh, kw, I, O]` held as a `[kh·kw·I, O]` matrix (see `factor`), `out` and `residual [B, Ho, Wo, O]`, any
 //! stride and asymmetric zero padding. Rows of the product are output pixels. A K block is a stretch of input channels at one
 //! kernel tap, so the left operand's row is a slice of an input pixel, or of zeros outside the image. With few input channels
 //! the blocks would be too short, and a chunk's patches are gathered into thread scratch instead. Cut and bits: see `product`;
@@ -8,47 +8,53 @@
 
 use super::gemm::{K_BLOCK, Matrix};
 use super::microkernel::{Block, Blocks, Dense, Left};
-use super::pack::{Columns, Packed};
-use super::product::{Cut, MOST_ROWS, Operand, Product, Residual, Shift};
+use super::pack::Tiling;
+use super::product::{Cut, MOST_ROWS, Operand, Product, Shift};
 use super::real::Real;
-use super::{Cx, Machine, Outputs};
+use super::{Cx, Machine, Outputs, factor, store};
 use crate::program::{Activation, Conv2d, Program};
 use std::ops::Range;
 
 /// With fewer input channels than this, patches are gathered.
-const FEW_CHANNELS: usize = 32;
+pub const FEW_CHANNELS: usize = 32;
 
-/// The sizes that turn an output pixel and a tap into an input pixel.
+/// The sizes that say which output pixels, input pixels and taps belong together.
 #[derive(Clone, Copy)]
-struct Geometry {
-    height: usize,
-    width: usize,
-    channels: usize,
-    out_height: usize,
-    out_width: usize,
-    kernel_width: usize,
-    taps: usize,
-    stride: usize,
-    top: usize,
-    left: usize,
+pub struct Geometry {
+    pub height: usize,
+    pub width: usize,
+    /// Of the input.
+    pub channels: usize,
+    pub out_height: usize,
+    pub out_width: usize,
+    pub kernel_width: usize,
+    pub taps: usize,
+    pub stride: usize,
+    pub top: usize,
+    pub left: usize,
 }
 
 impl Geometry {
-    fn new(op: &Conv2d, program: &Program) -> Geometry {
-        let (x, w) = (program.shape(op.x), program.shape(op.w));
-        let [top, left, bottom, right] = op.padding;
+    /// From the height and width of the input and the shape of the weight.
+    pub fn new(size: [usize; 2], w: &[usize], stride: usize, padding: [usize; 4]) -> Geometry {
+        let ([height, width], [top, left, bottom, right]) = (size, padding);
         Geometry {
-            height: x[1],
-            width: x[2],
-            channels: x[3],
-            out_height: (x[1] + top + bottom - w[0]) / op.stride + 1,
-            out_width: (x[2] + left + right - w[1]) / op.stride + 1,
+            height,
+            width,
+            channels: w[2],
+            out_height: (height + top + bottom - w[0]) / stride + 1,
+            out_width: (width + left + right - w[1]) / stride + 1,
             kernel_width: w[1],
             taps: w[0] * w[1],
-            stride: op.stride,
+            stride,
             top,
             left,
         }
+    }
+
+    fn of(op: &Conv2d, program: &Program) -> Geometry {
+        let x = program.shape(op.x);
+        Geometry::new([x[1], x[2]], program.shape(op.w), op.stride, op.padding)
     }
 
     fn rows_per_sample(&self) -> usize {
@@ -56,7 +62,7 @@ impl Geometry {
     }
 
     /// Output pixels are input pixels.
-    fn pointwise(&self) -> bool {
+    pub fn pointwise(&self) -> bool {
         self.taps == 1 && self.stride == 1 && self.out_height == self.height && self.out_width == self.width
     }
 
@@ -74,13 +80,15 @@ impl Geometry {
         }
     }
 
-    /// Index of the input pixel at `tap`, if it lies in the image.
+    /// What gives the index of the input pixel at `tap`, if it lies in the image.
     #[inline(always)]
-    fn tap(&self, pixel: Pixel, tap: usize) -> Option<usize> {
-        // Coordinates left of or above the image wrap to huge numbers.
-        let y = (pixel.y + (tap / self.kernel_width) as isize) as usize;
-        let x = (pixel.x + (tap % self.kernel_width) as isize) as usize;
-        (y < self.height && x < self.width).then(|| pixel.image + y * self.width + x)
+    fn tap(&self, tap: usize) -> impl Fn(Pixel) -> Option<usize> {
+        let (down, right) = ((tap / self.kernel_width) as isize, (tap % self.kernel_width) as isize);
+        move |pixel| {
+            // Coordinates left of or above the image wrap to huge numbers.
+            let (y, x) = ((pixel.y + down) as usize, (pixel.x + right) as usize);
+            (y < self.height && x < self.width).then(|| pixel.image + y * self.width + x)
+        }
     }
 }
 
@@ -124,8 +132,12 @@ impl<T: Real> Operand<T> for Pixels<'_, T> {
 
 impl<T: Real> Left<T> for PixelRows<'_, T> {
     #[inline(always)]
-    fn row(&self, row: usize, block: Block) -> &[T] {
-        match self.geometry.tap(self.pixels[row], block.tap) {
+    fn rows<'s>(&'s self, block: Block) -> impl Fn(usize) -> &'s [T]
+    where
+        T: 's,
+    {
+        let tap = self.geometry.tap(block.tap);
+        move |row| match tap(self.pixels[row]) {
             Some(index) => &self.values[index * self.geometry.channels + block.start..][..block.len],
             None => &T::ZEROS[..block.len],
         }
@@ -150,7 +162,7 @@ impl<T: Real> Operand<T> for Patches<'_, T> {
         for (row, patch) in rows.zip(scratch.chunks_exact_mut(taps * channels)) {
             let pixel = self.0.geometry.pixel(row);
             for (tap, out) in patch.chunks_exact_mut(channels).enumerate() {
-                match self.0.geometry.tap(pixel, tap) {
+                match self.0.geometry.tap(tap)(pixel) {
                     Some(index) => out.copy_from_slice(&self.0.values[index * channels..][..channels]),
                     None => out.fill(T::ZERO),
                 }
@@ -160,46 +172,27 @@ impl<T: Real> Operand<T> for Patches<'_, T> {
     }
 }
 
-/// `w` as a matrix.
-fn matrix(op: &Conv2d, program: &Program) -> (usize, usize) {
-    let w = program.shape(op.w);
-    (w[0] * w[1] * w[2], w[3])
-}
-
-/// Elements of workspace: of the packed weight where it is an input, and of the product.
+/// Elements of workspace.
 pub fn workspace(op: &Conv2d, program: &Program, machine: &Machine) -> usize {
-    let (k, n) = matrix(op, program);
-    let geometry = Geometry::new(op, program);
-    let columns = Columns::new(n, machine.tiling);
-    let rows = program.shape(op.x)[0] * geometry.rows_per_sample();
-    let packed = if super::is_weight(program, op.w) { 0 } else { k * columns.padded() };
-    packed + Cut::new(rows, columns.panels, machine.threads).workspace(columns)
+    let columns = store::columns(program, op.w, 1, machine.tiling);
+    let rows = program.shape(op.x)[0] * Geometry::of(op, program).rows_per_sample();
+    Cut::new(rows, columns.panels, machine.threads, MOST_ROWS).workspace(columns)
 }
 
-pub fn scratch(op: &Conv2d, program: &Program) -> usize {
-    let geometry = Geometry::new(op, program);
-    if geometry.gathers() { MOST_ROWS * geometry.taps * geometry.channels } else { 0 }
+pub fn scratch(op: &Conv2d, program: &Program, tiling: Tiling) -> usize {
+    let geometry = Geometry::of(op, program);
+    let patches = if geometry.gathers() { MOST_ROWS * geometry.taps * geometry.channels } else { 0 };
+    patches + factor::scratch(store::columns(program, op.w, 1, tiling), tiling)
 }
 
 pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Conv2d, outputs: Outputs<'_, T>) {
     let Outputs { values: [out, ..], workspace, in_place } = outputs;
-    let (k, n) = matrix(op, cx.program);
-    let columns = Columns::new(n, cx.machine.tiling);
-    let (data, workspace): (&[T], _) = match cx.packed(op.w) {
-        Some(data) => (data, workspace),
-        None => {
-            let (data, workspace) = workspace.split_at_mut(k * columns.padded());
-            columns.pack(cx.value(op.w), n, k, data);
-            (data, workspace)
-        }
-    };
-    let right = [Packed { columns, k, data }];
-    let geometry = Geometry::new(op, cx.program);
+    let geometry = Geometry::of(op, cx.program);
     let Geometry { taps, channels, .. } = geometry;
-    let values = cx.value(op.x);
+    let right = [cx.factor(op.w, 1)];
     let product = Product {
         left: (),
-        rows: out.len() / n,
+        rows: cx.shape(op.x)[0] * geometry.rows_per_sample(),
         blocks: Blocks::new(taps, channels, K_BLOCK),
         right: &right,
         bias: op.bias.map(|id| cx.value(id)),
@@ -209,18 +202,15 @@ pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Conv2d, outputs: Outputs<'_, T>) {
             samples: cx.shape(shift.value)[0],
             rows_per_sample: geometry.rows_per_sample(),
         }),
-        residual: match op.residual {
-            _ if in_place => Residual::InPlace,
-            Some(id) => Residual::Of(cx.value(id)),
-            None => Residual::None,
-        },
+        residual: cx.residual(op.residual, in_place),
         activation: Activation::None,
     };
+    let values = cx.value(op.x);
     let pixels = Pixels { values, geometry };
     if geometry.pointwise() {
         product.with(Matrix { values, width: channels }).run(&cx.machine, cx.scratch, out, workspace);
     } else if geometry.gathers() {
-        let product = Product { blocks: Blocks::new(1, k, K_BLOCK), ..product };
+        let product = Product { blocks: Blocks::new(1, taps * channels, K_BLOCK), ..product };
         product.with(Patches(pixels)).run(&cx.machine, cx.scratch, out, workspace);
     } else {
         product.with(pixels).run(&cx.machine, cx.scratch, out, workspace);

@@ -1,20 +1,31 @@
-//! Matrix product with its epilogue: `out = activation(x w + bias) + residual`.
+//! Matrix product with its epilogue: `out = activation(x w + bias) + residual`, and its gradients.
 //!
-//! Contract: `x [.., K]` row-major, `w [K, N]` packed into column panels (a weight at load, an input into the workspace before
-//! the product), `bias [N]`, `residual` and `out` `[.., N]`; GEGLU: `w [K, 2H]`, `out [.., H] = a * gelu(g)`, where value and
-//! gate panels of the same columns are computed side by side and `[.., 2H]` never exists. Cut and bits: see `product`; the
-//! K blocks depend on `K` only, so a row's bits depend on nothing but that row.
+//! Contract: `x [.., K]` row-major, `w [K, N]` in column panels where it is a weight, else row-major (see `factor`), `bias [N]`,
+//! `residual` and `out` `[.., N]`; GEGLU: `w [K, 2H]`, `out [.., H] = a * gelu(g)`, where value and gate panels of the same
+//! columns are computed side by side and `[.., 2H]` never exists. Cut and bits: see `product`; the K blocks depend on `K`
+//! only, so a row's bits depend on nothing but that row.
+//!
+//! Gradients: `d_x = d_y wᵀ + residual` is the same product with the same `w` read transposed. `d_w = xᵀ d_y` is a sum over
+//! passes over rows, in order, of products whose left operand is `x` of these rows transposed chunk by chunk.
 
+use super::factor::{self, Factor, Transposed};
 use super::microkernel::{Blocks, Dense};
-use super::pack::{Columns, Packed, Tiling};
-use super::product::{Cut, MOST_ROWS, Operand, Product, Residual, tile_scratch};
+use super::pack::{Columns, Tiling};
+use super::product::{Cut, MOST_ROWS, MOST_ROWS_TURNED, Operand, Product, Residual, tile_scratch};
 use super::real::Real;
-use super::{Cx, Machine, Outputs};
-use crate::program::{Activation, Gemm, Program};
+use super::transpose::Transpose;
+use super::{Cx, Machine, Outputs, store};
+use crate::program::{Activation, Gemm, GemmBackward, Program, ValueId};
+use pulp::Arch;
 use std::ops::Range;
 
 /// Longest K block: its rows of a panel stay close to the core while all rows of a chunk pass by.
 pub const K_BLOCK: usize = 384;
+/// K blocks of transposed operands begin at multiples of this: whole vectors, and mostly whole panels, are turned.
+pub const K_STEP: usize = 64;
+
+/// Rows that one pass of a gradient to a weight sums: `d_w` goes to memory and back once per pass.
+pub const ROWS_OF_PASS: usize = 4 * K_BLOCK;
 
 /// Rows of a matrix, as the left operand of a product.
 pub struct Matrix<'a, T> {
@@ -37,56 +48,131 @@ impl<T: Real> Operand<T> for Matrix<'_, T> {
     }
 }
 
-/// Column halves of the weight and columns of each.
-pub fn halves(op: &Gemm, n: usize) -> (usize, usize) {
-    if op.activation == Activation::Geglu { (2, n / 2) } else { (1, n) }
+/// Parts of the columns of `w` that are read apart.
+fn parts(op: &Gemm) -> usize {
+    if op.activation == Activation::Geglu { 2 } else { 1 }
 }
 
-/// Elements of workspace: of the packed weight where it is an input, and of the product.
+/// The columns of `w`, and those of the output.
+fn columns(op: &Gemm, program: &Program, tiling: Tiling) -> (Columns, Columns) {
+    let columns = store::columns(program, op.w, parts(op), tiling);
+    (columns, if op.activation == Activation::Geglu { columns.part() } else { columns })
+}
+
+/// Rows of a matrix.
+fn rows(program: &Program, id: ValueId) -> usize {
+    let shape = program.shape(id);
+    shape[..shape.len() - 1].iter().product()
+}
+
+/// Elements of workspace.
 pub fn workspace(op: &Gemm, program: &Program, machine: &Machine) -> usize {
-    let [k, n] = *program.shape(op.w) else { unreachable!("gemm weights are matrices") };
-    let rows = program.value(op.x).len() / k;
-    let (halves, n) = halves(op, n);
-    let columns = Columns::new(n, machine.tiling);
-    let packed = if super::is_weight(program, op.w) { 0 } else { halves * k * columns.padded() };
-    packed + Cut::new(rows, columns.panels, machine.threads).workspace(columns)
+    let (_, columns) = columns(op, program, machine.tiling);
+    Cut::new(rows(program, op.x), columns.panels, machine.threads, MOST_ROWS).workspace(columns)
 }
 
 pub fn scratch(op: &Gemm, program: &Program, tiling: Tiling) -> usize {
-    let (_, n) = halves(op, program.shape(op.w)[1]);
-    tile_scratch(Columns::new(n, tiling), op.activation, MOST_ROWS)
+    let (_, columns) = columns(op, program, tiling);
+    factor::scratch(columns, tiling) + tile_scratch(columns, op.activation, MOST_ROWS)
 }
 
 pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Gemm, outputs: Outputs<'_, T>) {
     let Outputs { values: [out, ..], workspace, in_place } = outputs;
-    let [k, n] = *cx.shape(op.w) else { unreachable!("gemm weights are matrices") };
-    let (halves, n) = halves(op, n);
-    let columns = Columns::new(n, cx.machine.tiling);
-    let size = k * columns.padded();
-    let (data, workspace): (&[T], _) = match cx.packed(op.w) {
-        Some(data) => (data, workspace),
-        None => {
-            let (data, workspace) = workspace.split_at_mut(halves * size);
-            for (half, data) in data.chunks_exact_mut(size).enumerate() {
-                columns.pack(&cx.value(op.w)[half * n..], halves * n, k, data);
-            }
-            (data, workspace)
-        }
-    };
-    let right = [0, halves - 1].map(|half| Packed { columns, k, data: &data[half * size..][..size] });
+    let w = cx.factor(op.w, parts(op));
+    let k = cx.shape(op.w)[0];
+    let halves: &[Factor<'_, T>] = if parts(op) == 2 { &[w.part(0), w.part(1)] } else { &[w] };
     let product = Product {
         left: Matrix { values: cx.value(op.x), width: k },
-        rows: out.len() / n,
+        rows: rows(cx.program, op.x),
         blocks: Blocks::new(1, k, K_BLOCK),
-        right: &right[..halves],
+        right: halves,
         bias: op.bias.map(|id| cx.value(id)),
         shift: None,
-        residual: match op.residual {
-            _ if in_place => Residual::InPlace,
-            Some(id) => Residual::Of(cx.value(id)),
-            None => Residual::None,
-        },
+        residual: cx.residual(op.residual, in_place),
         activation: op.activation,
     };
     product.run(&cx.machine, cx.scratch, out, workspace);
+}
+
+/// The columns of a gradient.
+fn backward_columns(op: &GemmBackward, program: &Program, tiling: Tiling) -> Columns {
+    match *op {
+        GemmBackward::Input { w, .. } => Columns::new(program.shape(w)[0], tiling),
+        GemmBackward::Weight { d_y, .. } => store::columns(program, d_y, 1, tiling),
+    }
+}
+
+/// Elements of workspace.
+pub fn backward_workspace(op: &GemmBackward, program: &Program, machine: &Machine) -> usize {
+    let columns = backward_columns(op, program, machine.tiling);
+    let (rows, most) = match *op {
+        GemmBackward::Input { d_y, .. } => (rows(program, d_y), MOST_ROWS_TURNED),
+        GemmBackward::Weight { x, .. } => (program.value(x).len() / rows(program, x), MOST_ROWS),
+    };
+    Cut::new(rows, columns.panels, machine.threads, most).workspace(columns)
+}
+
+pub fn backward_scratch(op: &GemmBackward, program: &Program, tiling: Tiling) -> usize {
+    let block = factor::scratch(backward_columns(op, program, tiling), tiling);
+    match op {
+        GemmBackward::Input { .. } => block,
+        GemmBackward::Weight { .. } => block + MOST_ROWS * ROWS_OF_PASS,
+    }
+}
+
+pub fn backward<T: Real>(cx: &Cx<'_, T>, op: &GemmBackward, outputs: Outputs<'_, T>) {
+    let Outputs { values: [out, ..], workspace, in_place } = outputs;
+    let columns = backward_columns(op, cx.program, cx.machine.tiling);
+    match *op {
+        GemmBackward::Input { d_y, w, residual } => {
+            let n = cx.shape(w)[1];
+            let right = [Transposed::new(cx.factor(w, 1), columns)];
+            let blocks = Blocks::new(1, n, K_BLOCK).stepped(K_STEP);
+            Product::of(rows(cx.program, d_y), blocks, &right, cx.residual(residual, in_place))
+                .with(Matrix { values: cx.value(d_y), width: n })
+                .run(&cx.machine, cx.scratch, out, workspace);
+        }
+        GemmBackward::Weight { x, d_y } => {
+            let rows = rows(cx.program, d_y);
+            let (k, n) = (cx.value(x).len() / rows, cx.value(d_y).len() / rows);
+            for start in (0..rows).step_by(ROWS_OF_PASS) {
+                let depth = ROWS_OF_PASS.min(rows - start);
+                let left = Upright { values: &cx.value(x)[start * k..], width: k, depth, arch: cx.machine.arch };
+                let right = [Factor::rows(&cx.value(d_y)[start * n..], columns)];
+                let residual = if start == 0 { Residual::None } else { Residual::InPlace };
+                Product::of(k, Blocks::new(1, depth, K_BLOCK), &right, residual).with(left).run(
+                    &cx.machine,
+                    cx.scratch,
+                    out,
+                    workspace,
+                );
+            }
+        }
+    }
+}
+
+/// Columns of `depth` rows of a matrix, as rows of the left operand.
+struct Upright<'a, T> {
+    values: &'a [T],
+    width: usize,
+    depth: usize,
+    arch: Arch,
+}
+
+impl<T: Real> Operand<T> for Upright<'_, T> {
+    type Chunk<'c>
+        = Dense<'c, T>
+    where
+        Self: 'c;
+
+    fn scratch(&self, rows: usize) -> usize {
+        rows * ROWS_OF_PASS
+    }
+
+    fn chunk<'c>(&'c self, rows: Range<usize>, scratch: &'c mut [T]) -> Dense<'c, T> {
+        let (source, stride) = (&self.values[rows.start..], self.width);
+        let (columns, out, width) = (rows.len(), &mut *scratch, ROWS_OF_PASS);
+        self.arch.dispatch(Transpose { source, stride, rows: self.depth, columns, out, width });
+        Dense { values: scratch, stride: ROWS_OF_PASS }
+    }
 }

@@ -4,7 +4,7 @@
 //! K block and are added to `out` at the block's end. So an element of `out` is a fixed sum over K blocks of fixed chains of
 //! fused multiply-adds: it does not depend on the tile, row chunk, column group or thread that computed it.
 
-use super::pack::{Packed, Panel, Tiling};
+use super::pack::{Columns, Packed, Panel, Tiling};
 use super::real::Real;
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
@@ -41,6 +41,17 @@ impl Blocks {
         Blocks { taps, depth, per_tap, length: depth.div_ceil(per_tap), offset: 0 }
     }
 
+    /// With blocks that begin at multiples of `step`, which divides the longest block.
+    pub fn stepped(self, step: usize) -> Blocks {
+        let length = self.length.next_multiple_of(step);
+        Blocks { per_tap: self.depth.div_ceil(length), length, ..self }
+    }
+
+    /// Length of the longest block.
+    pub fn longest(&self) -> usize {
+        self.length.min(self.depth)
+    }
+
     pub fn at(self, offset: usize) -> Blocks {
         Blocks { offset, ..self }
     }
@@ -57,8 +68,44 @@ impl Blocks {
 
 /// The left operand of one row chunk.
 pub trait Left<T> {
-    /// The values of row `row` in `block`, `block.len` of them.
-    fn row(&self, row: usize, block: Block) -> &[T];
+    /// Some rows take no part in some blocks. Products with such an operand always add to what is there.
+    const SPARSE: bool = false;
+
+    /// What gives the values of a row in `block`, `block.len` of them.
+    fn rows<'s>(&'s self, block: Block) -> impl Fn(usize) -> &'s [T]
+    where
+        T: 's;
+
+    /// Those of `rows` rows that take part in `block`.
+    #[inline(always)]
+    fn present(&self, rows: usize, _: Block) -> Range<usize> {
+        0..rows
+    }
+
+    /// Where in the chunk the output of row `row` lies.
+    #[inline(always)]
+    fn place(&self, row: usize) -> usize {
+        row
+    }
+}
+
+/// The right operand of one task.
+pub trait Right<T> {
+    fn columns(&self) -> Columns;
+
+    /// What a panel holds in `block`: `[block.len][columns of the panel, with padding]`.
+    fn block<S: Simd>(&mut self, simd: S, panel: Panel, block: Block) -> &[T];
+}
+
+impl<T: Real> Right<T> for Packed<'_, T> {
+    fn columns(&self) -> Columns {
+        self.columns
+    }
+
+    #[inline(always)]
+    fn block<S: Simd>(&mut self, _: S, panel: Panel, block: Block) -> &[T] {
+        self.rows(panel, block.k, block.len)
+    }
 }
 
 /// Rows of a matrix, `stride` apart.
@@ -69,8 +116,11 @@ pub struct Dense<'a, T> {
 
 impl<T> Left<T> for Dense<'_, T> {
     #[inline(always)]
-    fn row(&self, row: usize, block: Block) -> &[T] {
-        &self.values[row * self.stride + block.start..][..block.len]
+    fn rows<'s>(&'s self, block: Block) -> impl Fn(usize) -> &'s [T]
+    where
+        T: 's,
+    {
+        move |row| &self.values[row * self.stride + block.start..][..block.len]
     }
 }
 
@@ -98,25 +148,30 @@ pub struct Target<'a, T> {
 
 /// `out[rows, columns of panels] (+)= left · right`.
 #[inline(always)]
-pub fn multiply<T: Real, S: Simd, L: Left<T>>(
+pub fn multiply<T: Real, S: Simd, L: Left<T>, R: Right<T>>(
     simd: S,
     left: &L,
     rows: usize,
     blocks: Blocks,
-    right: Packed<'_, T>,
+    mut right: R,
     panels: Range<usize>,
     out: Target<'_, T>,
 ) {
-    let first = right.columns.panel(panels.start).start;
-    let group = (GROUP_ELEMENTS / (rows * right.columns.widest())).max(1);
+    let columns = right.columns();
+    let first = columns.panel(panels.start).start;
+    let group = (GROUP_ELEMENTS / (rows * columns.widest())).max(1);
     for start in panels.clone().step_by(group) {
         for (i, block) in blocks.iter().enumerate() {
+            let rows = left.present(rows, block);
+            if rows.is_empty() {
+                continue;
+            }
             for index in start..panels.end.min(start + group) {
-                let panel = right.columns.panel(index);
-                let packed = right.rows(panel, block.k, block.len);
+                let panel = columns.panel(index);
+                let packed = right.block(simd, panel, block);
                 let values = &mut out.values[panel.start - first..];
                 let out = Target { values, stride: out.stride, add: out.add || i > 0 };
-                let strip = Strip { left, rows, block, packed, panel, out };
+                let strip = Strip { left, rows: rows.clone(), block, packed, panel, out };
                 match (panel.vectors, S::REGISTER_COUNT >= 32) {
                     (1, _) => simd.vectorize(Tiles::<_, 12, 1>(strip)),
                     (2, true) => simd.vectorize(Tiles::<_, 12, 2>(strip)),
@@ -130,10 +185,10 @@ pub fn multiply<T: Real, S: Simd, L: Left<T>>(
     }
 }
 
-/// All rows of one panel in one K block.
+/// Rows of one panel in one K block.
 struct Strip<'a, T, L> {
     left: &'a L,
-    rows: usize,
+    rows: Range<usize>,
     block: Block,
     packed: &'a [T],
     panel: Panel,
@@ -151,17 +206,18 @@ impl<T: Real, L: Left<T>, const ROWS: usize, const VECTORS: usize> WithSimd for 
     fn with_simd<S: Simd>(self, simd: S) {
         let Strip { left, rows, block, packed, panel, out: Target { values: out, stride, add } } = self.0;
         let lanes = size_of::<T::Vector<S>>() / size_of::<T>();
-        for row in (0..rows).step_by(ROWS) {
-            let present = ROWS.min(rows - row);
+        let values = left.rows(block);
+        for row in rows.clone().step_by(ROWS) {
+            let present = ROWS.min(rows.end - row);
             let mut slices: [&[T]; ROWS] = [&[]; ROWS];
             for (r, slice) in slices.iter_mut().enumerate() {
-                *slice = left.row(row + r.min(present - 1), block);
+                *slice = values(row + r.min(present - 1));
             }
             let tile = accumulate::<T, S, ROWS, VECTORS>(simd, block.len, slices, packed);
-            let out = &mut out[row * stride..];
             if present == ROWS && panel.width == VECTORS * lanes {
                 for r in 0..ROWS {
-                    let out: &mut [T::Vector<S>] = bytemuck::cast_slice_mut(&mut out[r * stride..][..VECTORS * lanes]);
+                    let out = &mut out[left.place(row + r) * stride..][..VECTORS * lanes];
+                    let out: &mut [T::Vector<S>] = bytemuck::cast_slice_mut(out);
                     for v in 0..VECTORS {
                         out[v] = if add { T::vector_add(simd, out[v], tile[r][v]) } else { tile[r][v] };
                     }
@@ -170,7 +226,7 @@ impl<T: Real, L: Left<T>, const ROWS: usize, const VECTORS: usize> WithSimd for 
                 // Through a copy: what is indexed at run time cannot stay in registers, and the tile must.
                 let edge: [[T::Vector<S>; VECTORS]; ROWS] = std::array::from_fn(|r| tile[r]);
                 for r in 0..present {
-                    let out = &mut out[r * stride..][..panel.width];
+                    let out = &mut out[left.place(row + r) * stride..][..panel.width];
                     for (out, &value) in out.iter_mut().zip(bytemuck::cast_slice::<_, T>(&edge[r])) {
                         *out = if add { *out + value } else { value };
                     }

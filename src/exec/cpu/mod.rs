@@ -5,18 +5,27 @@
 //! rayon pool (`pool.install`): work handed to a pool from outside goes through a queue that allocates now and then.
 
 mod attention;
+mod attention_backward;
 mod check;
+mod columns;
 mod conv2d;
+mod conv2d_backward;
 mod elementwise;
 mod embedding;
+mod factor;
 mod gemm;
 mod microkernel;
 mod norm;
+mod norm_backward;
 mod pack;
 mod product;
 mod real;
+mod reduce;
 mod resample;
+mod resize;
+mod rows;
 mod store;
+mod transpose;
 mod update;
 
 pub use real::Real;
@@ -26,7 +35,9 @@ use crate::plan::{Planned, Region};
 use crate::program::{Node, Op, Origin, Program, ValueId};
 use crate::weights::Model;
 use crate::{Error, Result};
-use pack::{Aligned, Tiling};
+use factor::Factor;
+use pack::{Aligned, Packed, Tiling};
+use product::Residual;
 use pulp::Arch;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -106,9 +117,13 @@ impl<T: Real> Cpu<T> {
     fn scratch(&self, program: &Program, node: &Node) -> usize {
         match &node.op {
             Op::Gemm(op) => gemm::scratch(op, program, self.machine.tiling),
-            Op::Conv2d(op) => conv2d::scratch(op, program),
+            Op::Conv2d(op) => conv2d::scratch(op, program, self.machine.tiling),
             Op::Attention(op) => attention::scratch(op, program, self.machine.tiling),
-            Op::Norm(_) | Op::Elementwise(_) | Op::Resample(_) | Op::Embedding(_) | Op::Update(_) => 0,
+            Op::GemmBackward(op) => gemm::backward_scratch(op, program, self.machine.tiling),
+            Op::Conv2dBackward(op) => conv2d_backward::scratch(op, program, self.machine.tiling),
+            Op::AttentionBackward(op) => attention_backward::scratch(op, program, self.machine.tiling),
+            Op::Resample(op) => resample::scratch(op, program),
+            Op::Norm(_) | Op::Elementwise(_) | Op::Embedding(_) | Op::Update(_) => 0,
         }
     }
 
@@ -125,55 +140,50 @@ impl<T: Real> Cpu<T> {
         let ([a, b, c, workspace], arena) = carve(self.arena.as_mut_slice(), &ranges);
         let cx = Cx { program, places, store: &self.store, arena, machine: self.machine, scratch: &self.scratch };
         let outputs = Outputs { values: [a, b, c], workspace, in_place: plan.in_place[index].is_some() };
+        let wrong = |what: String| Error::Numeric(check::describe(program, index, &what));
         match &node.op {
             Op::Gemm(op) => gemm::run(&cx, op, outputs),
             Op::Conv2d(op) => conv2d::run(&cx, op, outputs),
             Op::Attention(op) => attention::run(&cx, op, outputs),
-            Op::Norm(op) => norm::run(&cx, op, outputs),
+            Op::GemmBackward(op) => gemm::backward(&cx, op, outputs),
+            Op::Conv2dBackward(op) => conv2d_backward::run(&cx, op, outputs),
+            Op::AttentionBackward(op) => attention_backward::run(&cx, op, outputs),
+            Op::Norm(op) => return norm::run(&cx, op, outputs).map_err(wrong),
             Op::Elementwise(op) => elementwise::run(&cx, op, outputs),
             Op::Resample(op) => resample::run(&cx, op, outputs),
-            Op::Embedding(op) => {
-                return embedding::run(&cx, op, outputs)
-                    .map_err(|what| Error::Numeric(check::describe(program, index, &what)));
-            }
+            Op::Embedding(op) => return embedding::run(&cx, op, outputs).map_err(wrong),
             Op::Update(op) => update::run(&cx, op, outputs),
         }
         Ok(())
     }
-}
 
-impl<T: Real> Default for Cpu<T> {
-    fn default() -> Cpu<T> {
-        Cpu::new()
-    }
-}
-
-impl<T: Real> Executor for Cpu<T> {
-    fn workspace(&self, program: &Program, node: &Node) -> usize {
+    fn workspace_of(&self, program: &Program, node: &Node) -> usize {
         let elements = match &node.op {
             Op::Gemm(op) => gemm::workspace(op, program, &self.machine),
             Op::Conv2d(op) => conv2d::workspace(op, program, &self.machine),
             Op::Attention(op) => attention::workspace(op, program, &self.machine),
+            Op::GemmBackward(op) => gemm::backward_workspace(op, program, &self.machine),
+            Op::Conv2dBackward(op) => conv2d_backward::workspace(op, program, &self.machine),
+            Op::AttentionBackward(op) => attention_backward::workspace(op, program, self.machine.tiling),
             Op::Norm(op) => norm::workspace::<T>(op, program),
-            Op::Elementwise(_) | Op::Resample(_) | Op::Embedding(_) | Op::Update(_) => 0,
+            Op::Resample(op) => resample::workspace::<T>(op, program),
+            Op::Elementwise(_) | Op::Embedding(_) | Op::Update(_) => 0,
         };
         elements * size_of::<T>()
     }
 
-    fn load(&mut self, planned: Planned, weights: &Model) -> Result<ProgramId> {
+    fn load_program(&mut self, planned: Planned, weights: &Model) -> Result<ProgramId> {
         let program = &planned.program;
         if program.dtype != T::DTYPE {
             let what = format!("computes in {}, this executor in {}", program.dtype, T::DTYPE);
             return Err(Error::Program { program: program.name.clone(), what, at: "load".into() });
         }
+        store::check(program)?;
         let mut places = Vec::with_capacity(program.values.len());
         for (index, value) in program.values.iter().enumerate() {
             places.push(match &value.origin {
                 Origin::Input(name) => Place::Buffer(self.store.buffer(program, name, value)?),
-                Origin::Weight(weight) => {
-                    let form = store::form(program, ValueId(index as u32))?;
-                    Place::Weight(self.store.weight(weight, form, self.machine.tiling, weights)?)
-                }
+                Origin::Weight(weight) => Place::Weight(self.store.weight(weight, self.machine.tiling, weights)?),
                 Origin::Op(_) => {
                     let offset = planned.plan.regions[index].map_or(0, |r| r.offset);
                     Place::Arena(offset / size_of::<T>(), value.len())
@@ -195,18 +205,7 @@ impl<T: Real> Executor for Cpu<T> {
         Ok(ProgramId(self.programs.len() - 1))
     }
 
-    fn clear(&mut self) {
-        self.programs.clear();
-        self.store.clear_buffers();
-        self.arena = Aligned::zeroed(0);
-        self.scratch = Scratch::new(self.machine.threads);
-    }
-
-    fn write(&mut self, buffer: &str, data: Data<'_>) -> Result<()> {
-        self.store.write(buffer, data)
-    }
-
-    fn run(&mut self, program: ProgramId) -> Result<()> {
+    fn run_program(&mut self, program: ProgramId) -> Result<()> {
         let mut guard = self.guards.then(|| check::Guard::new(self.arena.as_mut_slice()));
         for index in 0..self.programs[program.0].planned.program.nodes.len() {
             self.step(program, index)?;
@@ -228,9 +227,67 @@ impl<T: Real> Executor for Cpu<T> {
         }
         Ok(())
     }
+}
+
+/// What runs the kernels of a type, compiled once, here: generic code would be compiled again by every crate that runs a program.
+pub trait Kernels: Sized {
+    fn workspace(cpu: &Cpu<Self>, program: &Program, node: &Node) -> usize;
+    fn load(cpu: &mut Cpu<Self>, planned: Planned, weights: &Model) -> Result<ProgramId>;
+    fn run(cpu: &mut Cpu<Self>, program: ProgramId) -> Result<()>;
+}
+
+macro_rules! kernels {
+    ($($real:ty),*) => {$(
+        impl Kernels for $real {
+            fn workspace(cpu: &Cpu<$real>, program: &Program, node: &Node) -> usize {
+                cpu.workspace_of(program, node)
+            }
+
+            fn load(cpu: &mut Cpu<$real>, planned: Planned, weights: &Model) -> Result<ProgramId> {
+                cpu.load_program(planned, weights)
+            }
+
+            fn run(cpu: &mut Cpu<$real>, program: ProgramId) -> Result<()> {
+                cpu.run_program(program)
+            }
+        }
+    )*};
+}
+
+kernels!(f32, f64);
+
+impl<T: Real> Executor for Cpu<T> {
+    fn workspace(&self, program: &Program, node: &Node) -> usize {
+        T::workspace(self, program, node)
+    }
+
+    fn load(&mut self, planned: Planned, weights: &Model) -> Result<ProgramId> {
+        T::load(self, planned, weights)
+    }
+
+    fn clear(&mut self) {
+        self.programs.clear();
+        self.store.clear_buffers();
+        self.arena = Aligned::zeroed(0);
+        self.scratch = Scratch::new(self.machine.threads);
+    }
+
+    fn write(&mut self, buffer: &str, data: Data<'_>) -> Result<()> {
+        self.store.write(buffer, data)
+    }
+
+    fn run(&mut self, program: ProgramId) -> Result<()> {
+        T::run(self, program)
+    }
 
     fn read(&self, buffer: &str, out: DataMut<'_>) -> Result<()> {
         self.store.read(buffer, out)
+    }
+}
+
+impl<T: Real> Default for Cpu<T> {
+    fn default() -> Cpu<T> {
+        Cpu::new()
     }
 }
 
@@ -257,7 +314,7 @@ impl<'a, T: Real> Cx<'a, T> {
         self.program.shape(id)
     }
 
-    /// A float value; of a weight the row-by-row form.
+    /// A float value, row by row; of a weight in panels what is held.
     fn value(&self, id: ValueId) -> &'a [T] {
         match self.places[id.index()] {
             Place::Arena(offset, len) => self.arena.get(offset, len),
@@ -269,11 +326,25 @@ impl<'a, T: Real> Cx<'a, T> {
         }
     }
 
-    /// A weight in panels; `None` for other values.
-    fn packed(&self, id: ValueId) -> Option<&'a [T]> {
-        match self.places[id.index()] {
-            Place::Weight(index) => Some(self.store.weights[index].as_slice()),
-            Place::Arena(..) | Place::Buffer(_) => None,
+    /// The right operand of a product, its columns in `parts` parts where that is not settled by how it is held.
+    fn factor(&self, id: ValueId, parts: usize) -> Factor<'a, T> {
+        let columns = store::columns(self.program, id, parts, self.machine.tiling);
+        let values = self.value(id);
+        match &self.program.value(id).origin {
+            Origin::Weight(weight) if store::in_panels(weight) => {
+                let k = self.program.value(id).len() / columns.n;
+                Factor::Panels(Packed { columns, k, data: values })
+            }
+            Origin::Weight(_) | Origin::Input(_) | Origin::Op(_) => Factor::rows(values, columns),
+        }
+    }
+
+    /// What a product adds to: `in_place`, the output holds it already.
+    fn residual(&self, id: Option<ValueId>, in_place: bool) -> Residual<'a, T> {
+        match id {
+            _ if in_place => Residual::InPlace,
+            Some(id) => Residual::Of(self.value(id)),
+            None => Residual::None,
         }
     }
 
@@ -286,10 +357,6 @@ impl<'a, T: Real> Cx<'a, T> {
             Place::Arena(..) | Place::Weight(_) => unreachable!("ops make no integers"),
         }
     }
-}
-
-fn is_weight(program: &Program, id: ValueId) -> bool {
-    matches!(program.value(id).origin, Origin::Weight(_))
 }
 
 /// Outputs and workspace of an op.

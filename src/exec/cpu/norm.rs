@@ -1,4 +1,4 @@
-//! Group and layer normalisation, with the statistics the backward needs as outputs.
+//! Group and layer normalisation, with the statistics the backward needs as outputs; the rest of the family is called from here.
 //!
 //! Contract: group norm over `x [B, .., C]`, each group of `C / groups` channels and all pixels of a sample; layer norm over the
 //! last dimension; biased variance; `y = (x - mean) rstd gamma + beta`, SiLU if asked; `mean` and `rstd` as outputs. Sums are
@@ -7,67 +7,76 @@
 
 use super::elementwise::activate;
 use super::real::Real;
-use super::{Cx, Outputs};
-use crate::program::{Activation, Norm, Program};
+use super::reduce::{self, Chunks, sum};
+use super::{Cx, Outputs, norm_backward, rows};
+use crate::program::{Activation, Norm, Program, ValueId};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Elements of a group norm chunk.
-const CHUNK: usize = 32 * 1024;
-/// Partial sums of a layer norm row.
-const LANES: usize = 16;
 /// Rows of a layer norm task.
-const ROWS: usize = 16;
+pub const ROWS: usize = 16;
 
-/// Group norm's sizes: pixels of a sample, channels, pixels of a chunk, chunks of a sample.
-fn sizes(shape: &[usize]) -> (usize, usize, usize, usize) {
-    let channels = shape[shape.len() - 1];
-    let pixels = shape[1..shape.len() - 1].iter().product::<usize>();
-    let chunk = (CHUNK / channels).clamp(1, pixels);
-    (pixels, channels, chunk, pixels.div_ceil(chunk))
-}
-
-/// Elements of workspace: per chunk and channel a sum and a sum of squares in f64, per sample and channel a scale and a shift.
 pub fn workspace<T: Real>(op: &Norm, program: &Program) -> usize {
-    match op {
+    match *op {
+        // Per chunk and channel a sum and a sum of squares, per sample and channel a scale and a shift.
         Norm::Group { x, .. } => {
-            let shape = program.shape(*x);
-            let (_, channels, _, chunks) = sizes(shape);
-            shape[0] * channels * 2 * (chunks * size_of::<f64>() / size_of::<T>() + 1)
+            let pixels = Chunks::of_samples(program.shape(x));
+            pixels.workspace::<T>(2 * pixels.width) + pixels.sets * 2 * pixels.width
         }
-        Norm::Layer { .. } => 0,
+        Norm::GroupBackward { x, .. } => norm_backward::group_workspace::<T>(program.shape(x)),
+        Norm::LayerBackwardAffine { x, .. } => norm_backward::affine_workspace::<T>(program.shape(x)),
+        Norm::Dot { a, .. } => reduce::dot_workspace::<T>(program.shape(a)),
+        Norm::Sum { x, over } => reduce::sum_workspace::<T>(program.shape(x), over),
+        Norm::Layer { .. } | Norm::LayerBackward { .. } | Norm::Softmax { .. } | Norm::SoftmaxBackward { .. } => 0,
+        Norm::Unit { .. } | Norm::UnitBackward { .. } => 0,
+        Norm::CrossEntropy { .. } | Norm::CrossEntropyBackward { .. } => 0,
     }
 }
 
-pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Norm, outputs: Outputs<'_, T>) {
+/// Returns what is wrong with an index, if anything.
+pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Norm, outputs: Outputs<'_, T>) -> Result<(), String> {
     match *op {
         Norm::Group { x, gamma, beta, groups, eps, silu } => {
             let affine = (cx.value(gamma), cx.value(beta));
-            group(
-                cx,
-                cx.shape(x),
-                if outputs.in_place { None } else { Some(cx.value(x)) },
-                affine,
-                groups,
-                eps,
-                silu,
-                outputs,
-            );
+            let source = if outputs.in_place { None } else { Some(cx.value(x)) };
+            group(cx, cx.shape(x), source, affine, groups, eps, silu, outputs);
         }
-        Norm::Layer { x, gamma, beta, eps } => {
-            let (gamma, beta) = (cx.value(gamma), cx.value(beta));
-            let Outputs { values: [y, mean, rstd], in_place, .. } = outputs;
-            let x = if in_place { None } else { Some(cx.value(x)) };
-            let width = gamma.len();
-            let rows = y.par_chunks_mut(ROWS * width).zip(mean.par_chunks_mut(ROWS)).zip(rstd.par_chunks_mut(ROWS));
-            rows.enumerate().for_each(|(i, ((y, mean), rstd))| {
-                if let Some(x) = x {
-                    y.copy_from_slice(&x[i * ROWS * width..][..y.len()]);
-                }
-                cx.machine.arch.dispatch(Layer { y, mean, rstd, gamma, beta, eps });
-            });
+        Norm::GroupBackward { x, d_y, gamma, beta, mean, rstd, groups, silu } => {
+            norm_backward::group(cx, [x, d_y, gamma, beta, mean, rstd], groups, silu, outputs);
         }
+        Norm::Layer { x, gamma, beta, eps } => layer(cx, x, gamma, beta, eps, outputs),
+        Norm::LayerBackward { x, d_y, gamma, mean, rstd } => {
+            norm_backward::layer(cx, [x, d_y, gamma, mean, rstd], outputs);
+        }
+        Norm::LayerBackwardAffine { x, d_y, mean, rstd } => {
+            norm_backward::affine(cx, [x, d_y, mean, rstd], outputs);
+        }
+        Norm::Softmax { x } => rows::softmax(cx, x, outputs),
+        Norm::SoftmaxBackward { y, d_y } => rows::softmax_backward(cx, y, d_y, outputs),
+        Norm::Unit { x, eps } => rows::unit(cx, x, eps, outputs),
+        Norm::UnitBackward { y, norm, d_y, eps } => rows::unit_backward(cx, [y, norm, d_y], eps, outputs),
+        Norm::Dot { a, b } => reduce::run_dot(cx, a, b, outputs),
+        Norm::CrossEntropy { logits, targets } => return rows::cross_entropy(cx, logits, targets, outputs),
+        Norm::CrossEntropyBackward { logits, targets, lse, d_loss } => {
+            return rows::cross_entropy_backward(cx, [logits, targets, lse, d_loss], outputs);
+        }
+        Norm::Sum { x, over } => reduce::run_sum(cx, x, over, outputs),
     }
+    Ok(())
+}
+
+fn layer<T: Real>(cx: &Cx<'_, T>, x: ValueId, gamma: ValueId, beta: ValueId, eps: f64, outputs: Outputs<'_, T>) {
+    let Outputs { values: [y, mean, rstd], in_place, .. } = outputs;
+    let (gamma, beta) = (cx.value(gamma), cx.value(beta));
+    let x = if in_place { None } else { Some(cx.value(x)) };
+    let width = gamma.len();
+    let rows = y.par_chunks_mut(ROWS * width).zip(mean.par_chunks_mut(ROWS)).zip(rstd.par_chunks_mut(ROWS));
+    rows.enumerate().for_each(|(i, ((y, mean), rstd))| {
+        if let Some(x) = x {
+            y.copy_from_slice(&x[i * ROWS * width..][..y.len()]);
+        }
+        cx.machine.arch.dispatch(Layer { y, mean, rstd, gamma, beta, eps });
+    });
 }
 
 struct Layer<'a, T> {
@@ -87,8 +96,8 @@ impl<T: Real> WithSimd for Layer<'_, T> {
         let width = self.gamma.len();
         let stats = self.mean.iter_mut().zip(self.rstd);
         for (y, (mean, rstd)) in self.y.chunks_exact_mut(width).zip(stats) {
-            let mu = sum(y, |x| x) / width as f64;
-            let variance = sum(y, |x| (x - mu) * (x - mu)) / width as f64;
+            let mu = sum(y, |x| x.to_f64()) / width as f64;
+            let variance = sum(y, |x| (x.to_f64() - mu) * (x.to_f64() - mu)) / width as f64;
             let r = 1.0 / (variance + self.eps).sqrt();
             (*mean, *rstd) = (T::from_f64(mu), T::from_f64(r));
             for ((y, &gamma), &beta) in y.iter_mut().zip(self.gamma).zip(self.beta) {
@@ -96,22 +105,6 @@ impl<T: Real> WithSimd for Layer<'_, T> {
             }
         }
     }
-}
-
-/// Σ f(x) in f64, in fixed lanes.
-#[inline(always)]
-fn sum<T: Real>(values: &[T], f: impl Fn(f64) -> f64) -> f64 {
-    let mut lanes = [0.0; LANES];
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    for chunk in chunks {
-        for (lane, x) in lanes.iter_mut().zip(chunk) {
-            *lane += f(x.to_f64());
-        }
-    }
-    for (lane, x) in lanes.iter_mut().zip(rest) {
-        *lane += f(x.to_f64());
-    }
-    lanes.iter().sum()
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -127,7 +120,7 @@ fn group<T: Real>(
 ) {
     let Outputs { values: [y, mean, rstd], workspace, .. } = outputs;
     let arch = cx.machine.arch;
-    let (batch, (pixels, channels, chunk, chunks)) = (shape[0], sizes(shape));
+    let Chunks { sets: batch, rows: pixels, width: channels, length: chunk, count: chunks } = Chunks::of_samples(shape);
     let (affine, partial) = workspace.split_at_mut(batch * 2 * channels);
     let partial = &mut partial[..batch * chunks * 2 * channels * size_of::<f64>() / size_of::<T>()];
     let partial: &mut [f64] = bytemuck::cast_slice_mut(partial);

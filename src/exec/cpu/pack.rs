@@ -1,7 +1,8 @@
 //! Right operands of products, stored so that the microkernel streams them: panels of a few vectors of columns, `[k][columns]`.
 //!
 //! The columns of a matrix are padded to whole vectors and dealt into panels of nearly equal width, so a matrix whose width
-//! is a multiple of the vector length wastes nothing.
+//! is a multiple of the vector length wastes nothing. A matrix in equal parts (value and gate of GEGLU) is packed part by part:
+//! read as a whole or by parts, its panels are the same.
 
 use super::real::Real;
 use rayon::prelude::*;
@@ -18,8 +19,11 @@ pub struct Tiling {
 pub struct Columns {
     pub n: usize,
     pub panels: usize,
+    /// Columns and panels of one part.
+    part_n: usize,
+    part_panels: usize,
     lanes: usize,
-    /// Vectors of a panel; the first `wider` panels have one more.
+    /// Vectors of a panel; the first `wider` panels of a part have one more.
     vectors: usize,
     wider: usize,
 }
@@ -32,18 +36,42 @@ pub struct Panel {
     /// Columns that exist; the rest of the vectors is padding.
     pub width: usize,
     pub vectors: usize,
+    /// Columns before it, with padding.
+    offset: usize,
 }
 
 impl Columns {
     pub fn new(n: usize, tiling: Tiling) -> Columns {
-        let vectors = n.div_ceil(tiling.lanes);
+        Columns::in_parts(n, 1, tiling)
+    }
+
+    /// `n` columns in `parts` equal parts.
+    pub fn in_parts(n: usize, parts: usize, tiling: Tiling) -> Columns {
+        let vectors = (n / parts).div_ceil(tiling.lanes);
         let panels = vectors.div_ceil(tiling.widest);
-        Columns { n, panels, lanes: tiling.lanes, vectors: vectors / panels, wider: vectors % panels }
+        Columns {
+            n,
+            panels: parts * panels,
+            part_n: n / parts,
+            part_panels: panels,
+            lanes: tiling.lanes,
+            vectors: vectors / panels,
+            wider: vectors % panels,
+        }
+    }
+
+    /// The columns of one part.
+    pub fn part(&self) -> Columns {
+        Columns { n: self.part_n, panels: self.part_panels, ..*self }
     }
 
     /// Columns with padding.
     pub fn padded(&self) -> usize {
-        (self.panels * self.vectors + self.wider) * self.lanes
+        self.n / self.part_n * self.padded_part()
+    }
+
+    fn padded_part(&self) -> usize {
+        (self.part_panels * self.vectors + self.wider) * self.lanes
     }
 
     /// Columns of the widest panel, with padding.
@@ -52,30 +80,60 @@ impl Columns {
     }
 
     pub fn panel(&self, index: usize) -> Panel {
-        let start = (index * self.vectors + index.min(self.wider)) * self.lanes;
+        let (part, index) = (index / self.part_panels, index % self.part_panels);
+        let before = (index * self.vectors + index.min(self.wider)) * self.lanes;
         let vectors = self.vectors + usize::from(index < self.wider);
-        Panel { start, width: (vectors * self.lanes).min(self.n - start), vectors }
+        let width = (vectors * self.lanes).min(self.part_n - before);
+        Panel { start: part * self.part_n + before, width, vectors, offset: part * self.padded_part() + before }
+    }
+
+    /// The panel that holds a column.
+    pub fn panel_of(&self, column: usize) -> usize {
+        let (part, vector) = (column / self.part_n, column % self.part_n / self.lanes);
+        let wide = self.wider * (self.vectors + 1);
+        let index = if vector < wide { vector / (self.vectors + 1) } else { (vector - self.wider) / self.vectors };
+        part * self.part_panels + index
+    }
+
+    /// Columns of a panel with padding.
+    pub fn padded_width(&self, panel: Panel) -> usize {
+        panel.vectors * self.lanes
     }
 
     /// Fills `data`, the packed form of a matrix of `k` rows, panel by panel in parallel.
     pub fn fill<T: Real>(&self, k: usize, data: &mut [T], write: impl Fn(Panel, &mut [T]) + Sync) {
-        let bytes = |vectors: usize| vectors * self.lanes * k;
-        let (wide, rest) = data[..self.padded() * k].split_at_mut(self.wider * bytes(self.vectors + 1));
-        let wide = wide.par_chunks_mut(bytes(self.vectors + 1)).enumerate();
-        wide.for_each(|(i, panel)| write(self.panel(i), panel));
-        let rest = rest.par_chunks_mut(bytes(self.vectors).max(1)).enumerate();
-        rest.for_each(|(i, panel)| write(self.panel(self.wider + i), panel));
+        let size = |vectors: usize| vectors * self.lanes * k;
+        for (part, data) in data[..self.padded() * k].chunks_exact_mut(self.padded_part() * k).enumerate() {
+            let panel = |index: usize| self.panel(part * self.part_panels + index);
+            let (wide, rest) = data.split_at_mut(self.wider * size(self.vectors + 1));
+            let wide = wide.par_chunks_mut(size(self.vectors + 1)).enumerate();
+            wide.for_each(|(i, out)| write(panel(i), out));
+            let rest = rest.par_chunks_mut(size(self.vectors).max(1)).enumerate();
+            rest.for_each(|(i, out)| write(panel(self.wider + i), out));
+        }
+    }
+
+    /// `fill` on this thread alone, for tasks that must not wait for others.
+    pub fn fill_here<T>(&self, k: usize, mut data: &mut [T], mut write: impl FnMut(Panel, &mut [T])) {
+        for panel in (0..self.panels).map(|index| self.panel(index)) {
+            let (own, rest) = data.split_at_mut(panel.vectors * self.lanes * k);
+            write(panel, own);
+            data = rest;
+        }
     }
 
     /// Packs a row-major `[k, n]` matrix whose rows are `stride` apart.
     pub fn pack<T: Real>(&self, source: &[T], stride: usize, k: usize, data: &mut [T]) {
-        self.fill(k, data, |panel, out| {
-            for (row, out) in out.chunks_exact_mut(panel.vectors * self.lanes).enumerate() {
-                let (values, padding) = out.split_at_mut(panel.width);
-                values.copy_from_slice(&source[row * stride + panel.start..][..panel.width]);
-                padding.fill(T::ZERO);
-            }
-        });
+        self.fill(k, data, |panel, out| self.pack_panel(panel, source, stride, out));
+    }
+
+    /// One panel of `pack`.
+    pub fn pack_panel<T: Real>(&self, panel: Panel, source: &[T], stride: usize, out: &mut [T]) {
+        for (row, out) in out.chunks_exact_mut(panel.vectors * self.lanes).enumerate() {
+            let (values, padding) = out.split_at_mut(panel.width);
+            values.copy_from_slice(&source[row * stride + panel.start..][..panel.width]);
+            padding.fill(T::ZERO);
+        }
     }
 
     /// Packs the transpose, times `scale`, of `n` rows of `k` values that are `stride` apart.
@@ -109,7 +167,14 @@ impl<'a, T> Packed<'a, T> {
     #[inline(always)]
     pub fn rows(&self, panel: Panel, k: usize, len: usize) -> &'a [T] {
         let width = panel.vectors * self.columns.lanes;
-        &self.data[panel.start * self.k + k * width..][..len * width]
+        &self.data[panel.offset * self.k + k * width..][..len * width]
+    }
+
+    /// One of the parts of its columns.
+    pub fn part(&self, index: usize) -> Packed<'a, T> {
+        let columns = self.columns.part();
+        let size = self.k * columns.padded();
+        Packed { columns, k: self.k, data: &self.data[index * size..][..size] }
     }
 }
 
@@ -135,5 +200,36 @@ impl<T: Real> Aligned<T> {
 
     pub fn as_mut_slice(&mut self) -> &mut [T] {
         &mut self.memory[self.start..][..self.len]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Panels cover the columns one after another, whole or by parts, and both find the same values.
+    #[test]
+    fn parts_and_the_whole_are_the_same_panels() {
+        for (n, parts) in [(1, 1), (2, 2), (7, 1), (160, 1), (100, 2), (154, 2), (2560, 2)] {
+            let columns = Columns::in_parts(n, parts, Tiling { lanes: 8, widest: 3 });
+            let source: Vec<f32> = (0..2 * n).map(|i| i as f32).collect();
+            let mut data = vec![-1.0; 2 * columns.padded()];
+            columns.pack(&source, n, 2, &mut data);
+            let packed = Packed { columns, k: 2, data: &data };
+            let mut start = 0;
+            for index in 0..columns.panels {
+                let panel = columns.panel(index);
+                assert_eq!(panel.start, start);
+                start += panel.width;
+                for column in panel.start..start {
+                    assert_eq!(columns.panel_of(column), index);
+                    assert_eq!(packed.rows(panel, 1, 1)[column - panel.start], (n + column) as f32);
+                }
+                let (part, index) = (index / columns.part().panels, index % columns.part().panels);
+                let of_part = packed.part(part);
+                assert_eq!(of_part.rows(of_part.columns.panel(index), 0, 2), packed.rows(panel, 0, 2));
+            }
+            assert_eq!(start, n);
+        }
     }
 }

@@ -6,8 +6,8 @@
 //! `bias + shift + residual`, plus its K blocks in order (see `microkernel`), the residual last where there is an activation.
 
 use super::elementwise::activate;
-use super::microkernel::{Blocks, Left, Target, multiply};
-use super::pack::{Columns, Packed};
+use super::microkernel::{Blocks, Left, Right, Target, multiply};
+use super::pack::Columns;
 use super::real::Real;
 use super::{Machine, Scratch};
 use crate::program::Activation;
@@ -17,6 +17,8 @@ use std::ops::Range;
 
 /// Most rows of a task.
 pub const MOST_ROWS: usize = 192;
+/// Most rows of a task that turns its right operand first, so that more rows share the work.
+pub const MOST_ROWS_TURNED: usize = 384;
 /// Row chunks are multiples of this, so that tiles of 6 and 12 rows divide them.
 const ROW_STEP: usize = 12;
 /// Where panels are dealt out: enough tasks that a slow thread does not hold up the rest.
@@ -30,6 +32,21 @@ pub trait Operand<T: Real>: Sync {
     /// Elements of scratch for a chunk of `rows` rows.
     fn scratch(&self, rows: usize) -> usize;
     fn chunk<'c>(&'c self, rows: Range<usize>, scratch: &'c mut [T]) -> Self::Chunk<'c>;
+}
+
+/// The right operand of a whole product: what a task reads, with `scratch` to prepare blocks in.
+pub trait RightOperand<T: Real>: Copy + Sync {
+    type Chunk<'c>: Right<T>
+    where
+        Self: 'c;
+    /// Of a task.
+    const MOST_ROWS: usize;
+    fn columns(&self) -> Columns;
+    /// Elements of scratch for blocks of up to `longest` rows.
+    fn scratch(&self, longest: usize) -> usize;
+    fn chunk<'c>(&self, scratch: &'c mut [T]) -> Self::Chunk<'c>
+    where
+        Self: 'c;
 }
 
 /// Added to every row of a sample: `values[sample or 0, at ..]`.
@@ -50,11 +67,11 @@ pub enum Residual<'a, T> {
 }
 
 /// One product. `right` has two column halves of `n` columns for GEGLU, else one.
-pub struct Product<'a, T, O> {
+pub struct Product<'a, T, O, R> {
     pub left: O,
     pub rows: usize,
     pub blocks: Blocks,
-    pub right: &'a [Packed<'a, T>],
+    pub right: &'a [R],
     pub bias: Option<&'a [T]>,
     pub shift: Option<Shift<'a, T>>,
     pub residual: Residual<'a, T>,
@@ -72,9 +89,10 @@ pub struct Cut {
 }
 
 impl Cut {
-    pub fn new(rows: usize, panels: usize, threads: usize) -> Cut {
-        let chunks = rows.div_ceil(MOST_ROWS);
-        if threads == 1 || rows >= threads * MOST_ROWS {
+    /// Tasks of up to `most` rows.
+    pub fn new(rows: usize, panels: usize, threads: usize, most: usize) -> Cut {
+        let chunks = rows.div_ceil(most);
+        if threads == 1 || rows >= threads * most {
             // Equal shares for all threads.
             let height = rows.div_ceil(chunks.next_multiple_of(threads)).next_multiple_of(ROW_STEP);
             return Cut { rows: height, row_chunks: rows.div_ceil(height), panels, groups: 1 };
@@ -95,18 +113,24 @@ pub fn tile_scratch(columns: Columns, activation: Activation, rows: usize) -> us
     if activation == Activation::None { 0 } else { 2 * rows * columns.widest() }
 }
 
-impl<'a, T> Product<'a, T, ()> {
+impl<'a, T, R> Product<'a, T, (), R> {
+    /// A bare product that still lacks its left operand.
+    pub fn of(rows: usize, blocks: Blocks, right: &'a [R], residual: Residual<'a, T>) -> Product<'a, T, (), R> {
+        let (bias, shift, activation) = (None, None, Activation::None);
+        Product { left: (), rows, blocks, right, bias, shift, residual, activation }
+    }
+
     /// The product with its left operand.
-    pub fn with<O>(self, left: O) -> Product<'a, T, O> {
+    pub fn with<O>(self, left: O) -> Product<'a, T, O, R> {
         let Product { rows, blocks, right, bias, shift, residual, activation, .. } = self;
         Product { left, rows, blocks, right, bias, shift, residual, activation }
     }
 }
 
-impl<'a, T: Real, O: Operand<T>> Product<'a, T, O> {
+impl<'a, T: Real, O: Operand<T>, R: RightOperand<T>> Product<'a, T, O, R> {
     pub fn run(&self, machine: &Machine, scratch: &Scratch<T>, out: &mut [T], workspace: &mut [T]) {
-        let columns = self.right[0].columns;
-        let cut = Cut::new(self.rows, columns.panels, machine.threads);
+        let columns = self.right[0].columns();
+        let cut = Cut::new(self.rows, columns.panels, machine.threads, R::MOST_ROWS);
         if cut.groups == 1 {
             out.par_chunks_mut(cut.rows * columns.n).enumerate().for_each(|(i, out)| {
                 let start = i * cut.rows;
@@ -161,8 +185,9 @@ impl<'a, T: Real, O: Operand<T>> Product<'a, T, O> {
     ) {
         scratch.with(|scratch| {
             let (gather, scratch) = scratch.split_at_mut(self.left.scratch(rows.len()));
+            let (block, scratch) = scratch.split_at_mut(self.right[0].scratch(self.blocks.longest()));
             let left = self.left.chunk(rows.clone(), gather);
-            let task = Task { product: self, left, rows, panels, residual, out, stride, scratch };
+            let task = Task { product: self, left, rows, panels, residual, out, stride, block, scratch };
             machine.arch.dispatch(task);
         });
     }
@@ -178,7 +203,7 @@ impl<'a, T: Real, O: Operand<T>> Product<'a, T, O> {
         out: &mut [T],
         stride: usize,
     ) {
-        let n = self.right[0].columns.n;
+        let n = self.right[0].columns().n;
         let bias = self.bias.map(|bias| &bias[half * n..][columns.clone()]);
         for (row, out) in out.chunks_mut(stride).take(rows.len()).enumerate() {
             let out = &mut out[..columns.len()];
@@ -224,18 +249,20 @@ impl<'a, T> Shift<'a, T> {
     }
 }
 
-struct Task<'t, 'a, T: Real, O: Operand<T> + 't> {
-    product: &'t Product<'a, T, O>,
+struct Task<'t, 'a, T: Real, O: Operand<T> + 't, R> {
+    product: &'t Product<'a, T, O, R>,
     left: O::Chunk<'t>,
     rows: Range<usize>,
     panels: Range<usize>,
     residual: Residual<'t, T>,
     out: &'t mut [T],
     stride: usize,
+    /// Of the right operand.
+    block: &'t mut [T],
     scratch: &'t mut [T],
 }
 
-impl<T: Real, O: Operand<T>> WithSimd for Task<'_, '_, T, O> {
+impl<T: Real, O: Operand<T>, R: RightOperand<T>> WithSimd for Task<'_, '_, T, O, R> {
     type Output = ();
 
     #[inline(always)]
@@ -244,37 +271,38 @@ impl<T: Real, O: Operand<T>> WithSimd for Task<'_, '_, T, O> {
     }
 }
 
-impl<T: Real, O: Operand<T>> Task<'_, '_, T, O> {
+impl<T: Real, O: Operand<T>, R: RightOperand<T>> Task<'_, '_, T, O, R> {
     /// Starts `out` with everything that is added, then multiplies into it.
     #[inline(always)]
     fn plain<S: Simd>(self, simd: S) {
-        let Task { product, left, rows, panels, residual, out, stride, .. } = self;
-        let right = product.right[0];
-        let last = right.columns.panel(panels.end - 1);
-        let columns = right.columns.panel(panels.start).start..last.start + last.width;
-        let bare = product.bias.is_none() && product.shift.is_none() && matches!(residual, Residual::None);
+        let Task { product, left, rows, panels, residual, out, stride, block, .. } = self;
+        let columns = product.right[0].columns();
+        let last = columns.panel(panels.end - 1);
+        let columns = columns.panel(panels.start).start..last.start + last.width;
+        let nothing = product.bias.is_none() && product.shift.is_none() && matches!(residual, Residual::None);
+        let bare = nothing && !O::Chunk::SPARSE;
         if !bare {
             product.start(&rows, columns, 0, residual, out, stride);
         }
         let out = Target { values: out, stride, add: !bare };
-        multiply(simd, &left, rows.len(), product.blocks, right, panels, out);
+        multiply(simd, &left, rows.len(), product.blocks, product.right[0].chunk(block), panels, out);
     }
 
     /// Panel by panel through a tile of scratch: product, activation, residual.
     #[inline(always)]
     fn activated<S: Simd>(self, simd: S) {
         let Product { blocks, right, activation, .. } = self.product;
-        let (count, widest) = (self.rows.len(), right[0].columns.widest());
-        let first = right[0].columns.panel(self.panels.start).start;
+        let (count, all) = (self.rows.len(), right[0].columns());
+        let (widest, first) = (all.widest(), all.panel(self.panels.start).start);
         let (tile, scratch) = self.scratch.split_at_mut(count * widest);
         let gate = &mut scratch[..count * widest];
         for index in self.panels {
-            let panel = right[0].columns.panel(index);
+            let panel = all.panel(index);
             let columns = panel.start..panel.start + panel.width;
             for (half, (right, tile)) in right.iter().zip([&mut *tile, &mut *gate]).enumerate() {
                 self.product.start(&self.rows, columns.clone(), half, Residual::None, tile, widest);
                 let out = Target { values: tile, stride: widest, add: true };
-                multiply(simd, &self.left, count, *blocks, *right, index..index + 1, out);
+                multiply(simd, &self.left, count, *blocks, right.chunk(self.block), index..index + 1, out);
             }
             // The whole tile in one loop, padding and all: long enough to hide the latency of the exponentials.
             if *activation == Activation::Geglu {
@@ -290,7 +318,7 @@ impl<T: Real, O: Operand<T>> Task<'_, '_, T, O> {
                     Residual::None => out.copy_from_slice(tile),
                     Residual::InPlace => add(out, Some(tile)),
                     Residual::Of(values) => {
-                        out.copy_from_slice(&values[row * right[0].columns.n + panel.start - first..][..panel.width]);
+                        out.copy_from_slice(&values[row * all.n + panel.start - first..][..panel.width]);
                         add(out, Some(tile));
                     }
                 }

@@ -15,7 +15,8 @@ pub const LONGEST_BLOCK: usize = 512;
 
 /// f32 or f64.
 pub trait Real:
-    Pod
+    super::Kernels
+    + Pod
     + Send
     + Sync
     + Debug
@@ -51,8 +52,8 @@ pub trait Real:
     fn fma<S: Simd>(self, b: Self, c: Self) -> Self;
     /// e^self; NaN stays NaN. The f32 form saturates at e^±87.
     fn exp<S: Simd>(self) -> Self;
-    /// `x Φ(x)`.
-    fn gelu<S: Simd>(self) -> Self;
+    /// `x Φ(x)` and its derivative `Φ(x) + x φ(x)`, which share their exponential.
+    fn gelu_and_slope<S: Simd>(self) -> (Self, Self);
     /// Row `n` of a weight, converted.
     fn fetch(rows: &Rows<'_>, n: usize, out: &mut [Self]);
 
@@ -61,9 +62,26 @@ pub trait Real:
         if other > self { other } else { self }
     }
 
+    /// The nearest number in `low ..= high`; NaN stays NaN.
+    #[inline(always)]
+    fn clip(self, low: Self, high: Self) -> Self {
+        let x = if self < low { low } else { self };
+        if x > high { high } else { x }
+    }
+
     #[inline(always)]
     fn sigmoid<S: Simd>(self) -> Self {
         Self::ONE / (Self::ONE + (Self::ZERO - self).exp::<S>())
+    }
+
+    /// `σ(x)` and `σ(-x)`, neither as a difference from 1, which would be all rounding where it is small.
+    #[inline(always)]
+    fn sigmoids<S: Simd>(self) -> (Self, Self) {
+        let left = self < Self::ZERO;
+        let e = if left { self } else { Self::ZERO - self }.exp::<S>();
+        let large = Self::ONE / (Self::ONE + e);
+        let small = e * large;
+        if left { (small, large) } else { (large, small) }
     }
 
     #[inline(always)]
@@ -72,10 +90,54 @@ pub trait Real:
     }
 
     #[inline(always)]
+    fn silu_slope<S: Simd>(self) -> Self {
+        let (s, t) = self.sigmoids::<S>();
+        s * self.fma::<S>(t, Self::ONE)
+    }
+
+    #[inline(always)]
+    fn gelu<S: Simd>(self) -> Self {
+        self.gelu_and_slope::<S>().0
+    }
+
+    #[inline(always)]
+    fn gelu_slope<S: Simd>(self) -> Self {
+        self.gelu_and_slope::<S>().1
+    }
+
+    #[inline(always)]
     fn quick_gelu<S: Simd>(self) -> Self {
-        self * (self * Self::from_f64(1.702)).sigmoid::<S>()
+        self * (self * Self::from_f64(QUICK)).sigmoid::<S>()
+    }
+
+    #[inline(always)]
+    fn quick_gelu_slope<S: Simd>(self) -> Self {
+        (self * Self::from_f64(QUICK)).silu_slope::<S>()
+    }
+
+    /// `½ (1 + tanh u)` is `σ(2u)`.
+    #[inline(always)]
+    fn gelu_tanh<S: Simd>(self) -> Self {
+        let z = self * (self * self).fma::<S>(Self::from_f64(TANH[1]), Self::from_f64(TANH[0]));
+        self * z.sigmoid::<S>()
+    }
+
+    #[inline(always)]
+    fn gelu_tanh_slope<S: Simd>(self) -> Self {
+        let square = self * self;
+        let z = self * square.fma::<S>(Self::from_f64(TANH[1]), Self::from_f64(TANH[0]));
+        let d_z = square.fma::<S>(Self::from_f64(3.0 * TANH[1]), Self::from_f64(TANH[0]));
+        let (s, t) = z.sigmoids::<S>();
+        s * (self * t).fma::<S>(d_z, Self::ONE)
     }
 }
+
+/// The slope of QuickGELU's sigmoid.
+const QUICK: f64 = 1.702;
+/// `2 √(2/π)` and `0.044715 · 2 √(2/π)`: the sigmoid of tanh-GELU is that of `TANH[0] x + TANH[1] x³`.
+const TANH: [f64; 2] = [1.595_769_121_605_730_7, 0.044_715 * 1.595_769_121_605_730_7];
+/// `1 / √(2π)`, the normal density at 0.
+const DENSITY: f64 = 0.398_942_280_401_432_7;
 
 impl Real for f32 {
     const DTYPE: DType = DType::F32;
@@ -142,7 +204,7 @@ impl Real for f32 {
     /// `max(x, 0) - |x| e^(-x²/2) h(|x|)` with `h` = Φ(-|x|) e^(x²/2), a polynomial in t = 1 / (1 + 0.3 |x|) whose relative
     /// error is 1.3e-7: small tails stay accurate too.
     #[inline(always)]
-    fn gelu<S: Simd>(self) -> f32 {
+    fn gelu_and_slope<S: Simd>(self) -> (f32, f32) {
         let a = self.abs();
         let t = 1.0 / a.fma::<S>(0.3, 1.0);
         let h = t.fma::<S>(0.035_932_04, -0.158_277_16);
@@ -152,8 +214,11 @@ impl Real for f32 {
         let h = h.fma::<S>(t, 0.099_637_3);
         let h = h.fma::<S>(t, 0.120_798_39);
         let h = h.fma::<S>(t, 0.119_626_39);
+        let (e, h) = (Real::exp::<S>(-0.5 * self * self), h * t);
         let positive = if self > 0.0 { self } else { 0.0 };
-        positive - a * Real::exp::<S>(-0.5 * self * self) * (h * t)
+        // Φ(-|x|) - |x| φ(x), what the slope lacks of 1 on the right and is on the left.
+        let tail = e * a.fma::<S>(-DENSITY as f32, h);
+        (positive - a * e * h, if self > 0.0 { 1.0 - tail } else { tail })
     }
 
     fn fetch(rows: &Rows<'_>, n: usize, out: &mut [f32]) {
@@ -208,8 +273,9 @@ impl Real for f64 {
     }
     /// Through erfc, so that the left tail keeps its relative accuracy.
     #[inline(always)]
-    fn gelu<S: Simd>(self) -> f64 {
-        0.5 * self * libm::erfc(-self * std::f64::consts::FRAC_1_SQRT_2)
+    fn gelu_and_slope<S: Simd>(self) -> (f64, f64) {
+        let twice = libm::erfc(-self * std::f64::consts::FRAC_1_SQRT_2);
+        (0.5 * self * twice, 0.5 * twice + self * (-0.5 * self * self).exp() * DENSITY)
     }
 
     fn fetch(rows: &Rows<'_>, n: usize, out: &mut [f64]) {
@@ -222,35 +288,89 @@ mod tests {
     use super::*;
     use pulp::{Arch, WithSimd};
 
-    /// The worst error of exp, gelu and silu over a grid, relative where the value exceeds one.
+    /// The worst error of each function over a grid, relative where the value exceeds one (exp: everywhere).
     struct Worst;
 
     impl WithSimd for Worst {
-        type Output = [f64; 3];
+        type Output = [f64; 9];
 
         #[inline(always)]
-        fn with_simd<S: Simd>(self, _: S) -> [f64; 3] {
-            let mut worst = [0.0f64; 3];
+        fn with_simd<S: Simd>(self, _: S) -> [f64; 9] {
+            let mut worst = [0.0f64; 9];
             for i in -80_000..80_000 {
                 let x = i as f32 * 1.0007e-3;
-                let relative = (Real::exp::<S>(x) as f64 / (x as f64).exp() - 1.0).abs();
-                worst[0] = worst[0].max(relative);
-                let gelu = 0.5 * x as f64 * libm::erfc(-x as f64 * std::f64::consts::FRAC_1_SQRT_2);
-                worst[1] = worst[1].max((x.gelu::<S>() as f64 - gelu).abs() / gelu.abs().max(1.0));
-                let silu = x as f64 / (1.0 + (-x as f64).exp());
-                worst[2] = worst[2].max((x.silu::<S>() as f64 - silu).abs() / silu.abs().max(1.0));
+                let found = [
+                    x.silu::<S>(),
+                    x.gelu::<S>(),
+                    x.quick_gelu::<S>(),
+                    x.gelu_tanh::<S>(),
+                    x.silu_slope::<S>(),
+                    x.gelu_slope::<S>(),
+                    x.quick_gelu_slope::<S>(),
+                    x.gelu_tanh_slope::<S>(),
+                ];
+                let relative = Real::exp::<S>(x) as f64 / (x as f64).exp() - 1.0;
+                worst[8] = worst[8].max(relative.abs());
+                for ((worst, found), exact) in worst.iter_mut().zip(found).zip(exact(x as f64)) {
+                    *worst = worst.max((found as f64 - exact).abs() / exact.abs().max(1.0));
+                }
             }
             worst
         }
     }
 
+    /// The activations, then their derivatives, from the textbook formulas.
+    fn exact(x: f64) -> [f64; 8] {
+        let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+        let root = (2.0 / std::f64::consts::PI).sqrt();
+        let tanh = (root * (x + 0.044715 * x.powi(3))).tanh();
+        let normal = 0.5 * libm::erfc(-x / 2f64.sqrt());
+        let (s, q) = (sigmoid(x), sigmoid(1.702 * x));
+        [
+            x * s,
+            x * normal,
+            x * q,
+            0.5 * x * (1.0 + tanh),
+            s + x * s * (1.0 - s),
+            normal + x * (-x * x / 2.0).exp() / (2.0 * std::f64::consts::PI).sqrt(),
+            q + 1.702 * x * q * (1.0 - q),
+            0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * root * (1.0 + 3.0 * 0.044715 * x * x),
+        ]
+    }
+
     #[test]
     fn f32_functions_are_accurate() {
-        for found in [Arch::new().dispatch(Worst), Worst.with_simd(pulp::Scalar::new())] {
-            let [exp, gelu, silu] = found;
-            assert!(exp < 1.5e-7 && gelu < 1.5e-7 && silu < 2e-7, "exp {exp:e} gelu {gelu:e} silu {silu:e}");
+        for worst in [Arch::new().dispatch(Worst), Worst.with_simd(pulp::Scalar::new())] {
+            let (values, slopes) = (&worst[..4], &worst[4..8]);
+            assert!(
+                values.iter().all(|&error| error < 2e-7) && slopes.iter().all(|&error| error < 2.5e-7),
+                "{worst:?}"
+            );
+            assert!(worst[1] < 1.5e-7 && worst[8] < 1.5e-7, "gelu {:e} exp {:e}", worst[1], worst[8]);
         }
         let up = |x: f32| Real::exp::<pulp::Scalar>(x);
         assert!(up(f32::NAN).is_nan() && up(-1e9) < 1e-37 && up(1e9) > 1e38);
+    }
+
+    #[test]
+    fn f64_functions_are_exact() {
+        type S = pulp::Scalar;
+        for i in -30_000..30_000 {
+            let x = i as f64 * 1.0007e-3;
+            let found = [
+                x.silu::<S>(),
+                x.gelu::<S>(),
+                x.quick_gelu::<S>(),
+                x.gelu_tanh::<S>(),
+                x.silu_slope::<S>(),
+                x.gelu_slope::<S>(),
+                x.quick_gelu_slope::<S>(),
+                x.gelu_tanh_slope::<S>(),
+            ];
+            for (k, (found, exact)) in found.into_iter().zip(exact(x)).enumerate() {
+                assert!((found - exact).abs() <= 1e-14 * exact.abs().max(1.0), "function {k} of {x}: {found} {exact}");
+            }
+        }
+        assert!(f64::NAN.clip(0.0, 1.0).is_nan() && 2.0.clip(0.0, 1.0) == 1.0 && (-2f32).clip(-1.0, 1.0) == -1.0);
     }
 }

@@ -3,20 +3,11 @@
 use super::pack::{Aligned, Columns, Tiling};
 use super::real::Real;
 use super::{Data, DataMut};
-use crate::program::{Activation, DType, Op, Program, Shape, Value, ValueId};
+use crate::program::{Activation, DType, GemmBackward, Op, Origin, Program, Shape, Value, ValueId};
 use crate::weights::{Model, Pack, Rows, Weight};
 use crate::{Error, Result};
 use rayon::prelude::*;
 use std::collections::HashMap;
-
-/// How a weight is held.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Form {
-    /// As its shape says.
-    Plain,
-    /// Right operand of a product: its columns in this many parts (two for GEGLU), each in panels.
-    Panels(usize),
-}
 
 /// A named buffer.
 pub struct Named<T> {
@@ -32,7 +23,7 @@ pub enum Buffer<T> {
 
 pub struct Store<T> {
     pub weights: Vec<Aligned<T>>,
-    by_weight: HashMap<(Weight, Form), usize>,
+    by_weight: HashMap<Weight, usize>,
     pub buffers: Vec<Named<T>>,
     by_name: HashMap<String, usize>,
 }
@@ -43,49 +34,81 @@ impl<T> Default for Store<T> {
     }
 }
 
-/// The form in which the ops of a program read a weight.
-pub fn form(program: &Program, id: ValueId) -> Result<Form> {
-    let mut form = None;
+/// Whether a weight is held in panels, the right operand of products, or row by row.
+pub fn in_panels(weight: &Weight) -> bool {
+    match weight.pack {
+        Pack::Linear | Pack::Geglu | Pack::LinearTransposed | Pack::Conv => true,
+        Pack::Table | Pack::Vector => false,
+    }
+}
+
+/// The columns of a right operand. Those of a GEGLU weight are in two halves whichever op reads it; of what is no weight an
+/// op may read `parts` apart.
+pub fn columns(program: &Program, id: ValueId, parts: usize, tiling: Tiling) -> Columns {
+    let value = program.value(id);
+    let n = value.shape[value.shape.len() - 1];
+    match &value.origin {
+        Origin::Weight(weight) if in_panels(weight) => weight_columns(weight, tiling),
+        Origin::Weight(_) | Origin::Input(_) | Origin::Op(_) => Columns::in_parts(n, parts, tiling),
+    }
+}
+
+fn weight_columns(weight: &Weight, tiling: Tiling) -> Columns {
+    let parts = if weight.pack == Pack::Geglu { 2 } else { 1 };
+    Columns::in_parts(weight.shape[weight.shape.len() - 1], parts, tiling)
+}
+
+/// Checks that every op reads weights the way they are held.
+pub fn check(program: &Program) -> Result<()> {
     for node in &program.nodes {
-        let panels = match &node.op {
-            Op::Gemm(op) if op.w == id => Some(if op.activation == Activation::Geglu { 2 } else { 1 }),
-            Op::Conv2d(op) if op.w == id => Some(1),
-            _ => None,
-        };
-        let used = match panels {
-            Some(parts) => Form::Panels(parts),
-            None if node.op.inputs().contains(&id) => Form::Plain,
-            None => continue,
-        };
-        if form.is_some_and(|form| form != used) {
-            let what = format!("{}: a weight is read both whole and in panels", program.show_op(&node.op));
+        for id in node.op.inputs() {
+            let Origin::Weight(weight) = &program.value(id).origin else { continue };
+            let geglu = matches!(&node.op, Op::Gemm(op) if op.w == id && op.activation == Activation::Geglu);
+            let wrong = if in_panels(weight) && factor(&node.op) != Some(id) {
+                "is read row by row"
+            } else if in_panels(weight) && geglu && weight.pack != Pack::Geglu {
+                "is read as that of a GEGLU"
+            } else {
+                continue;
+            };
+            let op = program.show_op(&node.op);
+            let what = format!("{op}: weight '{}', packed as {:?}, {wrong}", weight.keys.join("+"), weight.pack);
             return Err(Error::Program { program: program.name.clone(), what, at: node.at.to_string() });
         }
-        form = Some(used);
     }
-    Ok(form.unwrap_or(Form::Plain))
+    Ok(())
+}
+
+/// The right operand of an op's product, given as a weight's `[.., N]`.
+fn factor(op: &Op) -> Option<ValueId> {
+    match op {
+        Op::Gemm(op) => Some(op.w),
+        Op::GemmBackward(GemmBackward::Input { w, .. }) => Some(*w),
+        Op::Conv2d(op) => Some(op.w),
+        Op::Conv2dBackward(op) => Some(op.w),
+        Op::GemmBackward(GemmBackward::Weight { .. })
+        | Op::Attention(_)
+        | Op::AttentionBackward(_)
+        | Op::Norm(_)
+        | Op::Elementwise(_)
+        | Op::Resample(_)
+        | Op::Embedding(_)
+        | Op::Update(_) => None,
+    }
 }
 
 impl<T: Real> Store<T> {
     /// The index of a weight, fetched and packed if it is not held yet.
-    pub fn weight(&mut self, weight: &Weight, form: Form, tiling: Tiling, model: &Model) -> Result<usize> {
-        if let Some(&index) = self.by_weight.get(&(weight.clone(), form)) {
+    pub fn weight(&mut self, weight: &Weight, tiling: Tiling, model: &Model) -> Result<usize> {
+        if let Some(&index) = self.by_weight.get(weight) {
             return Ok(index);
         }
         let rows = model.rows(weight)?;
-        let held = match (form, weight.pack) {
-            (Form::Plain, Pack::Vector | Pack::Table) => plain(&rows),
-            (Form::Panels(parts), Pack::Linear | Pack::LinearTransposed | Pack::Conv) => panels(&rows, parts, tiling),
-            (Form::Plain, Pack::Linear | Pack::LinearTransposed | Pack::Conv)
-            | (Form::Panels(_), Pack::Vector | Pack::Table) => {
-                let what =
-                    format!("weight '{}' is packed as {:?} but read {form:?}", weight.keys.join("+"), weight.pack);
-                return Err(Error::Model(what));
-            }
-        };
+        let held =
+            if in_panels(weight) { panels(&rows, weight_columns(weight, tiling), tiling.lanes) } else { plain(&rows) };
         model.release(weight);
         self.weights.push(held);
-        self.by_weight.insert((weight.clone(), form), self.weights.len() - 1);
+        self.by_weight.insert(weight.clone(), self.weights.len() - 1);
         Ok(self.weights.len() - 1)
     }
 
@@ -182,26 +205,22 @@ fn plain<T: Real>(rows: &Rows<'_>) -> Aligned<T> {
 }
 
 /// The rows of a weight are the columns of the product: a vector's worth of them is fetched and transposed into its panel.
-fn panels<T: Real>(rows: &Rows<'_>, parts: usize, tiling: Tiling) -> Aligned<T> {
-    let (k, n) = (rows.columns(), rows.rows() / parts);
-    let columns = Columns::new(n, tiling);
-    let mut held = Aligned::zeroed(parts * k * columns.padded());
-    held.as_mut_slice().chunks_exact_mut(k * columns.padded()).enumerate().for_each(|(part, data)| {
-        columns.fill(k, data, |panel, out| {
-            let width = panel.vectors * tiling.lanes;
-            let mut fetched = vec![T::ZERO; tiling.lanes * k];
-            for first in (0..panel.width).step_by(tiling.lanes) {
-                let lanes = tiling.lanes.min(panel.width - first);
-                for (lane, row) in fetched.chunks_exact_mut(k).take(lanes).enumerate() {
-                    T::fetch(rows, part * n + panel.start + first + lane, row);
-                }
-                for (k_index, out) in out.chunks_exact_mut(width).enumerate() {
-                    for (lane, out) in out[first..][..lanes].iter_mut().enumerate() {
-                        *out = fetched[lane * k + k_index];
-                    }
+fn panels<T: Real>(rows: &Rows<'_>, columns: Columns, lanes: usize) -> Aligned<T> {
+    let k = rows.columns();
+    let mut held = Aligned::zeroed(k * columns.padded());
+    columns.fill(k, held.as_mut_slice(), |panel, out| {
+        let mut fetched = vec![T::ZERO; lanes * k];
+        for first in (0..panel.width).step_by(lanes) {
+            let lanes = lanes.min(panel.width - first);
+            for (lane, row) in fetched.chunks_exact_mut(k).take(lanes).enumerate() {
+                T::fetch(rows, panel.start + first + lane, row);
+            }
+            for (k_index, out) in out.chunks_exact_mut(columns.padded_width(panel)).enumerate() {
+                for (lane, out) in out[first..][..lanes].iter_mut().enumerate() {
+                    *out = fetched[lane * k + k_index];
                 }
             }
-        });
+        }
     });
     held
 }

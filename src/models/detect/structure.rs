@@ -177,3 +177,68 @@ pub(super) fn text(model: &Model, component: Component) -> Result<ClipTextConfig
         projection,
     })
 }
+
+/// A CLIP image tower by its tensors. Published towers from width 1024 on have 16 heads; those up to 1024 are OpenAI's, with the
+/// quick GELU, wider ones OpenCLIP's, with the exact one.
+pub(super) fn clip_image(model: &Model) -> Result<ClipImageConfig> {
+    let t = Tensors { model, component: Component::Clip };
+    let [width, _, patch_size, _] = t.dims("vision_model.embeddings.patch_embedding.weight")?;
+    let [positions, _] = t.dims::<2>("vision_model.embeddings.position_embedding.weight")?;
+    let [mlp_width, _] = t.dims::<2>("vision_model.encoder.layers.0.mlp.fc1.weight")?;
+    let [projection, _] = t.dims::<2>("visual_projection.weight")?;
+    let patches = (positions - 1).isqrt();
+    if patches == 0 || patches * patches + 1 != positions {
+        return Err(t.error(format!("{positions} positions are not those of a class and a square of patches")));
+    }
+    let heads = if width >= 1024 { 16 } else { (width / 64).max(1) };
+    if width % heads != 0 {
+        return Err(t.error(format!("cannot tell the heads of width {width}")));
+    }
+    Ok(ClipImageConfig {
+        image_size: patches * patch_size,
+        patch_size,
+        width,
+        layers: t.count("vision_model.encoder.layers."),
+        heads,
+        mlp_width,
+        activation: if width > 1024 { Activation::Gelu } else { Activation::QuickGelu },
+        layer_norm_eps: 1e-5,
+        projection,
+    })
+}
+
+/// GPT-2 by its tensors: heads of 64 channels.
+pub(super) fn gpt2(model: &Model) -> Result<Gpt2Config> {
+    let t = Tensors { model, component: Component::Policy };
+    let [vocab_size, width] = t.dims("transformer.wte.weight")?;
+    let [max_positions, _] = t.dims::<2>("transformer.wpe.weight")?;
+    let [_, mlp_width] = t.dims::<2>("transformer.h.0.mlp.c_fc.weight")?;
+    let heads = (width / 64).max(1);
+    if width % heads != 0 {
+        return Err(t.error(format!("cannot tell the heads of width {width}")));
+    }
+    let layers = t.count("transformer.h.");
+    Ok(Gpt2Config { vocab_size, width, layers, heads, mlp_width, max_positions, layer_norm_eps: 1e-5 })
+}
+
+/// A chain of linear layers by its tensors, without activations.
+pub(super) fn head(model: &Model) -> Result<HeadConfig> {
+    let t = Tensors { model, component: Component::Aesthetic };
+    let keys = 0..t.count("layers.");
+    let mut config = HeadConfig { input: 0, layers: Vec::new(), relu: false };
+    for key in keys.filter(|key| t.has(&format!("layers.{key}.weight"))) {
+        let [width, input] = t.dims(&format!("layers.{key}.weight"))?;
+        match config.layers.last() {
+            None => config.input = input,
+            Some(before) if before.width == input => {}
+            Some(before) => {
+                return Err(t.error(format!("layers.{key} takes {input} numbers, those before give {}", before.width)));
+            }
+        }
+        config.layers.push(HeadLayer { key, width });
+    }
+    match config.layers.is_empty() {
+        true => Err(t.error("has no layers.0.weight")),
+        false => Ok(config),
+    }
+}

@@ -1,0 +1,196 @@
+//! Right operands of products as the executor holds them, read forwards (`w`) or transposed (`wᵀ`, by gradients to inputs).
+//!
+//! A weight is held once, in panels; what a product reads of it transposed is turned block by block in thread scratch, right
+//! before all rows of a task pass by. Matrices that are no weights lie row by row and are copied to panels the same way.
+
+use super::gemm::K_BLOCK;
+use super::microkernel::{Block, Right};
+use super::pack::{Columns, Packed, Panel, Tiling};
+use super::product::{MOST_ROWS, MOST_ROWS_TURNED, RightOperand};
+use super::real::Real;
+use super::transpose::Transpose;
+use pulp::Simd;
+
+/// Elements of thread scratch for the blocks of a right operand of these columns, of either kind.
+pub fn scratch(columns: Columns, tiling: Tiling) -> usize {
+    (K_BLOCK + tiling.lanes * tiling.widest) * columns.widest()
+}
+
+/// A matrix `[K, N]`.
+#[derive(Clone, Copy)]
+pub enum Factor<'a, T> {
+    Panels(Packed<'a, T>),
+    /// Row-major, rows `stride` apart.
+    Rows {
+        values: &'a [T],
+        stride: usize,
+        columns: Columns,
+    },
+}
+
+impl<'a, T: Real> Factor<'a, T> {
+    /// A whole row-major matrix.
+    pub fn rows(values: &'a [T], columns: Columns) -> Factor<'a, T> {
+        Factor::Rows { values, stride: columns.n, columns }
+    }
+
+    /// One of the parts of its columns.
+    pub fn part(&self, index: usize) -> Factor<'a, T> {
+        match *self {
+            Factor::Panels(packed) => Factor::Panels(packed.part(index)),
+            Factor::Rows { values, stride, columns } => {
+                let columns = columns.part();
+                Factor::Rows { values: &values[index * columns.n..], stride, columns }
+            }
+        }
+    }
+
+    /// What lies from row `k`, column `n` on: the values, how far apart their rows are, and for how many columns.
+    #[inline(always)]
+    fn from(&self, k: usize, n: usize) -> (&'a [T], usize, usize) {
+        match self {
+            Factor::Panels(packed) => {
+                let panel = packed.columns.panel(packed.columns.panel_of(n));
+                let values = packed.rows(panel, 0, packed.k);
+                let stride = packed.columns.padded_width(panel);
+                (&values[k * stride + n - panel.start..], stride, panel.start + panel.width - n)
+            }
+            Factor::Rows { values, stride, columns } => (&values[k * stride + n..], *stride, columns.n - n),
+        }
+    }
+}
+
+/// A factor read by one task.
+pub struct Straight<'c, T> {
+    factor: Factor<'c, T>,
+    scratch: &'c mut [T],
+}
+
+impl<'a, T: Real> RightOperand<T> for Factor<'a, T> {
+    type Chunk<'c>
+        = Straight<'c, T>
+    where
+        Self: 'c;
+    const MOST_ROWS: usize = MOST_ROWS;
+
+    fn columns(&self) -> Columns {
+        match self {
+            Factor::Panels(packed) => packed.columns,
+            Factor::Rows { columns, .. } => *columns,
+        }
+    }
+
+    fn scratch(&self, longest: usize) -> usize {
+        match self {
+            Factor::Panels(_) => 0,
+            Factor::Rows { columns, .. } => longest * columns.widest(),
+        }
+    }
+
+    fn chunk<'c>(&self, scratch: &'c mut [T]) -> Straight<'c, T>
+    where
+        Self: 'c,
+    {
+        Straight { factor: *self, scratch }
+    }
+}
+
+impl<T: Real> Right<T> for Straight<'_, T> {
+    fn columns(&self) -> Columns {
+        self.factor.columns()
+    }
+
+    #[inline(always)]
+    fn block<S: Simd>(&mut self, _: S, panel: Panel, block: Block) -> &[T] {
+        match self.factor {
+            Factor::Panels(packed) => packed.rows(panel, block.k, block.len),
+            Factor::Rows { values, stride, columns } => {
+                let width = columns.padded_width(panel);
+                let out = &mut self.scratch[..block.len * width];
+                for (k, out) in (block.k..).zip(out.chunks_exact_mut(width)) {
+                    let (out, padding) = out.split_at_mut(panel.width);
+                    out.copy_from_slice(&values[k * stride + panel.start..][..panel.width]);
+                    padding.fill(T::ZERO);
+                }
+                out
+            }
+        }
+    }
+}
+
+/// `[taps · I, N]` with each tap transposed: the right operand `[taps · N, I]`.
+#[derive(Clone, Copy)]
+pub struct Transposed<'a, T> {
+    factor: Factor<'a, T>,
+    columns: Columns,
+}
+
+impl<'a, T: Real> Transposed<'a, T> {
+    /// `columns` of `I`: all rows of the factor, or those of one tap.
+    pub fn new(factor: Factor<'a, T>, columns: Columns) -> Transposed<'a, T> {
+        Transposed { factor, columns }
+    }
+}
+
+/// A transposed factor read by one task.
+pub struct Turned<'c, T> {
+    from: Transposed<'c, T>,
+    scratch: &'c mut [T],
+}
+
+impl<'a, T: Real> RightOperand<T> for Transposed<'a, T> {
+    type Chunk<'c>
+        = Turned<'c, T>
+    where
+        Self: 'c;
+    const MOST_ROWS: usize = MOST_ROWS_TURNED;
+
+    fn columns(&self) -> Columns {
+        self.columns
+    }
+
+    fn scratch(&self, longest: usize) -> usize {
+        (longest + self.factor.columns().widest()) * self.columns.widest()
+    }
+
+    fn chunk<'c>(&self, scratch: &'c mut [T]) -> Turned<'c, T>
+    where
+        Self: 'c,
+    {
+        Turned { from: *self, scratch }
+    }
+}
+
+impl<T: Real> Right<T> for Turned<'_, T> {
+    fn columns(&self) -> Columns {
+        self.from.columns
+    }
+
+    #[inline(always)]
+    fn block<S: Simd>(&mut self, simd: S, panel: Panel, block: Block) -> &[T] {
+        let Transposed { factor, columns } = self.from;
+        let (depth, width) = (factor.columns().n, columns.padded_width(panel));
+        let (near, scratch) = self.scratch.split_at_mut(columns.widest() * factor.columns().widest());
+        let out = &mut scratch[..block.len * width];
+        if panel.width < width {
+            out.fill(T::ZERO);
+        }
+        // A block may cover several taps, and a tap several panels of the factor.
+        let mut at = 0;
+        while at < block.len {
+            let (tap, n) = ((block.k + at) / depth, (block.k + at) % depth);
+            let (source, stride, available) = factor.from(tap * columns.n + panel.start, n);
+            let count = available.min(block.len - at);
+            let mut source = &source[..(panel.width - 1) * stride + count];
+            if let Factor::Panels(_) = factor {
+                // Read in one go first: the weight comes from afar, and the turning would wait for each of its lines.
+                near[..source.len()].copy_from_slice(source);
+                source = near;
+            }
+            let out = &mut out[at * width..];
+            simd.vectorize(Transpose { source, stride, rows: panel.width, columns: count, out, width });
+            at += count;
+        }
+        out
+    }
+}

@@ -1,0 +1,225 @@
+//! Normalisations and everything else that reduces rows: softmax, unit vectors, inner products, cross-entropy, sums.
+
+use super::OpKind;
+use crate::program::infer::{Infer, Types, ensure};
+use crate::program::{Program, ValueId};
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Norm {
+    /// Over each of `groups` channel groups of `x [B, .., C]`, biased variance, then SiLU if asked.
+    /// Outputs: `y`, `mean [B, groups]`, `rstd [B, groups]`.
+    Group { x: ValueId, gamma: ValueId, beta: ValueId, groups: usize, eps: f64, silu: bool },
+    /// Gradient of `Group` to `x`.
+    GroupBackward {
+        x: ValueId,
+        d_y: ValueId,
+        gamma: ValueId,
+        beta: ValueId,
+        mean: ValueId,
+        rstd: ValueId,
+        groups: usize,
+        silu: bool,
+    },
+    /// Over the last dimension. Outputs: `y`, `mean [..]`, `rstd [..]`.
+    Layer { x: ValueId, gamma: ValueId, beta: ValueId, eps: f64 },
+    /// Gradient of `Layer` to `x`.
+    LayerBackward { x: ValueId, d_y: ValueId, gamma: ValueId, mean: ValueId, rstd: ValueId },
+    /// Gradients of `Layer` to `gamma [C]` and `beta [C]`.
+    LayerBackwardAffine { x: ValueId, d_y: ValueId, mean: ValueId, rstd: ValueId },
+    /// Over the last dimension.
+    Softmax { x: ValueId },
+    /// `y (d_y - Σ y d_y)`.
+    SoftmaxBackward { y: ValueId, d_y: ValueId },
+    /// `x / max(‖x‖, eps)` over the last dimension. Outputs: `y`, `‖x‖ [..]`.
+    Unit { x: ValueId, eps: f64 },
+    /// Gradient of `Unit` from its outputs; where the norm is below `eps`, `d_y / eps`.
+    UnitBackward { y: ValueId, norm: ValueId, d_y: ValueId, eps: f64 },
+    /// Inner product per sample: `a`, `b [B, ..]` → `[B]`.
+    Dot { a: ValueId, b: ValueId },
+    /// `-log softmax(logits)[target]` per row: `logits [.., V]`, `targets [..]` i32, a negative one counts 0.
+    /// Outputs: `loss [..]`, log-sum-exp `[..]`.
+    CrossEntropy { logits: ValueId, targets: ValueId },
+    /// `d_loss (softmax(logits) - onehot(target))`; 0 in rows with a negative target.
+    CrossEntropyBackward { logits: ValueId, targets: ValueId, lse: ValueId, d_loss: ValueId },
+    /// Sums of channels: `x [B, .., C]` → `[B, C]`, or over the samples too `[1, C]` or `[C]` (`Rows`).
+    Sum { x: ValueId, over: Over },
+}
+
+/// What [`Norm::Sum`] sums over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    /// The middle dimensions: `[B, C]`.
+    Middle,
+    /// All but the last dimension, kept as one: `[1, C]`.
+    Samples,
+    /// All but the last dimension: `[C]`.
+    Rows,
+}
+
+impl OpKind for Norm {
+    fn operands(&mut self) -> Vec<&mut ValueId> {
+        match self {
+            Norm::Group { x, gamma, beta, .. } | Norm::Layer { x, gamma, beta, .. } => vec![x, gamma, beta],
+            Norm::GroupBackward { x, d_y, gamma, beta, mean, rstd, .. } => vec![x, d_y, gamma, beta, mean, rstd],
+            Norm::LayerBackward { x, d_y, gamma, mean, rstd } => vec![x, d_y, gamma, mean, rstd],
+            Norm::LayerBackwardAffine { x, d_y, mean, rstd } => vec![x, d_y, mean, rstd],
+            Norm::Softmax { x } | Norm::Unit { x, .. } | Norm::Sum { x, .. } => vec![x],
+            Norm::SoftmaxBackward { y, d_y } => vec![y, d_y],
+            Norm::UnitBackward { y, norm, d_y, .. } => vec![y, norm, d_y],
+            Norm::Dot { a, b } => vec![a, b],
+            Norm::CrossEntropy { logits, targets } => vec![logits, targets],
+            Norm::CrossEntropyBackward { logits, targets, lse, d_loss } => vec![logits, targets, lse, d_loss],
+        }
+    }
+
+    fn infer(&self, cx: &Infer) -> Result<Types, String> {
+        match *self {
+            Norm::Group { x, gamma, beta, groups, .. } => {
+                let stats = group_stats(cx, x, groups)?;
+                let s = cx.shape(x);
+                cx.exactly("gamma", gamma, &s[s.len() - 1..])?;
+                cx.exactly("beta", beta, &s[s.len() - 1..])?;
+                Ok(vec![cx.of(s.to_vec()), cx.of(stats.clone()), cx.of(stats)])
+            }
+            Norm::GroupBackward { x, d_y, gamma, beta, mean, rstd, groups, .. } => {
+                let stats = group_stats(cx, x, groups)?;
+                let s = cx.shape(x);
+                cx.exactly("d_y", d_y, s)?;
+                for (what, id) in [("gamma", gamma), ("beta", beta)] {
+                    cx.exactly(what, id, &s[s.len() - 1..])?;
+                }
+                for (what, id) in [("mean", mean), ("rstd", rstd)] {
+                    cx.exactly(what, id, &stats)?;
+                }
+                Ok(cx.one(s.to_vec()))
+            }
+            Norm::Layer { x, gamma, beta, .. } => {
+                let s = cx.float(x, 2)?;
+                let (rows, width) = s.split_at(s.len() - 1);
+                cx.exactly("gamma", gamma, width)?;
+                cx.exactly("beta", beta, width)?;
+                Ok(vec![cx.of(s.to_vec()), cx.of(rows.to_vec()), cx.of(rows.to_vec())])
+            }
+            Norm::LayerBackward { x, d_y, gamma, mean, rstd } => {
+                let s = layer_saved(cx, x, d_y, mean, rstd)?;
+                cx.exactly("gamma", gamma, &s[s.len() - 1..])?;
+                Ok(cx.one(s.to_vec()))
+            }
+            Norm::LayerBackwardAffine { x, d_y, mean, rstd } => {
+                let s = layer_saved(cx, x, d_y, mean, rstd)?;
+                let width = s[s.len() - 1..].to_vec();
+                Ok(vec![cx.of(width.clone()), cx.of(width)])
+            }
+            Norm::Softmax { x } => Ok(cx.one(cx.float(x, 1)?.to_vec())),
+            Norm::SoftmaxBackward { y, d_y } => {
+                let s = cx.float(y, 1)?;
+                cx.exactly("d_y", d_y, s)?;
+                Ok(cx.one(s.to_vec()))
+            }
+            Norm::Unit { x, .. } => {
+                let s = cx.float(x, 2)?;
+                Ok(vec![cx.of(s.to_vec()), cx.of(s[..s.len() - 1].to_vec())])
+            }
+            Norm::UnitBackward { y, norm, d_y, .. } => {
+                let s = cx.float(y, 2)?;
+                cx.exactly("norm", norm, &s[..s.len() - 1])?;
+                cx.exactly("d_y", d_y, s)?;
+                Ok(cx.one(s.to_vec()))
+            }
+            Norm::Dot { a, b } => {
+                let s = cx.float(a, 1)?;
+                cx.exactly("b", b, s)?;
+                Ok(cx.one(vec![s[0]]))
+            }
+            Norm::CrossEntropy { logits, targets } => {
+                let s = cx.float(logits, 2)?;
+                let rows = &s[..s.len() - 1];
+                cx.index("targets", targets, rows)?;
+                Ok(vec![cx.of(rows.to_vec()), cx.of(rows.to_vec())])
+            }
+            Norm::CrossEntropyBackward { logits, targets, lse, d_loss } => {
+                let s = cx.float(logits, 2)?;
+                let rows = &s[..s.len() - 1];
+                cx.index("targets", targets, rows)?;
+                cx.exactly("lse", lse, rows)?;
+                cx.exactly("d_loss", d_loss, rows)?;
+                Ok(cx.one(s.to_vec()))
+            }
+            Norm::Sum { x, over } => {
+                let s = cx.float(x, 2)?;
+                let c = s[s.len() - 1];
+                Ok(cx.one(match over {
+                    Over::Middle => vec![s[0], c],
+                    Over::Samples => vec![1, c],
+                    Over::Rows => vec![c],
+                }))
+            }
+        }
+    }
+
+    fn alias(&self) -> Option<ValueId> {
+        match *self {
+            Norm::Group { x, .. } | Norm::Layer { x, .. } | Norm::Softmax { x } | Norm::Unit { x, .. } => Some(x),
+            Norm::GroupBackward { d_y, .. } | Norm::LayerBackward { d_y, .. } => Some(d_y),
+            Norm::SoftmaxBackward { d_y, .. } | Norm::UnitBackward { d_y, .. } => Some(d_y),
+            Norm::CrossEntropyBackward { logits, .. } => Some(logits),
+            Norm::LayerBackwardAffine { .. } | Norm::Dot { .. } | Norm::CrossEntropy { .. } | Norm::Sum { .. } => None,
+        }
+    }
+
+    fn show(&self, p: &Program) -> String {
+        let v = |id: &ValueId| p.show(*id);
+        match self {
+            Norm::Group { x, gamma, groups, eps, silu, .. } => {
+                format!(
+                    "group_norm {} {} groups {groups} eps {eps:e}{}",
+                    v(x),
+                    v(gamma),
+                    if *silu { " silu" } else { "" }
+                )
+            }
+            Norm::GroupBackward { x, d_y, gamma, groups, silu, .. } => {
+                let silu = if *silu { " silu" } else { "" };
+                format!("group_norm_backward {} {} {} groups {groups}{silu}", v(d_y), v(x), v(gamma))
+            }
+            Norm::Layer { x, gamma, eps, .. } => format!("layer_norm {} {} eps {eps:e}", v(x), v(gamma)),
+            Norm::LayerBackward { x, d_y, gamma, .. } => {
+                format!("layer_norm_backward {} {} {}", v(d_y), v(x), v(gamma))
+            }
+            Norm::LayerBackwardAffine { x, d_y, .. } => format!("layer_norm_backward_affine {} {}", v(d_y), v(x)),
+            Norm::Softmax { x } => format!("softmax {}", v(x)),
+            Norm::SoftmaxBackward { y, d_y } => format!("softmax_backward {} {}", v(d_y), v(y)),
+            Norm::Unit { x, eps } => format!("unit {} eps {eps:e}", v(x)),
+            Norm::UnitBackward { y, d_y, .. } => format!("unit_backward {} {}", v(d_y), v(y)),
+            Norm::Dot { a, b } => format!("dot {} {}", v(a), v(b)),
+            Norm::CrossEntropy { logits, targets } => format!("cross_entropy {} {}", v(logits), v(targets)),
+            Norm::CrossEntropyBackward { logits, targets, d_loss, .. } => {
+                format!("cross_entropy_backward {} {} {}", v(d_loss), v(logits), v(targets))
+            }
+            Norm::Sum { x, over } => format!("sum {} over {over:?}", v(x)).to_lowercase(),
+        }
+    }
+}
+
+/// The shape of a group norm's statistics.
+fn group_stats(cx: &Infer, x: ValueId, groups: usize) -> Result<Vec<usize>, String> {
+    let s = cx.float(x, 3)?;
+    let c = s[s.len() - 1];
+    ensure!(groups > 0 && c % groups == 0, "{c} channels do not divide into {groups} groups");
+    Ok(vec![s[0], groups])
+}
+
+/// The shape of `x`, when what a layer norm's backward reads fits it.
+fn layer_saved<'a>(
+    cx: &Infer<'a>,
+    x: ValueId,
+    d_y: ValueId,
+    mean: ValueId,
+    rstd: ValueId,
+) -> Result<&'a [usize], String> {
+    let s = cx.float(x, 2)?;
+    cx.exactly("d_y", d_y, s)?;
+    cx.exactly("mean", mean, &s[..s.len() - 1])?;
+    cx.exactly("rstd", rstd, &s[..s.len() - 1])?;
+    Ok(s)
+}
