@@ -3,12 +3,21 @@
 mod common;
 
 use common::around::{Buffers, Clip, Gradient, Policy, channels_last, gradients, run, value};
+use common::feed::noise;
 use common::golden::{Case, data_folder, relative_error};
 use rarebit::autodiff::{Cotangent, Request, differentiate};
-use rarebit::exec::cpu::Real;
-use rarebit::models::{Weights, detect, gpt2};
-use rarebit::program::{Activation, DType, Program};
+use rarebit::exec::cpu::{Cpu, Real};
+use rarebit::exec::{Data, DataMut, Executor};
+use rarebit::methods::networks::Tensor;
+use rarebit::methods::pipeline::Pipeline;
+use rarebit::metrics::shapes::World;
+use rarebit::models::clip_text::ClipText;
+use rarebit::models::{Weights, clip_image, detect, gpt2, heads};
+use rarebit::plan::plan;
+use rarebit::program::{Activation, Builder, DType, Program};
 use rarebit::weights::{Component, Model};
+use safetensors::SafeTensors;
+use std::collections::BTreeMap;
 
 const LIMIT: f64 = 2e-5;
 /// The golden files are computed in f64: only a number between two of f32 may be rounded to the other one.
@@ -231,4 +240,157 @@ fn wrong_networks_are_refused() {
     refused(r#"{"activation_function": "relu"}"#, "activation_function");
     refused(r#"{"vocab_size": 62, "n_embd": 32, "n_head": 4}"#, "vocab_size is 62");
     refused(r#"{"vocab_size": 61, "n_embd": 32, "n_head": 5}"#, "does not divide");
+}
+
+/// The embedded pair finds the scenes that captions speak of, and its head knows the world's aesthetic of them.
+#[test]
+fn embedded_clip_and_aesthetic() {
+    let bytes = std::fs::read(data_folder("shapes").join("reader.safetensors")).unwrap();
+    let golden = SafeTensors::deserialize(&bytes).unwrap();
+    let (scenes, cells) = (golden.tensor("scenes").unwrap(), golden.tensor("cells").unwrap());
+    let world = World::embedded().unwrap();
+    let values: Vec<i64> = cells.data().as_chunks::<8>().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect();
+    let cells: Vec<Vec<usize>> =
+        values.chunks(world.attributes.len()).map(|cell| cell.iter().map(|v| *v as usize).collect()).collect();
+
+    let pipeline = Pipeline::open(rarebit::assets::shapes().unwrap(), None).unwrap();
+    let clip = detect::clip_config(&pipeline.model).unwrap();
+    let head = detect::head_config(&pipeline.model).unwrap();
+    assert_eq!(detect::policy_config(&pipeline.model).unwrap().vocab_size, clip.text.as_ref().unwrap().vocab_size);
+    let n = cells.len();
+    let mut b = Builder::new("image", DType::F32);
+    let pixels = b.input("pixels", scenes.shape());
+    let image = clip.preprocess.append(&mut b, pixels);
+    let features = clip_image::features(&mut b, &clip.image, image);
+    let unit = clip_image::unit(&mut b, features);
+    let score = heads::aesthetic(&mut b, &head, unit);
+    b.output("unit", unit);
+    b.output("score", score);
+    let pixels = scenes.data().iter().map(|x| f32::from(*x) / 127.5 - 1.0).collect();
+    let floats = [("pixels".to_string(), pixels)].into();
+    let images = run::<f32>(&b.finish().unwrap(), &pipeline.model, &Buffers { floats, ..Buffers::default() });
+
+    let said = ["colour", "shape", "bg"].map(|name| world.attributes.iter().position(|a| a.name == name).unwrap());
+    let stated = |cell: &Vec<usize>| said.map(|i| cell[i]);
+    let (mut ids, mut ends) = (vec![], vec![]);
+    for cell in &cells {
+        let [colour, shape, ground] = said.map(|i| &world.attributes[i].values[cell[i]]);
+        let tokens = pipeline.tokenize(&format!("a {colour} {shape} on a {ground} background")).unwrap().remove(0);
+        ids.extend(tokens.ids);
+        ends.push(tokens.eos as i32);
+    }
+    let mut b = Builder::new("text", DType::F32);
+    let (id_buffer, end_buffer) = (b.input_i32("ids", &[n, ids.len() / n]), b.input_i32("ends", &[n]));
+    let mut tower = ClipText::new(&mut b, clip.text.as_ref().unwrap(), Component::Clip);
+    let x = tower.embed(id_buffer);
+    let features = tower.features(x, end_buffer);
+    let unit = clip_image::unit(&mut b, features);
+    b.output("unit", unit);
+    let ints = [("ids".to_string(), ids), ("ends".to_string(), ends)].into();
+    let texts = run::<f32>(&b.finish().unwrap(), &pipeline.model, &Buffers { ints, ..Buffers::default() });
+
+    let width = clip.image.projection;
+    let cosine = |text: &[f32], image: &[f32]| text.iter().zip(image).map(|(a, b)| a * b).sum::<f32>();
+    let found = texts["unit"].chunks(width).zip(&cells).filter(|(text, cell)| {
+        let near = images["unit"].chunks(width).map(|image| cosine(text, image));
+        let (best, _) = near.enumerate().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+        stated(&cells[best]) == stated(cell)
+    });
+    let found = found.count();
+    let error =
+        cells.iter().zip(&images["score"]).map(|(cell, score)| (world.aesthetic(cell) - f64::from(*score)).abs());
+    let error = error.sum::<f64>() / n as f64;
+    println!("{found} of {n} scenes found; aesthetic off by {error:.2} in the mean");
+    assert!(found * 10 >= n * 8, "{found} of {n}");
+    assert!(error < 0.5, "{error}");
+}
+
+/// The relative error of a gradient along a random line against central differences in f64, at the best step of a sweep.
+fn central_error(program: &Program, model: &Model, buffers: &BTreeMap<String, Moved>, of: &str, to: &[String]) -> f64 {
+    let mut cpu = Cpu::<f64>::new();
+    let names: Vec<&str> = to.iter().map(String::as_str).collect();
+    let gradient = differentiated(program, of, false, &names);
+    let load = |cpu: &mut Cpu<f64>, program: &Program| {
+        let planned = plan(program.clone(), |program, node| cpu.workspace(program, node));
+        cpu.load(planned, model).unwrap()
+    };
+    let (forward, backward) = (load(&mut cpu, program), load(&mut cpu, &gradient));
+    let along: Vec<Vec<f64>> = to.iter().zip(1..).map(|(name, seed)| noise(name, seed, buffers[name].len())).collect();
+    let at = |cpu: &mut Cpu<f64>, id, h: f64| {
+        for (name, data) in buffers {
+            match (data, to.iter().position(|moved| moved == name)) {
+                (Moved::Floats(x), Some(i)) => {
+                    let x: Vec<f64> = x.iter().zip(&along[i]).map(|(x, a)| x + h * a).collect();
+                    cpu.write(name, Data::F64(&x)).unwrap();
+                }
+                (Moved::Floats(x), None) => cpu.write(name, Data::F64(x)).unwrap(),
+                (Moved::Ints(ids), _) => cpu.write(name, Data::I32(ids)).unwrap(),
+            }
+        }
+        cpu.run(id).unwrap();
+    };
+    at(&mut cpu, backward, 0.0);
+    let mut slope = 0.0;
+    for (name, along) in to.iter().zip(&along) {
+        let mut found = vec![0.0; along.len()];
+        cpu.read(&format!("d {name}"), DataMut::F64(&mut found)).unwrap();
+        slope += found.iter().zip(along).map(|(d, a)| d * a).sum::<f64>();
+    }
+    let mut loss = |h: f64| {
+        at(&mut cpu, forward, h);
+        let mut out = vec![0.0; program.value(value(program, of)).len()];
+        cpu.read(of, DataMut::F64(&mut out)).unwrap();
+        out.iter().sum::<f64>()
+    };
+    let mut error = |h: f64| ((loss(h) - loss(-h)) / (2.0 * h) - slope).abs() / slope.abs();
+    [1e-2, 1e-3, 1e-4, 1e-5].into_iter().map(&mut error).fold(f64::INFINITY, f64::min)
+}
+
+enum Moved {
+    Floats(Vec<f64>),
+    Ints(Vec<i32>),
+}
+
+impl Moved {
+    fn len(&self) -> usize {
+        match self {
+            Moved::Floats(x) => x.len(),
+            Moved::Ints(x) => x.len(),
+        }
+    }
+}
+
+/// Image towers to pixels, text towers to embeddings, GPT-2 to all its weights at once.
+#[test]
+fn central_differences() {
+    let mut errors = vec![];
+    for clip in [Clip::l(), Clip::h()] {
+        let side = clip.config.image.image_size + 5;
+        let pixels = Tensor { shape: vec![1, 3, side, side], data: vec![] };
+        let buffers = [("pixels".to_string(), Moved::Floats(noise("pixels", 0, side * side * 3)))].into();
+        let program = clip.image(DType::F64, "clip", &pixels, None);
+        errors.push(("pixels", central_error(&program, &clip.model, &buffers, "features", &["pixels".into()])));
+
+        let config = clip.config.text.as_ref().unwrap();
+        let mut b = Builder::new("text", DType::F64);
+        let x = b.input("x", &[2, config.max_positions, config.width]);
+        let ends = b.input_i32("ends", &[2]);
+        let features = ClipText::new(&mut b, config, Component::Clip).features(x, ends);
+        b.output("features", features);
+        let x = Moved::Floats(noise("x", 0, 2 * config.max_positions * config.width));
+        let buffers = [("x".to_string(), x), ("ends".to_string(), Moved::Ints(vec![3, 5]))].into();
+        let program = b.finish().unwrap();
+        errors.push(("text", central_error(&program, &clip.model, &buffers, "features", &["x".into()])));
+    }
+    let policy = Policy::tiny();
+    let program = policy.program(DType::F64, Weights::Trainable);
+    let weights: Vec<String> = gpt2::parameters(&policy.config).unwrap().iter().map(|weight| weight.name()).collect();
+    let Buffers { floats, ints } = policy.buffers(Weights::Trainable);
+    let floats = floats.into_iter().map(|(name, x)| (name, Moved::Floats(x.into_iter().map(f64::from).collect())));
+    let buffers = floats.chain(ints.into_iter().map(|(name, ids)| (name, Moved::Ints(ids)))).collect();
+    errors.push(("weights", central_error(&program, &policy.model, &buffers, "loss", &weights)));
+    for (to, error) in errors {
+        println!("gradient to {to}: {error:.1e}");
+        assert!(error <= 1e-6, "{to}: {error:e}");
+    }
 }

@@ -9,9 +9,17 @@ macro_rules! shapes_files {
     };
 }
 
-/// The diffusers folder of `shapes`, file by file (see `shapes/LICENSE.md`).
+/// The diffusers folder of `shapes` with its CLIP pair, aesthetic head and prompt policy, file by file (see `shapes/LICENSE.md`).
 static SHAPES: &[(&str, &[u8])] = shapes_files![
+    "aesthetic/config.json",
+    "aesthetic/model.safetensors",
+    "clip/clip.safetensors",
+    "clip/config.json",
+    "clip/model.safetensors.index.json",
+    "clip/preprocessor_config.json",
     "model_index.json",
+    "prompt_policy/config.json",
+    "prompt_policy/model.safetensors",
     "scheduler/scheduler_config.json",
     "text_encoder/config.json",
     "text_encoder/model.safetensors",
