@@ -3,6 +3,7 @@
 
 mod common;
 
+use common::feed::{no_weights, noise};
 use common::gradients::{self, Built, Gradient};
 use rarebit::exec::cpu::{Cpu, Real};
 use rarebit::exec::{Data, DataMut, Executor, ProgramId};
@@ -12,17 +13,6 @@ use rarebit::weights::Model;
 use std::collections::HashMap;
 
 type Buffers = HashMap<String, Vec<f64>>;
-
-/// Uniform in [-2, 2], exact in f32, a function of its arguments only.
-fn noise(name: &str, sample: usize, len: usize) -> Vec<f64> {
-    let seed = name.bytes().fold(sample as u64 + 1, |h, b| (h ^ b as u64).wrapping_mul(0x100_0000_01b3));
-    let mix = |i: u64| {
-        let z = (seed ^ i.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 40) as f64 / (1u64 << 22) as f64 - 2.0
-    };
-    (1..=len as u64).map(mix).collect()
-}
 
 /// Contents of the float buffers; sample `i` of a batched buffer is that of sample `first + i` in any batch.
 fn fill(case: &Gradient, built: &Built, first: usize, batch: usize) -> Buffers {
@@ -44,15 +34,6 @@ fn fill(case: &Gradient, built: &Built, first: usize, batch: usize) -> Buffers {
         buffers.insert(name.clone(), values);
     }
     buffers
-}
-
-fn no_weights() -> Model {
-    use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("model.safetensors");
-    let view = TensorView::new(Dtype::F32, vec![1], &[0; 4]).unwrap();
-    serialize_to_file([("model.diffusion_model.unused", view)], None, &path).unwrap();
-    Model::open(&path, None).unwrap()
 }
 
 /// A program with its buffers filled.

@@ -18,7 +18,7 @@ use rarebit::weights::Component;
 
 const MODELS: [&str; 3] = ["tiny-sd1", "tiny-sd2", "tiny-sdxl"];
 
-/// Uniform in [-1, 1].
+/// Uniform in [-2, 2].
 fn noise(seed: usize, len: usize) -> Vec<f64> {
     feed::noise("chain", seed, len)
 }

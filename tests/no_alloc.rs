@@ -2,12 +2,12 @@
 
 mod common;
 
+use common::feed::no_weights;
 use common::{cases, gradients};
 use rarebit::exec::Executor;
 use rarebit::exec::cpu::Cpu;
 use rarebit::plan::plan;
 use rarebit::program::DType;
-use rarebit::weights::Model;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -38,15 +38,6 @@ unsafe impl GlobalAlloc for Counting {
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
-
-fn no_weights() -> Model {
-    use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("model.safetensors");
-    let view = TensorView::new(Dtype::F32, vec![1], &[0; 4]).unwrap();
-    serialize_to_file([("model.diffusion_model.unused", view)], None, &path).unwrap();
-    Model::open(&path, None).unwrap()
-}
 
 #[test]
 fn a_second_run_allocates_nothing() {

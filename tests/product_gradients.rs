@@ -2,6 +2,9 @@
 //! op, f32 against f64, weights as held in panels against plain inputs, and the same bits whatever the batch, the number of
 //! threads and the runs before; no op touches memory that is not its own.
 
+mod common;
+
+use common::feed::{no_weights, noise, weights};
 use rarebit::exec::cpu::{Cpu, Real};
 use rarebit::exec::{Data, DataMut, Executor};
 use rarebit::plan::plan;
@@ -159,33 +162,6 @@ struct Values {
     residual: Vec<f64>,
 }
 
-/// Uniform in [-1, 1], rounded to f32.
-fn noise(name: &str, sample: usize, len: usize) -> Vec<f64> {
-    let mut state = name.bytes().fold(sample as u64 + 1, |h, b| (h ^ b as u64).wrapping_mul(0x100_0000_01b3));
-    let mut next = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 52) as f64 - 1.0
-    };
-    (0..len).map(|_| next() as f32 as f64).collect()
-}
-
-/// A model of one tensor.
-fn model(name: &str, shape: Vec<usize>, values: &[f64]) -> Model {
-    use safetensors::tensor::{Dtype, TensorView, serialize};
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("model.safetensors");
-    let bytes: Vec<u8> = values.iter().flat_map(|x| (*x as f32).to_le_bytes()).collect();
-    let view = TensorView::new(Dtype::F32, shape, &bytes).unwrap();
-    std::fs::write(&path, serialize([(format!("model.diffusion_model.{name}"), view)], None).unwrap()).unwrap();
-    Model::open(&path, None).unwrap()
-}
-
-fn nothing() -> Model {
-    model("down_blocks.unused", vec![1], &[0.0])
-}
-
 fn weight(pack: Pack, shape: &[usize]) -> Weight {
     Weight { component: Component::Unet, keys: vec!["down_blocks.w".into()], pack, shape: shape.to_vec() }
 }
@@ -195,9 +171,9 @@ fn stored(shape: &[usize], w: &[f64]) -> Model {
     let [.., i, o] = *shape else { panic!("no weight") };
     let taps = w.len() / i / o;
     let at = |j: usize| w[(j % taps * i + j / taps % i) * o + j / taps / i];
-    let values: Vec<f64> = (0..w.len()).map(at).collect();
+    let values = (0..w.len()).map(|j| at(j) as f32).collect();
     let shape = if shape.len() == 2 { vec![o, i] } else { vec![o, i, shape[0], shape[1]] };
-    model("down_blocks.w", shape, &values)
+    weights(&[("down_blocks.w", shape, values)])
 }
 
 /// How a case is built.
@@ -266,7 +242,7 @@ fn error(a: &[f64], b: &[f64]) -> f64 {
 
 #[test]
 fn f64_agrees_with_plain_loops() {
-    let model = nothing();
+    let model = no_weights();
     for case in cases() {
         for (residual, through_op) in [(false, false), (true, false), (true, true)] {
             let how = How { residual, through_op, ..How::new(DType::F64, 2) };
@@ -280,7 +256,7 @@ fn f64_agrees_with_plain_loops() {
 
 #[test]
 fn f32_agrees_with_f64() {
-    let model = nothing();
+    let model = no_weights();
     for case in cases() {
         let values = case.values(0, 3);
         let expected = run(Cpu::<f64>::new(), &How::new(DType::F64, 3).program(&case), &values, &model, 1);
@@ -294,7 +270,7 @@ fn f32_agrees_with_f64() {
 /// `⟨d_y, f(x + h v) - f(x - h v)⟩ / 2h` against `⟨d_x, v⟩`, and the same for the weight.
 #[test]
 fn f64_agrees_with_central_differences() {
-    let model = nothing();
+    let model = no_weights();
     for case in cases() {
         let values = case.values(0, 2);
         let how = How { residual: false, ..How::new(DType::F64, 2) };
@@ -329,7 +305,7 @@ fn f64_agrees_with_central_differences() {
 
 #[test]
 fn bits_do_not_depend_on_the_batch() {
-    let model = nothing();
+    let model = no_weights();
     for case in cases().into_iter().filter(|case| !matches!(case, Case::Weight(_))) {
         let how = How::new(DType::F32, 3);
         let together = run(Cpu::<f32>::new(), &how.program(&case), &case.values(0, 3), &model, 1);
@@ -343,7 +319,7 @@ fn bits_do_not_depend_on_the_batch() {
 
 #[test]
 fn bits_do_not_depend_on_threads_or_earlier_runs() {
-    let model = nothing();
+    let model = no_weights();
     for case in cases() {
         let (program, values) = (How::new(DType::F32, 2).program(&case), case.values(0, 2));
         let result = |threads, times, guards| {
@@ -359,7 +335,7 @@ fn bits_do_not_depend_on_threads_or_earlier_runs() {
 
 #[test]
 fn other_instruction_sets_agree() {
-    let model = nothing();
+    let model = no_weights();
     #[allow(unused_mut)]
     let mut archs = vec![pulp::Arch::Scalar];
     #[cfg(target_arch = "x86_64")]

@@ -3,6 +3,7 @@
 use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::methods::pipeline::Pipeline;
 use crate::methods::programs::{Programs, Sizes, buffer, rows};
+use crate::methods::text::{self, Text};
 use crate::plan::Footprint;
 use crate::program::DType;
 use crate::sampler::{self, Noise, Rng, Schedule};
@@ -59,13 +60,6 @@ pub enum Progress<'a> {
 }
 
 pub type Observer<'a> = dyn FnMut(Progress<'_>) -> Result<()> + 'a;
-
-/// A prompt's states on the host: context `[T, D]`, and for SDXL the pooled projection `[P]` (else empty).
-#[derive(Clone, Debug)]
-pub struct Text {
-    pub context: Vec<f32>,
-    pub pooled: Vec<f32>,
-}
 
 /// The programs of one batch size, planned but not loaded: ask for the footprint, then [`Generator::load`].
 pub struct Generator<'p> {
@@ -178,18 +172,9 @@ impl Loaded<'_, '_> {
             texts.push(self.encode(&job.prompt)?);
         }
 
-        let context: Vec<f32> = texts.iter().flat_map(|text| &text.context).copied().collect();
-        self.executor.write(buffer::CONTEXT, Data::F32(&context))?;
-        if self.pipeline.config.unet.added.is_some() {
-            let pooled: Vec<f32> = texts.iter().flat_map(|text| &text.pooled).copied().collect();
-            self.executor.write(buffer::POOLED, Data::F32(&pooled))?;
-            let (height, width) = (self.settings.height as f32, self.settings.width as f32);
-            let size_ids = [height, width, 0.0, 0.0, height, width].repeat(texts.len());
-            self.executor.write(buffer::SIZE_IDS, Data::F32(&size_ids))?;
-        }
-        let timesteps: Vec<f64> = self.schedule.steps.iter().map(|step| step.timestep).collect();
-        self.executor.write(buffer::TIMESTEPS, Data::F64(&timesteps))?;
-        self.executor.run(self.condition)
+        let Text { context, pooled } = text::stacked(&texts);
+        let data = [Data::F32(&context), Data::F32(&pooled)];
+        text::condition(self.pipeline, &mut *self.executor, self.condition, self.sizes, &self.schedule, data)
     }
 
     /// One prompt's text states; each prompt is encoded once.
@@ -197,22 +182,7 @@ impl Loaded<'_, '_> {
         if let Some(text) = self.texts.get(prompt) {
             return Ok(text.clone());
         }
-        let config = &self.pipeline.config;
-        let encoded = self.pipeline.tokenize(prompt)?;
-        for (name, tokens) in buffer::IDS.iter().zip(&encoded) {
-            self.executor.write(name, Data::I32(&tokens.ids))?;
-        }
-        if let Some(tokens) = encoded.get(1) {
-            self.executor.write(buffer::EOS, Data::I32(&[tokens.eos as i32]))?;
-        }
-        self.executor.run(self.text)?;
-
-        let mut text = Text { context: vec![0.0; self.sizes.tokens * config.unet.context_width], pooled: vec![] };
-        self.executor.read(buffer::TEXT_CONTEXT, DataMut::F32(&mut text.context))?;
-        if let (Some(_), Some(width)) = (encoded.get(1), config.text.last().and_then(|tower| tower.projection)) {
-            text.pooled = vec![0.0; width];
-            self.executor.read(buffer::TEXT_POOLED, DataMut::F32(&mut text.pooled))?;
-        }
+        let text = text::encode(self.pipeline, &mut *self.executor, self.text, prompt)?;
         self.texts.insert(prompt.to_string(), text.clone());
         Ok(text)
     }

@@ -5,3 +5,4 @@ pub mod generate;
 pub mod networks;
 pub mod pipeline;
 pub mod programs;
+pub mod text;

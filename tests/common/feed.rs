@@ -8,7 +8,7 @@ use rarebit::plan::plan;
 use rarebit::program::*;
 use rarebit::weights::Model;
 
-/// Uniform in [-1, 1], a function of its arguments only.
+/// Uniform in [-2, 2], a function of its arguments only.
 pub fn noise(name: &str, sample: usize, len: usize) -> Vec<f64> {
     let mut state = name.bytes().fold(sample as u64 + 1, |h, b| (h ^ b as u64).wrapping_mul(0x100_0000_01b3));
     let mut next = || {

@@ -2,10 +2,10 @@
 
 use super::programs::{Run, loss_name, of_step};
 use super::{Chain, Leaf};
-use crate::exec::{Data, DataMut, Executor, HostFloat, ProgramId};
-use crate::methods::generate::Text;
+use crate::exec::{Data, Executor, HostFloat, ProgramId};
 use crate::methods::pipeline::Pipeline;
 use crate::methods::programs::{Sizes, buffer, gradient_of, rows};
+use crate::methods::text::{self, Text};
 use crate::program::Origin;
 use crate::sampler::{HISTORY, LATENTS, NOISE, Schedule};
 use crate::{Error, Result};
@@ -107,45 +107,19 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
 
     /// Conditions the run on the text states of all rows, under guidance the unconditional ones first.
     pub fn texts(&mut self, texts: &[Text]) -> Result<()> {
-        let all = |part: fn(&Text) -> &[f32]| -> Vec<f32> { texts.iter().flat_map(part).copied().collect() };
-        let (context, pooled) = (all(|text| &text.context), all(|text| &text.pooled));
+        let Text { context, pooled } = text::stacked(texts);
         self.condition(Data::F32(&context), Data::F32(&pooled))
     }
 
     /// The same from states as [`Leaf::Context`] and [`Leaf::Pooled`] are laid out; `pooled` is empty where the model has none.
     pub fn condition(&mut self, context: Data<'_>, pooled: Data<'_>) -> Result<()> {
-        self.executor.write(buffer::CONTEXT, context)?;
-        if self.pipeline.config.unet.added.is_some() {
-            self.executor.write(buffer::POOLED, pooled)?;
-            let factor = self.pipeline.config.vae.factor();
-            let (height, width) = ((self.sizes.height * factor) as f32, (self.sizes.width * factor) as f32);
-            let rows = rows(self.sizes, &self.schedule);
-            let size_ids = [height, width, 0.0, 0.0, height, width].repeat(rows);
-            self.executor.write(buffer::SIZE_IDS, Data::F32(&size_ids))?;
-        }
-        let timesteps: Vec<f64> = self.schedule.steps.iter().map(|step| step.timestep).collect();
-        self.executor.write(buffer::TIMESTEPS, Data::F64(&timesteps))?;
-        self.executor.run(self.condition)
+        let data = [context, pooled];
+        text::condition(self.pipeline, self.executor, self.condition, self.sizes, &self.schedule, data)
     }
 
     /// One prompt's text states.
     pub fn encode(&mut self, prompt: &str) -> Result<Text> {
-        let config = &self.pipeline.config;
-        let encoded = self.pipeline.tokenize(prompt)?;
-        for (name, tokens) in buffer::IDS.iter().zip(&encoded) {
-            self.executor.write(name, Data::I32(&tokens.ids))?;
-        }
-        if let Some(tokens) = encoded.get(1) {
-            self.executor.write(buffer::EOS, Data::I32(&[tokens.eos as i32]))?;
-        }
-        self.executor.run(self.text)?;
-        let mut text = Text { context: vec![0.0; self.sizes.tokens * config.unet.context_width], pooled: vec![] };
-        self.executor.read(buffer::TEXT_CONTEXT, DataMut::F32(&mut text.context))?;
-        if let (Some(_), Some(width)) = (encoded.get(1), config.text.last().and_then(|tower| tower.projection)) {
-            text.pooled = vec![0.0; width];
-            self.executor.read(buffer::TEXT_POOLED, DataMut::F32(&mut text.pooled))?;
-        }
-        Ok(text)
+        text::encode(self.pipeline, self.executor, self.text, prompt)
     }
 
     /// Runs from `noise` (`[B, h, w, C]`, unit variance) and back. `draws`: the fresh noise of every step, for samplers that add it.
