@@ -18,12 +18,13 @@ import make_data
 import tokenizer
 import trainer
 
-# Widths, and the two phases of the training: the second weighs coarse errors (`coarse_errors`) and has terse captions too (`TERSE`).
+# Widths, and the phases of the training: all but the first weigh coarse errors (`coarse_errors`) and have terse captions too (`TERSE`).
 VARIANTS = {
     "a": (
         (64, 96, 96),
         trainer.Recipe("unet", steps=6000, batch=96, learning_rate=1.5e-3, seed=21, hold=0.4, ema=0.9995),
         trainer.Recipe("unet-coarse", steps=2400, batch=96, learning_rate=5e-4, seed=23, ema=0.999),
+        trainer.Recipe("unet-settle", steps=2000, batch=96, learning_rate=2.5e-4, seed=25, ema=0.9995),
     ),
     "b": (
         (48, 80, 80),
@@ -32,7 +33,7 @@ VARIANTS = {
     ),
 }
 CAPTION_DROPOUT = 0.1
-# Share of the second phase's captions that mention every attribute but the shape as rarely as this: one caption in a hundred is a bare
+# Share of the later phases' captions that mention every attribute but the shape as rarely as this: one caption in a hundred is a bare
 # "a star" otherwise, too few to learn what all it leaves open.
 TERSE, TERSE_MENTION = 0.3, 0.3
 # Loss weight min(SNR, 5) / SNR (Hang et al. 2023, epsilon form).
@@ -72,7 +73,7 @@ def coarse_errors(error: torch.Tensor) -> torch.Tensor:
 
 def denoising_loss(unet, x: torch.Tensor, context: torch.Tensor, alphas: torch.Tensor, coarse: bool):
     """The loss of clean latents `x [n, 4, 16, 16]`, and what to log; noise and timesteps are drawn from torch's generator."""
-    # One timestep per stratum: the same distribution, less variance. The second phase asks more of high noise, with density t^(1/2).
+    # One timestep per stratum: the same distribution, less variance. Later phases ask more of high noise, with density t^(1/2).
     strata = (torch.arange(len(x)) + torch.rand(len(x))) / len(x)
     t = ((strata ** (2 / 3) if coarse else strata) * len(alphas)).long().clamp(max=len(alphas) - 1).to(x.device)
     noise = torch.randn_like(x)
@@ -109,7 +110,7 @@ def program(args) -> None:
     # All matrices but the first and last layer. After 700 steps of 48 on one core: loss 0.0192 against AdamW's 0.0234, for 14 % more time.
     hidden = [p for name, p in unet.named_parameters() if p.ndim > 1 and not name.startswith(("conv_in", "conv_out"))]
     for phase, recipe in enumerate(recipes):
-        trainer.train(recipe, unet, partial(loss, coarse=phase == 1), args, hidden)
+        trainer.train(recipe, unet, partial(loss, coarse=phase > 0), args, hidden)
     if trainer.rank() == 0:
         folder = args.work / ("model" if args.variant == "a" else "model-b")
         unet.cpu().save_pretrained(folder / "unet")
