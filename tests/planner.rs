@@ -1,6 +1,7 @@
 //! The planner: no two live buffers overlap, whatever the program, and the arena is hardly larger than what is live.
 
 use proptest::prelude::*;
+use rarebit::autodiff::{Cotangent, Request, differentiate};
 use rarebit::models::config::{AddedConfig, UnetConfig, VaeConfig};
 use rarebit::models::unet::Unet;
 use rarebit::models::vae;
@@ -132,6 +133,13 @@ fn unet_program(config: &UnetConfig, side: usize) -> Program {
     b.finish().unwrap()
 }
 
+/// Forward and backward to the latents.
+fn gradient(program: &Program) -> Program {
+    let latents = program.input("latents").unwrap();
+    let objectives = program.outputs.iter().map(|(_, id)| (*id, Cotangent::Input("cotangent".into()))).collect();
+    differentiate(program, &Request { objectives, leaves: vec![(latents, "gradient".into())] }, None).unwrap()
+}
+
 #[test]
 fn arena_is_within_a_tenth_of_what_is_live() {
     let vae_config = VaeConfig {
@@ -153,7 +161,9 @@ fn arena_is_within_a_tenth_of_what_is_live() {
     let decode = b.finish().unwrap();
 
     let executor = rarebit::exec::cpu::Cpu::<f32>::new();
-    for program in [unet_program(&sd15(), 64), unet_program(&sdxl(), 128), decode] {
+    let programs = [unet_program(&sd15(), 64), unet_program(&sdxl(), 128), decode];
+    let gradients = [gradient(&programs[0]), gradient(&programs[2])];
+    for program in programs.into_iter().chain(gradients) {
         let name = format!("{} of {} ops", program.name, program.nodes.len());
         let planned = plan(program, |program, node| rarebit::exec::Executor::workspace(&executor, program, node));
         let ratio = planned.plan.arena_bytes as f64 / planned.plan.live_bytes as f64;
