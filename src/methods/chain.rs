@@ -4,7 +4,7 @@
 //! step and runs each step's UNet again on the way back (memory does not grow with the number of steps but for that state), and
 //! *activations*, one program over all steps, where the budget holds everything.
 //!
-//! ```no_run
+//! ```
 //! use rarebit::exec::{Data, Executor, cpu::Cpu};
 //! use rarebit::methods::{chain::{Chain, Leaf, Objective, Options}, pipeline::Pipeline};
 //! use rarebit::models::vae;
@@ -35,6 +35,7 @@
 //! let noise = vec![0.1; 4 * 16 * 16];
 //! let found = chain.evaluate(&noise, &[])?;
 //! println!("loss {}, gradient to the noise {:?}", found.losses[0][0], &found.gradients[0][..4]);
+//! # assert!(found.losses[0][0] > 0.0 && found.gradients[0].iter().any(|d| *d != 0.0));
 //! # Ok(()) }
 //! ```
 
