@@ -184,8 +184,10 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
     fn backward(&mut self, step_backward: ProgramId, draws: &[Vec<F>]) -> Result<()> {
         self.clear_gradients()?;
         for done in (0..=self.schedule.steps.len()).rev() {
-            self.write_state(done)?;
-            self.objectives(done)?;
+            if self.after.contains(&done) {
+                self.write_state(done)?;
+                self.objectives(done)?;
+            }
             if done > 0 {
                 self.write_state(done - 1)?;
                 self.prepare(done - 1, draws, "")?;
