@@ -3,8 +3,9 @@
 
 mod common;
 
-use common::feed::{no_weights, noise};
-use common::gradients::{self, Built, Gradient};
+use common::cases::Built;
+use common::feed::{self, lesser_archs, no_weights, noise};
+use common::gradients::{self, Gradient};
 use rarebit::exec::cpu::{Cpu, Real};
 use rarebit::exec::{Data, DataMut, Executor, ProgramId};
 use rarebit::plan::plan;
@@ -16,22 +17,9 @@ type Buffers = HashMap<String, Vec<f64>>;
 
 /// Contents of the float buffers; sample `i` of a batched buffer is that of sample `first + i` in any batch.
 fn fill(case: &Gradient, built: &Built, first: usize, batch: usize) -> Buffers {
-    let mut buffers = Buffers::new();
-    for &id in &built.program.inputs {
-        let value = built.program.value(id);
-        let Origin::Input(name) = &value.origin else { unreachable!() };
-        if value.dtype == DType::I32 {
-            continue;
-        }
-        let mut values = if built.batched.contains(name) {
-            (first..first + batch).flat_map(|sample| noise(name, sample, value.len() / batch)).collect()
-        } else {
-            noise(name, 1000, value.len())
-        };
-        if name == "leaf" {
-            values.iter_mut().for_each(|x| *x = (case.domain)(*x) as f32 as f64);
-        }
-        buffers.insert(name.clone(), values);
+    let mut buffers = feed::fill(built, first, batch).floats;
+    if let Some(leaf) = buffers.get_mut("leaf") {
+        leaf.iter_mut().for_each(|x| *x = (case.domain)(*x) as f32 as f64);
     }
     buffers
 }
@@ -152,14 +140,10 @@ fn bits_do_not_depend_on_place_threads_or_batch() {
     }
 }
 
-/// The tiles of lesser processors: AVX2 where there is it, and none at all.
 #[test]
 fn other_instruction_sets_agree() {
     let model = no_weights();
-    #[allow(unused_mut)]
-    let mut archs = vec![pulp::Arch::Scalar];
-    #[cfg(target_arch = "x86_64")]
-    archs.extend(pulp::x86::V3::try_new().map(pulp::Arch::V3));
+    let archs = lesser_archs();
     for case in gradients::all() {
         let expected = gradient(Cpu::<f32>::new(), &case, 1, false, &model);
         for &arch in &archs {

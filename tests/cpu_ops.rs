@@ -4,7 +4,7 @@
 mod common;
 
 use common::cases::Case;
-use common::feed::{fill, no_weights, noise, run, weights};
+use common::feed::{fill, lesser_archs, no_weights, noise, run, weights};
 use common::naive::Buffers;
 use common::{cases, naive};
 use rarebit::exec::cpu::Cpu;
@@ -114,14 +114,10 @@ fn bits_do_not_depend_on_threads_or_earlier_runs() {
     }
 }
 
-/// The tiles of lesser processors: AVX2 where there is it, and none at all.
 #[test]
 fn other_instruction_sets_agree() {
     let model = no_weights();
-    #[allow(unused_mut)]
-    let mut archs = vec![pulp::Arch::Scalar];
-    #[cfg(target_arch = "x86_64")]
-    archs.extend(pulp::x86::V3::try_new().map(pulp::Arch::V3));
+    let archs = lesser_archs();
     for case in every_case() {
         let built = case.program(DType::F32, 1, false);
         let buffers = fill(&built, 0, 1);

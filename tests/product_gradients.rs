@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::feed::{no_weights, noise, weights};
+use common::feed::{lesser_archs, no_weights, noise, weights};
 use rarebit::exec::cpu::{Cpu, Real};
 use rarebit::exec::{Data, DataMut, Executor};
 use rarebit::plan::plan;
@@ -336,10 +336,7 @@ fn bits_do_not_depend_on_threads_or_earlier_runs() {
 #[test]
 fn other_instruction_sets_agree() {
     let model = no_weights();
-    #[allow(unused_mut)]
-    let mut archs = vec![pulp::Arch::Scalar];
-    #[cfg(target_arch = "x86_64")]
-    archs.extend(pulp::x86::V3::try_new().map(pulp::Arch::V3));
+    let archs = lesser_archs();
     for case in cases() {
         let (program, values) = (How::new(DType::F32, 1).program(&case), case.values(0, 1));
         let expected = run(Cpu::<f32>::new(), &program, &values, &model, 1);

@@ -44,6 +44,15 @@ pub fn fill(built: &Built, first: usize, batch: usize) -> Buffers {
     buffers
 }
 
+/// The instruction sets of lesser processors: AVX2 where there is it, and none at all.
+pub fn lesser_archs() -> Vec<pulp::Arch> {
+    #[allow(unused_mut)]
+    let mut archs = vec![pulp::Arch::Scalar];
+    #[cfg(target_arch = "x86_64")]
+    archs.extend(pulp::x86::V3::try_new().map(pulp::Arch::V3));
+    archs
+}
+
 /// A checkpoint with nothing in it that these programs use.
 pub fn no_weights() -> Model {
     weights(&[("unused", vec![1], vec![0.0])])

@@ -1,6 +1,7 @@
 //! Gradients of elementwise ops, resampling, embeddings and updates: each a forward op and the op that takes it back.
+//! Their programs have the buffer `leaf` (the backward also `d_y`) and the output `out`.
 
-use super::cases::{Feed, INTERPOLATIONS};
+use super::cases::{Built, Feed, INTERPOLATIONS};
 use rarebit::program::*;
 
 /// Appends the forward op to its leaf.
@@ -23,13 +24,6 @@ pub struct Gradient {
     pub domain: Domain,
     forward: Box<Forward>,
     backward: Box<Backward>,
-}
-
-/// A program with the buffer `leaf` (the backward also with `d_y`) and the output `out`.
-pub struct Built {
-    pub program: Program,
-    pub batched: Vec<String>,
-    pub ints: Vec<(String, Vec<i32>)>,
 }
 
 impl Gradient {
