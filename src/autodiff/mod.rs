@@ -228,7 +228,7 @@ impl Walk {
             return again;
         }
         let Origin::Op(index) = self.b.program().value(id).origin else { return id };
-        if self.kept.as_ref().is_none_or(|kept| kept[id.index()]) {
+        if self.keeps(id) && !self.is_cheap(index) {
             return id;
         }
         let node = self.b.program().nodes[index].clone();
@@ -239,6 +239,19 @@ impl Walk {
         let outputs = self.b.push_at(node.op.with_inputs(|id| inputs[&id]), node.at);
         self.again.extend(node.outputs.into_iter().zip(outputs));
         self.again[&id]
+    }
+
+    fn keeps(&self, id: ValueId) -> bool {
+        self.kept.as_ref().is_none_or(|kept| kept[id.index()])
+    }
+
+    /// Whether to make the op's result again though it could be kept: a concatenation costs two copies, and holding its parts
+    /// instead costs nothing where others hold them anyway, as a UNet's skip connections.
+    fn is_cheap(&self, index: usize) -> bool {
+        match self.b.program().nodes[index].op {
+            Op::Elementwise(Elementwise::Concat { a, b }) => self.keeps(a) && self.keeps(b),
+            _ => false,
+        }
     }
 
     fn no_derivative(&self, op: &Op, what: &str) -> Error {

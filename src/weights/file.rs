@@ -168,13 +168,13 @@ impl File {
         (bytes.len() as u64).to_le_bytes().into_iter().chain(samples)
     }
 
-    /// Tells the system that these bytes are not needed soon, so that they leave the resident memory.
+    /// Tells the system that the bytes are not needed soon, so that they leave the resident memory.
     ///
     /// Reading them again later is correct, only slower. Best effort: errors and other systems are ignored.
-    pub fn release(&self, range: &Range<usize>) {
+    pub fn release(&self) {
         match &self.bytes {
-            Bytes::Mapped(mapped) if range.start < range.end && range.end <= mapped.len() => forget(mapped, range),
-            Bytes::Mapped(_) | Bytes::Embedded(_) => {}
+            Bytes::Mapped(mapped) => forget(mapped),
+            Bytes::Embedded(_) => {}
         }
     }
 }
@@ -196,14 +196,14 @@ fn map(file: &fs::File) -> std::io::Result<memmap2::Mmap> {
 
 #[cfg(unix)]
 #[allow(unsafe_code)]
-fn forget(mapped: &memmap2::Mmap, range: &Range<usize>) {
-    // SAFETY: the mapping is backed by a file and never written, so dropped pages come back with the same content;
-    // the caller has checked the range. A failure only leaves the pages resident.
-    let _ = unsafe { mapped.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+fn forget(mapped: &memmap2::Mmap) {
+    // SAFETY: the mapping is backed by a file and never written, so dropped pages come back with the same content.
+    // A failure only leaves the pages resident.
+    let _ = unsafe { mapped.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
 }
 
 #[cfg(not(unix))]
-fn forget(_: &memmap2::Mmap, _: &Range<usize>) {}
+fn forget(_: &memmap2::Mmap) {}
 
 #[cfg(test)]
 mod tests {

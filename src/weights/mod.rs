@@ -314,12 +314,11 @@ impl Model {
         self.fingerprint.get_or_init(|| format!("{:016x}", fingerprint(files())))
     }
 
-    /// Lets the system drop the mapped pages of a weight that has been read, to keep resident memory low.
-    /// Reading it again stays possible.
-    pub fn release(&self, weight: &Weight) {
-        for tensor in weight.keys.iter().filter_map(|key| self.tensors[weight.component as usize].get(key)) {
-            self.files[tensor.file].release(&tensor.range);
-        }
+    /// Lets the system drop the mapped pages of all files, to keep resident memory low. Reading them again stays possible.
+    ///
+    /// All, not only those of a weight just read: a page that is touched may bring a megabyte around it.
+    pub fn release(&self) {
+        self.files.iter().for_each(File::release);
     }
 
     fn tensor(&self, c: Component, key: &str) -> Result<&Tensor> {

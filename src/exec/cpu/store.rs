@@ -106,7 +106,7 @@ impl<T: Real> Store<T> {
         let rows = model.rows(weight)?;
         let held =
             if in_panels(weight) { panels(&rows, weight_columns(weight, tiling), tiling.lanes) } else { plain(&rows) };
-        model.release(weight);
+        model.release();
         self.weights.push(held);
         self.by_weight.insert(weight.clone(), self.weights.len() - 1);
         Ok(self.weights.len() - 1)
