@@ -6,7 +6,7 @@ use crate::exec::Executor;
 use crate::methods::pipeline::Pipeline;
 use crate::methods::programs::{self, Conditions, Sizes, buffer, gradient_of};
 use crate::models::unet::Unet;
-use crate::plan::{Planned, plan, plan_gradient};
+use crate::plan::{Planned, plan, plan_gradient, show_bytes};
 use crate::program::{Builder, DType, Node, Program, ValueId};
 use crate::sampler::{HISTORY, LATENTS, Schedule, State, update};
 use crate::{Error, Result};
@@ -81,6 +81,14 @@ impl Design<'_> {
             },
             run,
         };
+        // Those without a backward have nothing to compute again.
+        if let Some(budget) = budget
+            && let Some(planned) = parts.all().into_iter().find(|planned| planned.plan.arena_bytes > budget)
+        {
+            let [needed, budget] = [planned.plan.arena_bytes, budget].map(show_bytes);
+            let what = format!("'{}' needs {needed} of activations; {budget} are allowed", planned.program.name);
+            return Err(Error::Memory(what));
+        }
         Ok((parts, storage))
     }
 
