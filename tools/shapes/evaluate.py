@@ -233,19 +233,18 @@ def tails(model: Model, args) -> dict:
 
 def _candidates(draw) -> list[str]:
     """Prompts that may be hard: rare words on common things, and rare things in common words."""
-    found = []
+    found = set()
     pool = world.sample(draw, 20_000)
     for name, values in captions.LEXICON.items():
         for v, options in enumerate(values):
             cells = pool[pool[:, world.column(name)] == v]
             for phrase in (phrase for phrase, chance in options if chance <= captions.RARE):
-                for cell in cells[draw.integers(len(cells), size=2)]:
-                    found.append(captions.compose(captions.phrases(cell, {"shape", "colour", name}) | {name: phrase}))
-    tail = world.sample(draw, 4000, uniform=True)
-    tail = tail[np.argsort(world.log_density(tail))[:1500]]
-    for cell in tail[draw.permutation(len(tail))[:160]]:
-        found.append(captions.write(cell, {"shape", "colour"} | set(draw.choice(["size", "texture", "finish", "bg", "bgstyle"], 2, replace=False))))
-    return sorted(set(found))
+                for cell in cells[draw.integers(len(cells), size=3)]:
+                    found.add(captions.compose(captions.phrases(cell, {"shape", "colour", name}) | {name: phrase}))
+    details = ["size", "texture", "finish", "bg", "bgstyle"]
+    rare = {captions.write(cell, {"shape", "colour", *draw.choice(details, 2, replace=False)}) for cell in world.sample(draw, 4000, uniform=True)}
+    chance = {caption: world.Conditional(captions.parse(caption)).total for caption in sorted(rare)}
+    return sorted(found | set(sorted(chance, key=chance.get)[:340]))
 
 
 @experiment

@@ -4,6 +4,8 @@
 model-b/unet, and the scheduler beside it.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -18,24 +20,52 @@ import make_data
 import tokenizer
 import trainer
 
-# Widths, and the phases of the training: all but the first weigh coarse errors (`coarse_errors`) and have terse captions too (`TERSE`).
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the training: where its timesteps lie, what errors it weighs, how much its captions say."""
+
+    recipe: trainer.Recipe
+    # From uniform numbers in [0, 1) to timesteps as shares of all.
+    times: Callable[[torch.Tensor], torch.Tensor] = lambda u: u
+    # Weights of the square errors averaged over n x n latents first, by n; the plain square error has weight 1.
+    coarse: tuple[tuple[int, float], ...] = ()
+    # Share of captions that mention everything but the shape more rarely, and how much. One in a hundred is a bare "a star"
+    # otherwise, too few to learn what all it leaves open.
+    terse: float = 0.0
+    terse_mention: float = 1.0
+
+
+def high(u: torch.Tensor) -> torch.Tensor:
+    """Density t^(1/2)."""
+    return u ** (2 / 3)
+
+
+def middle(u: torch.Tensor) -> torch.Tensor:
+    """Density 1.65 from 0.35 to 0.85, 0.35 elsewhere: where colours and positions are decided."""
+    return torch.where(u < 0.1225, u / 0.35, torch.where(u < 0.9475, 0.35 + (u - 0.1225) / 1.65, 0.85 + (u - 0.9475) / 0.35))
+
+
+# Widths and phases.
 VARIANTS = {
     "a": (
         (64, 96, 96),
-        trainer.Recipe("unet", steps=6000, batch=96, learning_rate=1.5e-3, seed=21, hold=0.4, ema=0.9995),
-        trainer.Recipe("unet-coarse", steps=2400, batch=96, learning_rate=5e-4, seed=23, ema=0.999),
-        trainer.Recipe("unet-settle", steps=2000, batch=96, learning_rate=2.5e-4, seed=25, ema=0.9995),
+        Phase(trainer.Recipe("unet", steps=6000, batch=96, learning_rate=1.5e-3, seed=21, hold=0.4, ema=0.9995)),
+        Phase(trainer.Recipe("unet-coarse", steps=2400, batch=96, learning_rate=5e-4, seed=23, ema=0.999),
+              high, coarse=((4, 16.0), (16, 256.0)), terse=0.3, terse_mention=0.3),
+        Phase(trainer.Recipe("unet-settle", steps=2000, batch=96, learning_rate=2.5e-4, seed=25, ema=0.9995),
+              high, coarse=((4, 16.0), (16, 256.0)), terse=0.3, terse_mention=0.3),
+        Phase(trainer.Recipe("unet-middle", steps=3000, batch=96, learning_rate=7e-4, seed=27, ema=0.999),
+              middle, coarse=((4, 2.0), (16, 8.0)), terse=0.5, terse_mention=0.2),
     ),
     "b": (
         (48, 80, 80),
-        trainer.Recipe("unet-b", steps=2400, batch=96, learning_rate=1.5e-3, seed=22, hold=0.4, ema=0.999),
-        trainer.Recipe("unet-b-coarse", steps=1200, batch=96, learning_rate=5e-4, seed=24, ema=0.999),
+        Phase(trainer.Recipe("unet-b", steps=2400, batch=96, learning_rate=1.5e-3, seed=22, hold=0.4, ema=0.999)),
+        Phase(trainer.Recipe("unet-b-middle", steps=1200, batch=96, learning_rate=5e-4, seed=24, ema=0.999),
+              middle, coarse=((4, 2.0), (16, 8.0)), terse=0.5, terse_mention=0.2),
     ),
-}
+}  # fmt: skip
 CAPTION_DROPOUT = 0.1
-# Share of the later phases' captions that mention every attribute but the shape as rarely as this: one caption in a hundred is a bare
-# "a star" otherwise, too few to learn what all it leaves open.
-TERSE, TERSE_MENTION = 0.3, 0.3
 # Loss weight min(SNR, 5) / SNR (Hang et al. 2023, epsilon form).
 SNR_CAP = 5.0
 
@@ -61,56 +91,53 @@ def scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
-def coarse_errors(error: torch.Tensor) -> torch.Tensor:
-    """Mean square per sample of the errors `[n, 4, 16, 16]` averaged over 4 x 4 latents and over all, each in units of the noise's own.
+def denoising_loss(unet, x: torch.Tensor, context: torch.Tensor, alphas: torch.Tensor, phase: Phase):
+    """The loss of clean latents `x [n, 4, 16, 16]`, and what to log; noise and timesteps are drawn from torch's generator.
 
-    Colours and grounds are decided there, at high noise, by 20 of 256 coefficients a channel, which the plain mean square hardly weighs:
-    generated colours stay too evenly spread for a long time. Any such weights leave the minimum where it is, at the conditional mean
-    (the multiscale loss of Hoogeboom et al. 2023, "simple diffusion").
+    Colours and grounds are decided by averages over many latents, at high noise, where the plain mean square hardly weighs them:
+    generated colours stay too evenly spread for a long time. Weighing them more leaves the minimum where it is, at the conditional
+    mean (the multiscale loss of Hoogeboom et al. 2023, "simple diffusion").
     """
-    return sum(F.avg_pool2d(error, size).square().mean((1, 2, 3)) * size**2 for size in (4, 16))
-
-
-def denoising_loss(unet, x: torch.Tensor, context: torch.Tensor, alphas: torch.Tensor, coarse: bool):
-    """The loss of clean latents `x [n, 4, 16, 16]`, and what to log; noise and timesteps are drawn from torch's generator."""
-    # One timestep per stratum: the same distribution, less variance. Later phases ask more of high noise, with density t^(1/2).
+    # One timestep per stratum: the same distribution, less variance.
     strata = (torch.arange(len(x)) + torch.rand(len(x))) / len(x)
-    t = ((strata ** (2 / 3) if coarse else strata) * len(alphas)).long().clamp(max=len(alphas) - 1).to(x.device)
+    t = (phase.times(strata) * len(alphas)).long().clamp(max=len(alphas) - 1).to(x.device)
     noise = torch.randn_like(x)
     a = alphas[t]
     noisy = a.sqrt()[:, None, None, None] * x + (1 - a).sqrt()[:, None, None, None] * noise
     with trainer.autocast(x.device):
         predicted = unet(noisy, t, context).sample
     error = predicted.float() - noise
-    squared, pooled = error.square().mean((1, 2, 3)), coarse_errors(error)
+    squared = error.square().mean((1, 2, 3))
+    coarse = sum(weight * F.avg_pool2d(error, size).square().mean((1, 2, 3)) for size, weight in phase.coarse)
     snr = a / (1 - a)
     weight = snr.clamp(max=SNR_CAP) / snr
-    return (weight * (squared + pooled if coarse else squared)).mean(), {"mse": squared.mean(), "coarse": pooled.detach().mean()}
+    metrics = {"mse": squared.mean()} | ({"coarse": coarse.detach().mean()} if phase.coarse else {})
+    return (weight * (squared + coarse)).mean(), metrics
 
 
 def program(args) -> None:
-    widths, *recipes = VARIANTS[args.variant]
+    widths, *phases = VARIANTS[args.variant]
     encode = tokenizer.WordEncoder(args.work / "model" / "tokenizer")
     text = CLIPTextModel.from_pretrained(args.work / "model" / "text_encoder", attn_implementation="eager").eval().to(args.device)
     cells, latents = make_data.load(args.work)
-    trainer.seeded(recipes[0].seed)
+    trainer.seeded(phases[0].recipe.seed)
     unet = build(widths)
     alphas = scheduler().alphas_cumprod.to(args.device)
 
-    def loss(draw, coarse):
+    def loss(draw, phase):
         rows = draw.rng.integers(0, len(cells), draw.batch)
         empty = draw.rng.random(draw.batch) < CAPTION_DROPOUT
-        shares = np.where(draw.rng.random(draw.batch) < TERSE, TERSE_MENTION, 1.0) if coarse else np.ones(draw.batch)
+        shares = np.where(draw.rng.random(draw.batch) < phase.terse, phase.terse_mention, 1.0) if phase.terse else np.ones(draw.batch)
         said = zip(rows, empty, shares)
         texts = ["" if e else captions.write(cells[r], captions.mention(draw.rng, share), draw.rng) for r, e, share in said]
         with trainer.autocast(draw.device), torch.no_grad():
             context = text(torch.from_numpy(encode(texts)).to(draw.device)).last_hidden_state
-        return denoising_loss(unet, latents[torch.from_numpy(rows)].float().to(draw.device), context, alphas, coarse)
+        return denoising_loss(unet, latents[torch.from_numpy(rows)].float().to(draw.device), context, alphas, phase)
 
     # All matrices but the first and last layer. After 700 steps of 48 on one core: loss 0.0192 against AdamW's 0.0234, for 14 % more time.
     hidden = [p for name, p in unet.named_parameters() if p.ndim > 1 and not name.startswith(("conv_in", "conv_out"))]
-    for phase, recipe in enumerate(recipes):
-        trainer.train(recipe, unet, partial(loss, coarse=phase > 0), args, hidden)
+    for phase in phases:
+        trainer.train(phase.recipe, unet, partial(loss, phase=phase), args, hidden)
     if trainer.rank() == 0:
         folder = args.work / ("model" if args.variant == "a" else "model-b")
         unet.cpu().save_pretrained(folder / "unet")
