@@ -66,7 +66,7 @@ fn checkpoint(program: &Program) -> Model {
         (format!("model.diffusion_model.{name}"), view.expect("a tensor"))
     });
     serialize_to_file(views, None, &path).expect("a file");
-    Model::open(&path, None).expect("a checkpoint")
+    Model::open(&path).expect("a checkpoint")
 }
 
 fn weight(b: &mut Builder, name: &str, pack: Pack, shape: &[usize]) -> ValueId {

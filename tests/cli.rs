@@ -202,7 +202,28 @@ fn bad_flags() {
     fails(&["generate", PROMPT, "--threads", "0"], 2, &["--threads"]);
     fails(&["generate", PROMPT, "--out", "star.jpg"], 2, &["--out", ".png"]);
     fails(&["inspect", "--plan", "--batch", "0"], 2, &["--batch"]);
-    fails(&["generate", PROMPT, "--unet", "x.safetensors"], 2, &["--unet", "--model"]);
+    fails(&["generate", PROMPT, "--unet", "x.safetensors"], 1, &["x.safetensors"]);
+}
+
+/// Another UNet over the embedded model: the second one of the `shapes` world, by its folder or the pipeline's around it.
+#[test]
+fn the_unet_can_be_replaced() {
+    let folder = data_folder("shapes-b");
+    let unets = [None, Some(folder.join("unet")), Some(folder)];
+    let out = TempDir::new().unwrap();
+    let [own, other, same] = unets.map(|unet| {
+        let latents = path(&out, "latents.safetensors");
+        let unet = unet.map(|unet| ["--unet".to_string(), unet.display().to_string()]);
+        let mut args = vec!["generate", PROMPT, "--steps", "2", "--quiet", "--latents-out", &latents];
+        let image = path(&out, "image.png");
+        args.extend(["--out", &image]);
+        args.extend(unet.iter().flatten().map(String::as_str));
+        succeeds(&args);
+        fs::read(&latents).unwrap()
+    });
+    assert_ne!(own, other);
+    assert_eq!(other, same);
+    assert!(succeeds(&["inspect", &path(&out, "image.png")]).contains("shapes+shapes-b"));
 }
 
 /// What an image is made of decides whether it is finished: the model's weights and the noise, not only their names.

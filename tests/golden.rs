@@ -178,7 +178,8 @@ fn unet_over_a_base_model() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("unet.safetensors");
     std::fs::write(&file, common::layouts::reversed_unet("tiny-sdxl")).unwrap();
-    let model = Model::open(&common::golden::data_folder("tiny-sdxl"), Some(&file)).unwrap();
+    let mut model = Model::open(&common::golden::data_folder("tiny-sdxl")).unwrap();
+    model.replace_unet(&file).unwrap();
     let pipeline = Pipeline::open(model, None).unwrap();
     let case = golden.cases("sample/lightning").next().unwrap();
     compare_run("tiny-sdxl", &golden, &pipeline, &case);

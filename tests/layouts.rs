@@ -14,7 +14,7 @@ fn single_file(name: &str) -> Model {
     let path = folder.path().join(format!("{name}.safetensors"));
     common::layouts::write_single_file(name, &path);
     // The mapping outlives the folder.
-    Model::open(&path, None).unwrap()
+    Model::open(&path).unwrap()
 }
 
 #[test]
@@ -68,8 +68,9 @@ fn a_unet_file_says_what_it_predicts() {
     std::fs::write(&path, safetensors::serialize(file.tensors(), Some(said)).unwrap()).unwrap();
     let base = common::golden::data_folder("tiny-sdxl");
     let predicts = |model: &Model, flag| detect::pipeline_config(model, flag).unwrap().scheduler.prediction;
-    assert_eq!(predicts(&Model::open(&base, None).unwrap(), None), Prediction::Epsilon);
-    let replaced = Model::open(&base, Some(&path)).unwrap();
+    assert_eq!(predicts(&Model::open(&base).unwrap(), None), Prediction::Epsilon);
+    let mut replaced = Model::open(&base).unwrap();
+    replaced.replace_unet(&path).unwrap();
     assert_eq!(predicts(&replaced, None), Prediction::V);
     assert_eq!(predicts(&replaced, Some(Prediction::Epsilon)), Prediction::Epsilon);
 }

@@ -44,7 +44,7 @@ fn trace<T: Real>(step: Step, start: &[f64], gradients: &[Vec<f64>], scalars: Sc
     next.iter().zip(names).for_each(|(&id, name)| b.output(name, id));
     let mut cpu = Cpu::<T>::new().with_guards(true);
     let planned = plan(b.finish().unwrap(), |program, node| cpu.workspace(program, node));
-    let id = cpu.load(planned, &Model::open(&path, None).unwrap()).unwrap();
+    let id = cpu.load(planned, &Model::open(&path).unwrap()).unwrap();
     cpu.write("p", Data::F64(start)).unwrap();
     let step = |(i, gradient): (usize, &Vec<f64>)| {
         cpu.write("g", Data::F64(gradient)).unwrap();

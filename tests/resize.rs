@@ -28,7 +28,7 @@ fn run<T: Real>(input: &(Vec<usize>, Vec<f64>), op: impl Fn(ValueId) -> Resample
     b.output("out", out);
     let mut cpu = Cpu::<T>::new().with_guards(true);
     let planned = plan(b.finish().unwrap(), |program, node| cpu.workspace(program, node));
-    let id = cpu.load(planned, &Model::open(&path, None).unwrap()).unwrap();
+    let id = cpu.load(planned, &Model::open(&path).unwrap()).unwrap();
     cpu.write("x", Data::F64(&input.1)).unwrap();
     cpu.run(id).unwrap();
     let mut out = vec![0.0; len];

@@ -20,7 +20,7 @@ pub struct ModelFlags {
     #[arg(long, value_name = "DIR|FILE")]
     pub model: Option<PathBuf>,
     /// UNet weights that replace the model's own (how SDXL-Lightning ships)
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "DIR|FILE")]
     pub unet: Option<PathBuf>,
     /// What the UNet predicts, where the model does not say
     #[arg(long, value_enum)]
@@ -79,13 +79,13 @@ impl FromStr for Device {
 
 impl ModelFlags {
     pub fn open(&self) -> Result<Pipeline> {
-        let model = match &self.model {
-            Some(path) => Model::open(path, self.unet.as_deref())?,
-            None if self.unet.is_some() => {
-                return Err(Error::Usage("--unet replaces the UNet of a --model; name the base model too".into()));
-            }
+        let mut model = match &self.model {
+            Some(path) => Model::open(path)?,
             None => crate::assets::shapes()?,
         };
+        if let Some(unet) = &self.unet {
+            model.replace_unet(unet)?;
+        }
         Pipeline::open(model, self.prediction.map(Prediction::from))
     }
 
@@ -95,10 +95,10 @@ impl ModelFlags {
         let name =
             |path: &PathBuf| if path.is_dir() { path.file_name() } else { path.file_stem() }.map(|s| s.to_owned());
         let stem = |path: &PathBuf| name(path).unwrap_or_else(|| path.clone().into()).to_string_lossy().into_owned();
-        match (&self.model, &self.unet) {
-            (None, _) => "shapes".to_string(),
-            (Some(model), None) => stem(model),
-            (Some(model), Some(unet)) => format!("{}+{}", stem(model), stem(unet)),
+        let base = self.model.as_ref().map_or_else(|| "shapes".to_string(), stem);
+        match &self.unet {
+            Some(unet) => format!("{base}+{}", stem(unet)),
+            None => base,
         }
     }
 }

@@ -166,10 +166,13 @@ fn load_tokenizer(model: &mut Model, source: &Source, folder: &str, name: &str) 
 
 /// Loads a UNet folder (`config.json` and weights) over the UNet of `model`.
 pub(super) fn load_unet(model: &mut Model, source: &Source) -> Result<()> {
-    if let Some(bytes) = source.read("config.json")? {
-        add_config(model, "unet", source.path("config.json"), &bytes)?;
+    // The folder itself, or one of a pipeline that has it.
+    let folder = if source.read("unet/config.json")?.is_some() { "unet" } else { "" };
+    let config = inside(folder, "config.json");
+    if let Some(bytes) = source.read(&config)? {
+        add_config(model, "unet", source.path(&config), &bytes)?;
     }
-    load_component(model, source, "", Component::Unet)?;
+    load_component(model, source, folder, Component::Unet)?;
     match model.keys(Component::Unet).iter().any(|key| key.starts_with("down_blocks.")) {
         true => Ok(()),
         false => {
@@ -377,7 +380,7 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, bytes).unwrap();
         }
-        let whole = Model::open(folder.path(), None).unwrap();
+        let whole = Model::open(folder.path()).unwrap();
         assert_eq!((whole.keys(Component::Clip).len(), whole.files().count()), (2, 2));
         let alone = Model::network(Component::Clip, &folder.path().join("clip")).unwrap();
         assert_eq!(alone.keys(Component::Clip), whole.keys(Component::Clip));

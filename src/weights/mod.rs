@@ -134,11 +134,8 @@ struct Tensor {
 impl Model {
     /// Opens a diffusers folder or a single `.safetensors` checkpoint (CompVis / SGM names).
     ///
-    /// `unet` replaces the UNet's weights: a UNet-only `.safetensors` file (diffusers or CompVis names), a whole
-    /// checkpoint, or a diffusers `unet` folder, whose `config.json` then counts too.
-    ///
     /// Every header is checked here; shapes are checked by [`Model::rows`]. Errors name the file and what was expected.
-    pub fn open(path: &Path, unet: Option<&Path>) -> Result<Model> {
+    pub fn open(path: &Path) -> Result<Model> {
         let mut model = Model::empty(path.to_path_buf());
         if path.is_dir() {
             folder::load(&mut model, &folder::Source::Disk(path))?;
@@ -146,15 +143,18 @@ impl Model {
             model.single_file = true;
             single_file::load(&mut model, File::open(path)?)?;
         }
-        if let Some(unet) = unet {
-            model.tensors[Component::Unet as usize].clear();
-            if unet.is_dir() {
-                folder::load_unet(&mut model, &folder::Source::Disk(unet))?;
-            } else {
-                single_file::load_unet(&mut model, File::open(unet)?)?;
-            }
-        }
         Ok(model)
+    }
+
+    /// Puts other weights in the UNet's place: of a UNet-only `.safetensors` file (diffusers or CompVis names), a whole
+    /// checkpoint, or a diffusers `unet` folder (or one that holds it), whose `config.json` then counts too.
+    pub fn replace_unet(&mut self, path: &Path) -> Result<()> {
+        self.tensors[Component::Unet as usize].clear();
+        if path.is_dir() {
+            folder::load_unet(self, &folder::Source::Disk(path))
+        } else {
+            single_file::load_unet(self, File::open(path)?)
+        }
     }
 
     /// A diffusers folder compiled into the binary: pairs of the path inside the folder (`unet/config.json`) and the

@@ -53,7 +53,7 @@ pub struct Clip {
 impl Clip {
     /// `tiny-clip-l`: a folder with parts, whose index of `clip` borrows the text tower.
     pub fn l() -> Clip {
-        Clip::of("tiny-clip-l", Model::open(&data_folder("tiny-clip-l"), None).unwrap())
+        Clip::of("tiny-clip-l", Model::open(&data_folder("tiny-clip-l")).unwrap())
     }
 
     /// `tiny-clip-h`: a folder of its own.

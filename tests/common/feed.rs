@@ -68,7 +68,7 @@ pub fn weights(tensors: &[(&str, Vec<usize>, Vec<f32>)]) -> Model {
         (format!("model.diffusion_model.{name}"), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap())
     });
     std::fs::write(&path, serialize(views, None).unwrap()).unwrap();
-    Model::open(&path, None).unwrap()
+    Model::open(&path).unwrap()
 }
 
 /// Runs a program and returns its outputs in order.

@@ -55,7 +55,7 @@ impl Golden {
 
     /// The pipeline in the same folder.
     pub fn pipeline(&self) -> Pipeline {
-        Pipeline::open(Model::open(&self.folder, None).unwrap(), None).unwrap()
+        Pipeline::open(Model::open(&self.folder).unwrap(), None).unwrap()
     }
 
     pub fn cases(&self, prefix: &str) -> impl Iterator<Item = Case> {

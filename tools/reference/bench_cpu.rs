@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 fn serve(model: &Path, kind: &str, shape: [usize; 4]) -> Result<(), Box<dyn Error>> {
-    let mut pipeline = Pipeline::open(Model::open(model, None)?, None)?;
+    let mut pipeline = Pipeline::open(Model::open(model)?, None)?;
     let context = shape[0] * pipeline.tokens() * pipeline.config.unet.context_width;
     // The network alone, as on torch's side: the peak memory is compared too.
     pipeline.tokenizers.clear();

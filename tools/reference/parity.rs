@@ -71,7 +71,7 @@ fn compute(folder: &Path, dump: &Dump<'_>, settings: &Value) -> Result<Named> {
         Some("clip_gradient") => networks::clip(folder, dump),
         Some("policy_gradient") => networks::policy(folder, dump),
         _ => {
-            let pipeline = Pipeline::open(Model::open(folder, None)?, None)?;
+            let pipeline = Pipeline::open(Model::open(folder)?, None)?;
             let results = of_pipeline(&pipeline, dump, settings)?;
             Ok(results.into_iter().map(|(name, tensor)| (name.to_string(), tensor)).collect())
         }

@@ -187,7 +187,7 @@ fn single(projection: &[usize], more: &[(&str, &[usize])], metadata: &[(&str, &s
     let metadata = metadata.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
     let file = tempfile::NamedTempFile::new().unwrap();
     safetensors::serialize_to_file(views, Some(metadata), file.path()).unwrap();
-    Model::open(file.path(), None).unwrap()
+    Model::open(file.path()).unwrap()
 }
 
 #[test]
