@@ -22,7 +22,7 @@ import trainer
 import world
 
 PHASE = train_unet.Phase(
-    trainer.Recipe("two-objects", steps=800, batch=96, learning_rate=5e-4, seed=31, ema=0.998), coarse=((4, 2.0), (16, 8.0))
+    trainer.Recipe("two-objects", steps=600, batch=96, learning_rate=5e-4, seed=31, ema=0.998), coarse=((4, 2.0), (16, 8.0))
 )
 SHARE = 1 / 8
 SCENES = 8192
