@@ -162,8 +162,11 @@ fn storage_does_not_change_bits() {
 
             let cpu = Cpu::<f32>::new();
             let chain = Chain::plan(&pipeline, &cpu, &base, &leaves, objectives(&pipeline, 4)).unwrap();
-            let needed = chain.footprint().arena_bytes;
-            let budget = needed * 7 / 8;
+            let footprint = chain.footprint();
+            let needed = footprint.arena_bytes;
+            // What has no backward cannot be cut.
+            let uncut = footprint.lines.iter().filter(|line| !line.program.ends_with("gradient"));
+            let budget = uncut.map(|line| line.arena_bytes).fold(needed * 3 / 4, usize::max);
             let tight = Options { budget: Some(budget), ..base.clone() };
             let chain = Chain::plan(&pipeline, &cpu, &tight, &leaves, objectives(&pipeline, 4)).unwrap();
             assert!(chain.footprint().arena_bytes <= budget, "{} of {budget}", chain.footprint().arena_bytes);
