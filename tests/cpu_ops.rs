@@ -84,9 +84,9 @@ fn bits_do_not_depend_on_the_batch() {
         for sample in 0..4 {
             let one = case.program(DType::F32, 1, true);
             let mut buffers = fill(&one, sample, 1);
-            for ((_, all), (_, alone)) in built.ints.iter().zip(&one.ints) {
+            for ((_, all), (name, alone)) in built.ints.iter().zip(&one.ints) {
                 let values = all[sample * alone.len()..][..alone.len()].to_vec();
-                buffers.ints.insert(one.ints[0].0.clone(), values);
+                buffers.ints.insert(name.clone(), values);
             }
             let alone = run(Cpu::<f32>::new(), &one.program, &buffers, &model, 1);
             for (together, alone) in together.iter().zip(&alone) {

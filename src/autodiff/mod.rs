@@ -55,10 +55,9 @@ pub fn differentiate(program: &Program, request: &Request, kept: Option<&[bool]>
         b: Builder::extend(program, name),
     };
     for (id, cotangent) in &request.objectives {
-        let shape = walk.b.shape(*id);
         let value = match cotangent {
-            Cotangent::Ones => walk.push(Op::Elementwise(Elementwise::Constant { shape, value: 1.0 })),
-            Cotangent::Input(name) => walk.b.input(name, &shape),
+            Cotangent::Ones => walk.constant_like(*id, 1.0),
+            Cotangent::Input(name) => walk.b.input_like(name, *id),
         };
         walk.add(*id, value);
     }
@@ -68,10 +67,7 @@ pub fn differentiate(program: &Program, request: &Request, kept: Option<&[bool]>
     for (id, name) in &request.leaves {
         let gradient = match walk.finished(*id) {
             Some(gradient) => walk.made(gradient),
-            None => {
-                let shape = walk.b.shape(*id);
-                walk.push(Op::Elementwise(Elementwise::Constant { shape, value: 0.0 }))
-            }
+            None => walk.constant_like(*id, 0.0),
         };
         walk.b.output(name, gradient);
     }
@@ -136,6 +132,11 @@ struct Walk {
 }
 
 impl Walk {
+    fn constant_like(&mut self, id: ValueId, value: f64) -> ValueId {
+        let like = self.b.program().value(id).clone();
+        self.push(Op::Elementwise(Elementwise::Constant { shape: like.shape, dtype: like.dtype, value }))
+    }
+
     /// Differentiates one op, if a gradient arrived at its first output.
     fn visit(&mut self, index: usize) -> Result<()> {
         let node = self.b.program().nodes[index].clone();

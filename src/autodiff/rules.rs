@@ -294,6 +294,11 @@ fn elementwise(w: &mut Walk, op: &Elementwise, d_y: ValueId) -> Result<()> {
             let d_x = push(w, Slice { x: d_y, start, len });
             w.add(x, d_x);
         }
+        Cast { x, .. } => {
+            let to = w.b.program().value(x).dtype;
+            let d_x = push(w, Cast { x: d_y, to });
+            w.add(x, d_x);
+        }
         Detach { .. } | Constant { .. } => {}
         ActivateBackward { .. }
         | GegluBackward { .. }
@@ -424,6 +429,8 @@ fn update(w: &mut Walk, op: &Update, d_y: ValueId) -> Result<()> {
         Update::AdamW { .. } | Update::RmsProp { .. } | Update::Nesterov { .. } => {
             return Err(w.no_derivative(&Op::Update(op.clone()), "of an optimiser's step"));
         }
+        // A constant to every leaf.
+        Update::Noise { .. } => {}
     }
     Ok(())
 }

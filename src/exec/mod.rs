@@ -1,6 +1,8 @@
 //! Executors run planned programs: one trait, no per-op methods in it.
 
 pub mod cpu;
+mod guard;
+pub(crate) mod philox;
 
 use crate::Result;
 use crate::plan::Planned;
@@ -61,6 +63,11 @@ impl HostFloat for f64 {
 pub trait Executor {
     /// Bytes of scratch the op needs in the arena while it runs; given to the planner.
     fn workspace(&self, program: &Program, node: &Node) -> usize;
+
+    /// Bytes that could still be allocated, where programs run in memory of their own; `None` in the machine's.
+    fn free_memory(&self) -> Result<Option<usize>> {
+        Ok(None)
+    }
 
     /// Fetches the weights that are not held yet, creates the named buffers (zeroed), grows the arena to the plan.
     /// Buffers of one name are one buffer in all programs and must agree in type.

@@ -193,14 +193,14 @@ impl<'p> Networks<'p> {
         let config = &self.pipeline.config.unet;
         let unet = Unet::new(config);
         let mut builder = Builder::new("unet", self.dtype);
-        let latents = builder.input(LATENTS, &[b, h, w, config.in_channels]);
+        let latents = builder.wide_input(LATENTS, &[b, h, w, config.in_channels]);
         let tokens = context_len / (b * config.context_width).max(1);
         let context = builder.input(buffer::CONTEXT, &[b, tokens, config.context_width]);
-        let timestep = builder.input(buffer::TIMESTEPS, &[1]);
+        let timestep = builder.wide_input(buffer::TIMESTEPS, &[1]);
         let added = match (&config.added, with_added) {
             (Some(added), true) => {
                 let pooled = builder.input(buffer::POOLED, &[b, added.input_width - 6 * added.time_dim]);
-                Some(Added { pooled, size_ids: builder.input(buffer::SIZE_IDS, &[b, 6]) })
+                Some(Added { pooled, size_ids: builder.wide_input(buffer::SIZE_IDS, &[b, 6]) })
             }
             (Some(_), false) | (None, _) => None,
         };
@@ -227,7 +227,7 @@ impl<'p> Networks<'p> {
 
     fn decoder_program(&self, [b, c, h, w]: [usize; 4]) -> Result<Program> {
         let mut builder = Builder::new("decode", self.dtype);
-        let latents = builder.input(LATENTS, &[b, h, w, c]);
+        let latents = builder.wide_input(LATENTS, &[b, h, w, c]);
         let image = vae::decode(&mut builder, &self.pipeline.config.vae, latents);
         builder.output(PIXELS, image);
         builder.finish()
@@ -266,7 +266,7 @@ impl<'p> Networks<'p> {
         let config = &self.pipeline.config.vae;
         let (f, latent) = (config.factor(), config.latent_channels);
         let mut builder = Builder::new("encode", self.dtype);
-        let pixels = builder.input(PIXELS, &[b, h, w, c]);
+        let pixels = builder.wide_input(PIXELS, &[b, h, w, c]);
         let moments = vae::encode(&mut builder, config, pixels);
         builder.output(MOMENTS, moments);
         let program = builder.finish()?;

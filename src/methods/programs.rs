@@ -106,7 +106,7 @@ pub fn condition(pipeline: &Pipeline, dtype: DType, sizes: Sizes, schedule: &Sch
     let (unet, rows) = (Unet::new(&config.unet), rows(sizes, schedule));
     let mut b = Builder::new("condition", dtype);
     let context = b.input(buffer::CONTEXT, &[rows, sizes.tokens, config.unet.context_width]);
-    let timesteps = b.input(buffer::TIMESTEPS, &[schedule.steps.len()]);
+    let timesteps = b.wide_input(buffer::TIMESTEPS, &[schedule.steps.len()]);
     let added = match &config.unet.added {
         None => None,
         Some(added) => {
@@ -115,7 +115,7 @@ pub fn condition(pipeline: &Pipeline, dtype: DType, sizes: Sizes, schedule: &Sch
                 .checked_sub(6 * added.time_dim)
                 .ok_or_else(|| Error::Model("the UNet's added conditions leave no room for the pooled text".into()))?;
             let pooled = b.input(buffer::POOLED, &[rows, pooled_width]);
-            Some(Added { pooled, size_ids: b.input(buffer::SIZE_IDS, &[rows, 6]) })
+            Some(Added { pooled, size_ids: b.wide_input(buffer::SIZE_IDS, &[rows, 6]) })
         }
     };
     let kv = unet.context_kv(&mut b, context);
@@ -142,7 +142,7 @@ impl Conditions {
     }
 }
 
-/// The UNet at step `index [1]`: its predictions with and, under guidance, without the prompt.
+/// The UNet at step `index [1]`: its predictions with and, under guidance, without the prompt; like the latents of the wide type.
 pub fn predict(
     b: &mut Builder,
     unet: &Unet,
@@ -153,11 +153,13 @@ pub fn predict(
 ) -> (ValueId, Option<ValueId>) {
     let time = b.select(conditions.time, index);
     if !needs.uncond {
-        return (unet.forward(b, latents, conditions.kv, time), None);
+        let prediction = unet.forward(b, latents, conditions.kv, time);
+        return (b.widen(prediction), None);
     }
     let batch = b.shape(latents)[0];
     let x = b.repeat(latents, 2);
     let prediction = unet.forward(b, x, conditions.kv, time);
+    let prediction = b.widen(prediction);
     (b.slice(prediction, batch, batch), Some(b.slice(prediction, 0, batch)))
 }
 
@@ -166,7 +168,7 @@ pub fn step(pipeline: &Pipeline, dtype: DType, sizes: Sizes, schedule: &Schedule
     let config = &pipeline.config;
     let unet = Unet::new(&config.unet);
     let mut b = Builder::new("step", dtype);
-    let latents = b.input(LATENTS, &[sizes.batch, sizes.height, sizes.width, config.unet.in_channels]);
+    let latents = b.wide_input(LATENTS, &[sizes.batch, sizes.height, sizes.width, config.unet.in_channels]);
     let conditions = Conditions::inputs(&mut b, &unet, sizes, schedule, config.unet.added.is_some());
     let index = b.input_i32(buffer::STEP, &[1]);
     let (conditional, unconditional) = predict(&mut b, &unet, schedule.needs, latents, conditions, index);
@@ -178,7 +180,7 @@ pub fn step(pipeline: &Pipeline, dtype: DType, sizes: Sizes, schedule: &Schedule
 pub fn decode(pipeline: &Pipeline, dtype: DType, sizes: Sizes) -> Result<Program> {
     let config = &pipeline.config.vae;
     let mut b = Builder::new("decode", dtype);
-    let latents = b.input(buffer::DECODE_LATENTS, &[1, sizes.height, sizes.width, config.latent_channels]);
+    let latents = b.wide_input(buffer::DECODE_LATENTS, &[1, sizes.height, sizes.width, config.latent_channels]);
     let image = vae::decode(&mut b, config, latents);
     b.output(buffer::IMAGE, image);
     b.finish()

@@ -47,10 +47,20 @@ impl Builder {
         self.input_of(name, shape, DType::I32)
     }
 
-    /// A named buffer of scalars that change between runs, at least f32.
+    /// A named buffer of the wide type: state that is carried from run to run, timesteps.
+    pub fn wide_input(&mut self, name: impl Into<String>, shape: &[usize]) -> ValueId {
+        self.input_of(name, shape, self.program.dtype.wide())
+    }
+
+    /// A named buffer of scalars that change between runs, of the wide type.
     pub fn scalars(&mut self, name: impl Into<String>, len: usize) -> ValueId {
-        let dtype = if self.program.dtype == DType::F64 { DType::F64 } else { DType::F32 };
-        self.input_of(name, &[len], dtype)
+        self.wide_input(name, &[len])
+    }
+
+    /// A named buffer of the type of a value.
+    pub(crate) fn input_like(&mut self, name: impl Into<String>, like: ValueId) -> ValueId {
+        let value = self.program.value(like).clone();
+        self.input_of(name, &value.shape, value.dtype)
     }
 
     fn input_of(&mut self, name: impl Into<String>, shape: &[usize], dtype: DType) -> ValueId {
@@ -254,6 +264,26 @@ impl Builder {
         self.push(Op::Elementwise(Elementwise::Clamp { x, low, high }))[0]
     }
 
+    /// The value in the program's own type; the value itself where it is of that.
+    #[track_caller]
+    pub fn narrow(&mut self, x: ValueId) -> ValueId {
+        self.cast(x, self.program.dtype)
+    }
+
+    /// The value in the wide type; the value itself where it is of that.
+    #[track_caller]
+    pub fn widen(&mut self, x: ValueId) -> ValueId {
+        self.cast(x, self.program.dtype.wide())
+    }
+
+    #[track_caller]
+    fn cast(&mut self, x: ValueId, to: DType) -> ValueId {
+        match self.program.values.get(x.index()) {
+            Some(value) if value.dtype != to => self.push(Op::Elementwise(Elementwise::Cast { x, to }))[0],
+            Some(_) | None => x,
+        }
+    }
+
     /// The value, but no gradient.
     #[track_caller]
     pub fn detach(&mut self, x: ValueId) -> ValueId {
@@ -262,7 +292,8 @@ impl Builder {
 
     #[track_caller]
     pub fn constant(&mut self, shape: &[usize], value: f64) -> ValueId {
-        self.push(Op::Elementwise(Elementwise::Constant { shape: shape.to_vec(), value }))[0]
+        let dtype = self.program.dtype;
+        self.push(Op::Elementwise(Elementwise::Constant { shape: shape.to_vec(), dtype, value }))[0]
     }
 
     #[track_caller]
@@ -344,6 +375,12 @@ impl Builder {
     #[track_caller]
     pub fn combine(&mut self, terms: &[ValueId], coefficients: ValueId) -> ValueId {
         self.push(Op::Update(Update::Combine { terms: terms.to_vec(), coefficients }))[0]
+    }
+
+    /// Standard normals of the wide type; `counter [B, 4]` i32 holds each sample's seed and draw.
+    #[track_caller]
+    pub fn noise(&mut self, counter: ValueId, shape: &[usize]) -> ValueId {
+        self.push(Op::Update(Update::Noise { counter, shape: shape.to_vec() }))[0]
     }
 
     /// The next `p`, `m` and `v`.

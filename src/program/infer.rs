@@ -19,12 +19,16 @@ pub(super) fn infer(program: &Program, op: &Op) -> Result<Types, String> {
     for id in op.inputs() {
         ensure!(id.index() < program.values.len(), "{}: value %{} does not exist", op.family(), id.0);
     }
-    op.infer(&Infer { program }).map_err(|what| format!("{}: {what}", op.family()))
+    let float = op.inputs().iter().map(|id| program.value(*id).dtype).find(|dtype| *dtype != DType::I32);
+    let cx = Infer { program, float: float.unwrap_or(program.dtype) };
+    op.infer(&cx).map_err(|what| format!("{}: {what}", op.family()))
 }
 
 /// Looks at operands; every check names what it found and what is needed.
 pub(super) struct Infer<'a> {
     program: &'a Program,
+    /// What the op computes in: the type of its first float operand.
+    float: DType,
 }
 
 impl<'a> Infer<'a> {
@@ -37,19 +41,24 @@ impl<'a> Infer<'a> {
         (&value.shape, value.dtype)
     }
 
-    /// An output of the program's float type.
+    /// An output of the type the op computes in.
     pub fn of(&self, shape: Shape) -> (Shape, DType) {
-        (shape, self.program.dtype)
+        (shape, self.float)
+    }
+
+    /// An output of the type of sums.
+    pub fn wide(&self, shape: Shape) -> (Shape, DType) {
+        (shape, self.float.wide())
     }
 
     pub fn one(&self, shape: Shape) -> Types {
         vec![self.of(shape)]
     }
 
-    /// The shape of a value of the program's float type with at least `rank` dims.
+    /// The shape of a value of the type the op computes in with at least `rank` dims.
     pub fn float(&self, id: ValueId, rank: usize) -> Result<&'a [usize], String> {
-        let (v, float) = (self.program.value(id), self.program.dtype);
-        ensure!(v.dtype == float, "%{} is {}, the program computes in {float}", id.0, v.dtype);
+        let (v, float) = (self.program.value(id), self.float);
+        ensure!(v.dtype == float, "%{} is {}, the op computes in {float}", id.0, v.dtype);
         ensure!(v.shape.len() >= rank, "%{} {:?} needs at least {rank} dims", id.0, v.shape);
         ensure!(!v.is_empty(), "%{} {:?} is empty", id.0, v.shape);
         Ok(&v.shape)
@@ -76,6 +85,13 @@ impl<'a> Infer<'a> {
     pub fn exactly(&self, what: &str, id: ValueId, shape: &[usize]) -> Result<(), String> {
         let s = self.float(id, 0)?;
         ensure!(s == shape, "{what} %{} is {s:?}, needs {shape:?}", id.0);
+        Ok(())
+    }
+
+    /// The same of a statistic, which has the type of sums.
+    pub fn statistic(&self, what: &str, id: ValueId, shape: &[usize]) -> Result<(), String> {
+        let ((s, dtype), wide) = (self.type_of(id), self.float.wide());
+        ensure!(dtype == wide && s == shape, "{what} %{} is {dtype} {s:?}, needs {wide} {shape:?}", id.0);
         Ok(())
     }
 

@@ -16,7 +16,8 @@ pub use ops::*;
 use crate::weights::Weight;
 use std::panic::Location;
 
-/// Element type of a value. Weights and activations of a program share one float type; `I32` holds token ids and indices.
+/// Element type of a value. Weights and activations of a program are of one float type, its own; statistics, losses and state
+/// are of its wide type (an op computes in the type of its operands); `I32` holds token ids and indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum DType {
     F64,
@@ -33,6 +34,11 @@ impl DType {
             DType::F32 | DType::I32 => 4,
             DType::F16 | DType::BF16 => 2,
         }
+    }
+
+    /// The type of sums and of state beside values of this one: f32, beside f64 that.
+    pub fn wide(self) -> DType {
+        if self == DType::F64 { DType::F64 } else { DType::F32 }
     }
 }
 

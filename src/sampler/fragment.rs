@@ -3,7 +3,7 @@
 use super::Needs;
 use crate::program::{Builder, ValueId};
 
-/// Latents `[B, H, W, C]`, read and written by a step.
+/// Latents `[B, H, W, C]`, read and written by a step; like all that is carried from step to step of the wide type.
 pub const LATENTS: &str = "latents";
 /// Fresh unit noise shaped like the latents.
 pub const NOISE: &str = "noise";
@@ -32,7 +32,7 @@ pub struct State {
 #[track_caller]
 pub fn append_update(b: &mut Builder, needs: Needs, x: ValueId, e_cond: ValueId, e_uncond: Option<ValueId>) -> ValueId {
     let shape = b.shape(x);
-    let history = HISTORY[..needs.history].iter().map(|name| b.input(*name, &shape)).collect();
+    let history = HISTORY[..needs.history].iter().map(|name| b.wide_input(*name, &shape)).collect();
     let next = update(b, needs, &State { latents: x, history }, e_cond, e_uncond, "");
     b.output(LATENTS, next.latents);
     for (name, &entry) in HISTORY.iter().zip(&next.history) {
@@ -60,7 +60,7 @@ pub fn update(
     terms.extend(e_uncond);
     if needs.noise {
         let shape = b.shape(x);
-        terms.push(b.input(format!("{NOISE}{suffix}"), &shape));
+        terms.push(b.wide_input(format!("{NOISE}{suffix}"), &shape));
     }
     if needs.history == 0 {
         return State { latents: combine(b, UPDATE, suffix, &terms), history: vec![] };

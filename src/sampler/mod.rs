@@ -9,7 +9,6 @@ mod dpmpp;
 mod euler;
 mod fragment;
 mod noise;
-mod philox;
 mod pndm;
 mod schedule;
 mod torch;

@@ -1,7 +1,7 @@
 //! Initial and ancestral noise of one image, from a generator that is the same everywhere or from one that matches torch.
 
-use super::philox;
 use super::torch::{TorchCpu, TorchCuda};
+use crate::exec::philox;
 use crate::{Error, Result};
 
 /// Which generator; `Display` and `FromStr` use the names of the command line.

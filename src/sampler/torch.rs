@@ -1,6 +1,6 @@
 //! The generators behind `torch.randn` on the CPU and on CUDA, so that seeds of other tools give the same noise here.
 
-use super::philox::{LN, halves, philox};
+use crate::exec::philox::{LN, halves, philox};
 
 /// `torch.randn(n, generator=torch.Generator("cpu").manual_seed(seed))` in f32, bit for bit as x86-64 builds of torch give it on
 /// processors with AVX2 (`ATen/native/cpu/DistributionTemplates.h`, `ATen/core/DistributionsHelper.h`; torch 1.x to 2.13).

@@ -22,6 +22,13 @@ impl Feed {
         self.shared(name, &[&[self.batch], rest].concat())
     }
 
+    /// The same of the wide type.
+    pub fn batched_wide(&mut self, name: &str, rest: &[usize]) -> ValueId {
+        self.batched.push(name.to_string());
+        let id = self.b.wide_input(name, &[&[self.batch], rest].concat());
+        if self.through_op { self.b.affine(id, 1.0, 0.0) } else { id }
+    }
+
     /// An operand that all samples share.
     pub fn shared(&mut self, name: &str, shape: &[usize]) -> ValueId {
         let id = self.b.input(name, shape);
@@ -74,7 +81,7 @@ impl Case {
 
 /// Every op, with the shapes where kernels go wrong: odd sizes, tails, one row, one column, padding, strides, column offsets.
 pub fn all() -> Vec<Case> {
-    let forward = [gemms(), convolutions(), attentions(), norms(), elementwise(), rest()];
+    let forward = [gemms(), convolutions(), attentions(), norms(), elementwise(), rest(), underived()];
     forward.into_iter().chain([backward::attentions(), backward::norms()]).flatten().collect()
 }
 
@@ -318,7 +325,7 @@ pub fn elementwise() -> Vec<Case> {
             vec![f.b.mul(a, b)]
         }));
         cases.push(Case::new(format!("scale {width}"), move |f| {
-            let (x, by) = (f.batched("x", &[2, width]), f.batched("by", &[]));
+            let (x, by) = (f.batched("x", &[2, width]), f.batched_wide("by", &[]));
             vec![f.b.scale(x, by)]
         }));
         cases.push(Case::new(format!("channel_affine {width}"), move |f| {
@@ -331,8 +338,19 @@ pub fn elementwise() -> Vec<Case> {
             let detached = f.b.detach(x);
             vec![clamped, detached]
         }));
+        cases.push(Case::new(format!("columns of wide rows {width}"), move |f| {
+            // Multiples of 16 bytes.
+            let (a, b) = (f.batched("a", &[2, 8 * width]), f.batched("b", &[2, 40]));
+            let x = f.b.concat(a, b);
+            vec![f.b.columns(Cols { value: x, at: 8 }, 8 * width + 24)]
+        }));
         cases.push(Case::new(format!("constant {width}"), move |f| vec![f.b.constant(&[f.batch, width], 0.1)]));
     }
+    cases.push(Case::new("channel_affine of many channels", |f| {
+        let x = f.batched("x", &[7, 37]);
+        let [scale, shift] = [0.1, -0.3].map(|step| (0..37).map(|c| step * c as f64 - 1.0).collect::<Vec<f64>>());
+        vec![f.b.channel_affine(x, &scale, &shift)]
+    }));
     for f in [Scalar::Sqrt, Scalar::Square, Scalar::Ln, Scalar::Exp, Scalar::Reciprocal, Scalar::Spherical] {
         cases.push(Case::new(format!("{f:?}"), move |feed| {
             // Within every function's domain: 0.5 to 1, and 1.
@@ -341,6 +359,20 @@ pub fn elementwise() -> Vec<Case> {
             let x = feed.b.clamp(x, 0.5, 1.0);
             vec![feed.b.map(x, f)]
         }));
+    }
+    cases
+}
+
+/// Casts between all types a device holds; the CPU's executor is of one type.
+pub fn casts() -> Vec<Case> {
+    let mut cases = vec![];
+    for width in [1, 37, 5000] {
+        for to in [DType::F16, DType::BF16, DType::F32] {
+            cases.push(Case::new(format!("cast to {to} {width}"), move |f| {
+                let x = f.batched("x", &[width]);
+                f.b.push(Op::Elementwise(Elementwise::Cast { x, to }))
+            }));
+        }
     }
     cases
 }
@@ -365,7 +397,9 @@ pub fn rest() -> Vec<Case> {
         }));
     }
     for how in INTERPOLATIONS {
-        for (h, w, height, width, c) in [(1, 1, 3, 2, 1), (5, 9, 2, 4, 3), (4, 3, 9, 5, 2), (16, 18, 7, 8, 3)] {
+        for (h, w, height, width, c) in
+            [(1, 1, 3, 2, 1), (5, 9, 2, 4, 3), (4, 3, 9, 5, 2), (16, 18, 7, 8, 3), (70, 150, 33, 40, 3)]
+        {
             cases.push(Case::new(format!("resize {h}x{w}x{c} to {height}x{width} {how:?}"), move |f| {
                 let x = f.batched("x", &[h, w, c]);
                 vec![f.b.resize(x, height, width, how)]
@@ -413,11 +447,107 @@ pub fn rest() -> Vec<Case> {
             vec![f.b.sinusoidal(x, 20, flip, shift)]
         }));
     }
-    for terms in [1, 2, 4] {
+    for terms in [1, 2, 4, 20] {
         cases.push(Case::new(format!("combine {terms}"), move |f| {
             let ids: Vec<ValueId> = (0..terms).map(|i| f.batched(&format!("x{i}"), &[33, 129])).collect();
             let coefficients = f.b.scalars("coefficients", terms);
             vec![f.b.combine(&ids, coefficients)]
+        }));
+    }
+    cases
+}
+
+/// Ops without a derivative to some of their operands: mixtures of a table, optimisers, noise.
+pub fn underived() -> Vec<Case> {
+    let mut cases = vec![];
+    // Rows of multiples of 16 bytes.
+    cases.push(Case::new("tokens, mix and pool of wide rows", |f| {
+        let ids = f.ints("ids", &[7], |i| (i * 5 % 11) as i32);
+        let (table, positions) = (f.shared("table", &[11, 1040]), f.shared("positions", &[9, 1040]));
+        let (weights, at) = (f.batched("weights", &[7]), f.ints("at", &[], |i| (i * 4 % 7) as i32));
+        let x = f.b.tokens(ids, table, positions);
+        vec![f.b.mix(weights, ids, table), f.b.pool(x, at), x]
+    }));
+    let state = |f: &mut Feed, squared: &str| {
+        let [p, g, a, b] = ["p", "g", "a", "b"].map(|name| {
+            let x = f.batched(name, &[33, 129]);
+            if name == squared { f.b.map(x, Scalar::Square) } else { x }
+        });
+        [p, g, a, b]
+    };
+    // Scalars within the optimisers' domains, each about its own middle.
+    let scalars = |f: &mut Feed, middles: &[f64]| {
+        let scalars = f.b.scalars("scalars", middles.len());
+        f.b.channel_affine(scalars, &vec![0.2; middles.len()], middles)
+    };
+    cases.push(Case::new("adamw", move |f| {
+        let (state, scalars) = (state(f, "b"), scalars(f, &[0.5; 7]));
+        f.b.adamw(state, scalars).to_vec()
+    }));
+    cases.push(Case::new("rmsprop", move |f| {
+        let (state, scalars) = (state(f, "a"), scalars(f, &[0.5, 0.5, 0.5, 0.5, 1.0, -0.7, 0.9]));
+        f.b.rmsprop(state, scalars).to_vec()
+    }));
+    cases.push(Case::new("nesterov", move |f| {
+        let ([p, g, b, _], scalars) = (state(f, ""), scalars(f, &[0.5; 2]));
+        f.b.nesterov([p, g, b], scalars).to_vec()
+    }));
+    for rest in [&[1][..], &[70], &[5, 6, 4], &[9, 7, 3]] {
+        cases.push(Case::new(format!("noise {rest:?}"), move |f| {
+            let counter = f.ints("counter", &[4], |i| [1 - 3 * i as i32, 7, (i / 4) as i32, 0][i % 4]);
+            let shape = [&[f.batch], rest].concat();
+            vec![f.b.noise(counter, &shape)]
+        }));
+    }
+    cases
+}
+
+/// What only kernels that keep rows and pixels in registers can get wrong: rows longer than those, many pixels of a block, groups
+/// wider than a block, means a hundred deviations from 0.
+pub fn registers() -> Vec<Case> {
+    let mut cases = vec![];
+    for (rest, groups) in [(&[400, 400, 1][..], 1), (&[2, 3, 1300], 1), (&[2, 2, 2048], 2), (&[50, 30, 96], 32)] {
+        for (scale, shift) in [(1.0, 0.0), (0.01, 1.25)] {
+            let name = format!("group_norm {rest:?} groups {groups} near {shift}");
+            cases.push(Case::new(name, move |f| {
+                let (x, gamma, beta) = backward::operands(f, rest);
+                let x = f.b.affine(x, scale, shift);
+                f.b.push(Op::Norm(Norm::Group { x, gamma, beta, groups, eps: 1e-8, silu: false }))
+            }));
+        }
+        cases.push(Case::new(format!("group_norm_backward {rest:?} groups {groups} of many pixels"), move |f| {
+            let (x, gamma, beta) = backward::operands(f, rest);
+            let made = f.b.push(Op::Norm(Norm::Group { x, gamma, beta, groups, eps: 1e-5, silu: true }));
+            let (mean, rstd, d_y) = (made[1], made[2], f.batched("d_y", rest));
+            f.b.push(Op::Norm(Norm::GroupBackward { x, d_y, gamma, beta, mean, rstd, groups, silu: true }))
+        }));
+    }
+    for width in [40, 1300, 21_000] {
+        for (scale, shift) in [(1.0, 0.0), (0.01, 1.25)] {
+            cases.push(Case::new(format!("layer_norm of {width} near {shift}"), move |f| {
+                let (x, gamma, beta) = backward::operands(f, &[2, width]);
+                let x = f.b.affine(x, scale, shift);
+                f.b.push(Op::Norm(Norm::Layer { x, gamma, beta, eps: 1e-8 }))
+            }));
+        }
+        cases.push(Case::new(format!("layer_norm_backward of {width}"), move |f| {
+            let (x, gamma, beta) = backward::operands(f, &[2, width]);
+            let made = f.b.push(Op::Norm(Norm::Layer { x, gamma, beta, eps: 1e-5 }));
+            let (mean, rstd, d_y) = (made[1], made[2], f.batched("d_y", &[2, width]));
+            f.b.push(Op::Norm(Norm::LayerBackward { x, d_y, gamma, mean, rstd }))
+        }));
+        cases.push(Case::new(format!("cross_entropy of {width}"), move |f| {
+            let logits = f.batched("logits", &[2, width]);
+            let targets = f.ints("targets", &[2], |i| (i * 7919 % width) as i32);
+            let made = f.b.push(Op::Norm(Norm::CrossEntropy { logits, targets }));
+            let d_loss = f.batched_wide("d_loss", &[2]);
+            let d = f.b.push(Op::Norm(Norm::CrossEntropyBackward { logits, targets, lse: made[1], d_loss }));
+            [made, d].concat()
+        }));
+        cases.push(Case::new(format!("unit_backward of {width}"), move |f| {
+            let (x, d_y) = (f.batched("x", &[2, width]), f.batched("d_y", &[2, width]));
+            let made = f.b.push(Op::Norm(Norm::Unit { x, eps: 1e-12 }));
+            f.b.push(Op::Norm(Norm::UnitBackward { y: made[0], norm: made[1], d_y, eps: 1e-12 }))
         }));
     }
     cases

@@ -91,7 +91,7 @@ pub fn norms() -> Vec<Case> {
             let logits = f.batched("logits", &[5, width]);
             let targets = f.ints("targets", &[5], |i| (i * 7 % width) as i32 - i32::from(i % 4 == 3) * 10_000);
             let lse = f.b.push(Op::Norm(Norm::CrossEntropy { logits, targets }))[1];
-            let d_loss = f.batched("d_loss", &[5]);
+            let d_loss = f.batched_wide("d_loss", &[5]);
             f.b.push(Op::Norm(Norm::CrossEntropyBackward { logits, targets, lse, d_loss }))
         }));
     }
@@ -112,7 +112,7 @@ pub fn across_samples() -> Vec<Case> {
 }
 
 /// `x`, `gamma` and `beta` of a norm.
-fn operands(f: &mut Feed, rest: &[usize]) -> (ValueId, ValueId, ValueId) {
+pub fn operands(f: &mut Feed, rest: &[usize]) -> (ValueId, ValueId, ValueId) {
     let c = rest[rest.len() - 1];
     (f.batched("x", rest), f.shared("gamma", &[c]), f.shared("beta", &[c]))
 }

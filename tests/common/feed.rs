@@ -2,7 +2,7 @@
 
 use super::cases::Built;
 use super::naive::Buffers;
-use rarebit::exec::cpu::{Cpu, Real};
+use super::storage::round;
 use rarebit::exec::{Data, DataMut, Executor};
 use rarebit::plan::plan;
 use rarebit::program::*;
@@ -44,6 +44,17 @@ pub fn fill(built: &Built, first: usize, batch: usize) -> Buffers {
     buffers
 }
 
+/// The same as the case's program holds them.
+pub fn operands(built: &Built, first: usize, batch: usize) -> Buffers {
+    let mut buffers = fill(built, first, batch);
+    for (name, values) in &mut buffers.floats {
+        let id = built.program.input(name).unwrap();
+        let dtype = built.program.value(id).dtype;
+        values.iter_mut().for_each(|x| *x = round(dtype, *x));
+    }
+    buffers
+}
+
 /// The instruction sets of lesser processors: AVX2 where there is it, and none at all.
 pub fn lesser_archs() -> Vec<pulp::Arch> {
     #[allow(unused_mut)]
@@ -72,28 +83,39 @@ pub fn weights(tensors: &[(&str, Vec<usize>, Vec<f32>)]) -> Model {
 }
 
 /// Runs a program and returns its outputs in order.
-pub fn run<T: Real>(
-    mut cpu: Cpu<T>,
+pub fn run(
+    mut executor: impl Executor,
     program: &Program,
     buffers: &Buffers,
     model: &Model,
     times: usize,
 ) -> Vec<Vec<f64>> {
-    let planned = plan(program.clone(), |program, node| cpu.workspace(program, node));
-    let id = cpu.load(planned, model).unwrap();
+    try_run(&mut executor, program, buffers, model, times).unwrap()
+}
+
+/// The same where the executor may refuse.
+pub fn try_run(
+    executor: &mut impl Executor,
+    program: &Program,
+    buffers: &Buffers,
+    model: &Model,
+    times: usize,
+) -> rarebit::Result<Vec<Vec<f64>>> {
+    let planned = plan(program.clone(), |program, node| executor.workspace(program, node));
+    let id = executor.load(planned, model)?;
     for _ in 0..times {
         for (name, values) in &buffers.floats {
-            cpu.write(name, Data::F64(values)).unwrap();
+            executor.write(name, Data::F64(values))?;
         }
         for (name, values) in &buffers.ints {
-            cpu.write(name, Data::I32(values)).unwrap();
+            executor.write(name, Data::I32(values))?;
         }
-        cpu.run(id).unwrap();
+        executor.run(id)?;
     }
     let read = |(name, id): &(String, ValueId)| {
         let mut out = vec![0.0; program.value(*id).len()];
-        cpu.read(name, DataMut::F64(&mut out)).unwrap();
-        out
+        executor.read(name, DataMut::F64(&mut out))?;
+        Ok(out)
     };
     program.outputs.iter().map(read).collect()
 }

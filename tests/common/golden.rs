@@ -44,13 +44,21 @@ pub fn data_folder(name: &str) -> PathBuf {
 
 impl Golden {
     pub fn open(name: &str) -> Golden {
-        let folder = data_folder(name);
+        Golden::at(data_folder(name))
+    }
+
+    /// Of any folder.
+    pub fn at(folder: PathBuf) -> Golden {
         let bytes = std::fs::read(folder.join("golden.safetensors")).unwrap();
         let index: Value = serde_json::from_slice(&std::fs::read(folder.join("golden.json")).unwrap()).unwrap();
         let cases = index["cases"].as_array().unwrap();
         let name_of = |case: &Value| case["name"].as_str().unwrap().to_string();
         let cases = cases.iter().map(|case| Case { name: name_of(case), fields: case.clone() }).collect();
         Golden { folder, bytes, cases }
+    }
+
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// The pipeline in the same folder.

@@ -179,6 +179,23 @@ fn columns_and_rows() -> Vec<Gradient> {
                 one(f, Op::Elementwise(Elementwise::Scatter { parts, width: width + 9 }))
             },
         ));
+        // More reads than a launch adds up.
+        cases.push(Gradient::new(
+            format!("columns {width} read ten times"),
+            &[2, width + 9],
+            move |f, x| {
+                let first = f.b.columns(Cols { value: x, at: 0 }, width);
+                (1..10).fold(first, |all, at| {
+                    let next = f.b.columns(Cols { value: x, at }, width);
+                    f.b.concat(all, next)
+                })
+            },
+            move |f, _, d_y| {
+                let part = |f: &mut Feed, at: usize| f.b.columns(Cols { value: d_y, at: at * width }, width);
+                let parts = (0..10).map(|at| Cols { value: part(f, at), at }).collect();
+                one(f, Op::Elementwise(Elementwise::Scatter { parts, width: width + 9 }))
+            },
+        ));
         for left in [true, false] {
             let case = Gradient::new(
                 format!("outer_add {width}, left {left}"),
@@ -222,7 +239,7 @@ fn resampling() -> Vec<Gradient> {
     }
     for how in INTERPOLATIONS {
         for (h, w, height, width, c) in
-            [(1, 1, 3, 2, 1), (5, 9, 2, 4, 3), (4, 3, 9, 5, 2), (16, 18, 7, 8, 3), (11, 1, 2, 1, 1)]
+            [(1, 1, 3, 2, 1), (5, 9, 2, 4, 3), (4, 3, 9, 5, 2), (16, 18, 7, 8, 3), (11, 1, 2, 1, 1), (9, 20, 33, 7, 3)]
         {
             cases.push(Gradient::new(
                 format!("resize {h}x{w}x{c} to {height}x{width} {how:?}"),

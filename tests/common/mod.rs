@@ -9,3 +9,5 @@ pub mod golden;
 pub mod gradients;
 pub mod layouts;
 pub mod naive;
+pub mod products;
+pub mod storage;

@@ -4,6 +4,7 @@
 mod backward;
 
 use rarebit::program::*;
+use rarebit::sampler::{Noise, Rng};
 use std::collections::HashMap;
 
 /// Contents of the named buffers.
@@ -15,6 +16,12 @@ pub struct Buffers {
 
 /// All values of a program, by index (empty for i32 inputs).
 pub fn evaluate(program: &Program, buffers: &Buffers) -> Vec<Vec<f64>> {
+    evaluate_rounded(program, buffers, |_, x| x)
+}
+
+/// The same with everything that has to be stored rounded to its type: every op's outputs, and of attention what one product
+/// hands to the next, the probabilities and in the gradient those of the scores.
+pub fn evaluate_rounded(program: &Program, buffers: &Buffers, round: impl Fn(DType, f64) -> f64) -> Vec<Vec<f64>> {
     let mut values: Vec<Vec<f64>> = vec![vec![]; program.values.len()];
     for (value, slot) in program.values.iter().zip(&mut values) {
         if let Origin::Input(name) = &value.origin {
@@ -22,8 +29,9 @@ pub fn evaluate(program: &Program, buffers: &Buffers) -> Vec<Vec<f64>> {
         }
     }
     for node in &program.nodes {
-        let made = op(program, &node.op, &values, buffers);
-        for (id, value) in node.outputs.iter().zip(made) {
+        let made = op(program, &node.op, &values, buffers, &round);
+        for (id, mut value) in node.outputs.iter().zip(made) {
+            value.iter_mut().for_each(|x| *x = round(program.value(*id).dtype, *x));
             assert_eq!(value.len(), program.value(*id).len(), "{}", program.show_op(&node.op));
             values[id.index()] = value;
         }
@@ -31,7 +39,13 @@ pub fn evaluate(program: &Program, buffers: &Buffers) -> Vec<Vec<f64>> {
     values
 }
 
-fn op(program: &Program, op: &Op, values: &[Vec<f64>], buffers: &Buffers) -> Vec<Vec<f64>> {
+fn op(
+    program: &Program,
+    op: &Op,
+    values: &[Vec<f64>],
+    buffers: &Buffers,
+    round: &impl Fn(DType, f64) -> f64,
+) -> Vec<Vec<f64>> {
     let v = |id: ValueId| &values[id.index()][..];
     let shape = |id: ValueId| program.shape(id);
     let width = |id: ValueId| program.shape(id)[program.shape(id).len() - 1];
@@ -46,7 +60,9 @@ fn op(program: &Program, op: &Op, values: &[Vec<f64>], buffers: &Buffers) -> Vec
             vec![conv2d(c, shape(c.x), shape(c.w), v(c.x), v(c.w), c.bias.map(v), shift, c.residual.map(v))]
         }
         Op::Attention(a) => {
-            attention(a, shape(a.q.value), shape(a.k.value), shape(a.v.value), v(a.q.value), v(a.k.value), v(a.v.value))
+            let shapes = [a.q, a.k, a.v].map(|cols| shape(cols.value));
+            let store = |x| round(program.value(a.q.value).dtype, x);
+            attention(a, shapes, [a.q, a.k, a.v].map(|cols| v(cols.value)), store)
         }
         Op::Norm(Norm::Group { x, gamma, beta, groups, eps, silu }) => {
             let s = shape(*x);
@@ -177,7 +193,42 @@ fn op(program: &Program, op: &Op, values: &[Vec<f64>], buffers: &Buffers) -> Vec
             }
             vec![out]
         }
-        _ => backward::op(program, op, v, ints),
+        Op::Update(Update::AdamW { p, g, m, v: second, scalars }) => {
+            let [rate, gain1, gain2, eps, decay, c1, c2] = v(*scalars)[..] else { panic!("seven scalars") };
+            let average = |old: ValueId, gain: f64, power: i32| -> Vec<f64> {
+                v(old).iter().zip(v(*g)).map(|(x, g)| (1.0 - gain) * x + gain * g.powi(power)).collect()
+            };
+            let (m, second) = (average(*m, gain1, 1), average(*second, gain2, 2));
+            let steps = m.iter().zip(&second).map(|(m, v)| rate * (m / c1) / ((v / c2).sqrt() + eps));
+            vec![v(*p).iter().zip(steps).map(|(p, step)| p * (1.0 - rate * decay) - step).collect(), m, second]
+        }
+        Op::Update(Update::RmsProp { p, g, v: second, b, scalars }) => {
+            let [rate, alpha, momentum, eps, bound, low, high] = v(*scalars)[..] else { panic!("seven scalars") };
+            let g: Vec<f64> = v(*g).iter().map(|g| g.clamp(-bound, bound)).collect();
+            let second: Vec<f64> =
+                v(*second).iter().zip(&g).map(|(v, g)| alpha * v + (1.0 - alpha) * g.powi(2)).collect();
+            let pushes = g.iter().zip(&second).map(|(g, v)| g / (v.sqrt() + eps));
+            let b: Vec<f64> = v(*b).iter().zip(pushes).map(|(b, push)| momentum * b + push).collect();
+            vec![v(*p).iter().zip(&b).map(|(p, b)| (p - rate * b).clamp(low, high)).collect(), second, b]
+        }
+        Op::Update(Update::Nesterov { p, g, b, scalars }) => {
+            let [rate, momentum] = v(*scalars)[..] else { panic!("two scalars") };
+            let b: Vec<f64> = v(*b).iter().zip(v(*g)).map(|(b, g)| momentum * b + g).collect();
+            let directions = v(*g).iter().zip(&b).map(|(g, b)| g + momentum * b);
+            vec![v(*p).iter().zip(directions).map(|(p, d)| p - rate * d).collect(), b]
+        }
+        Op::Update(Update::Noise { counter, shape }) => {
+            let (sample, channels) = (shape[1..].iter().product::<usize>(), shape[shape.len() - 1]);
+            let draws = ints(*counter).chunks_exact(4).flat_map(|words| {
+                let [seed_low, seed_high, draw, _] = std::array::from_fn(|i| u64::from(words[i] as u32));
+                let (mut noise, mut drawn) = (Noise::new(Rng::Philox, seed_low | seed_high << 32), vec![0.0; sample]);
+                (0..=draw).for_each(|_| noise.normal(&mut drawn));
+                let positions = sample / channels;
+                (0..sample).map(|i| drawn[i % channels * positions + i / channels].into()).collect::<Vec<f64>>()
+            });
+            vec![draws.collect()]
+        }
+        _ => backward::op(program, op, v, ints, round),
     }
 }
 
@@ -319,12 +370,9 @@ fn conv2d(
 
 fn attention(
     a: &Attention,
-    q_shape: &[usize],
-    k_shape: &[usize],
-    v_shape: &[usize],
-    q: &[f64],
-    k: &[f64],
-    v: &[f64],
+    [q_shape, k_shape, v_shape]: [&[usize]; 3],
+    [q, k, v]: [&[f64]; 3],
+    store: impl Fn(f64) -> f64,
 ) -> Vec<Vec<f64>> {
     let tokens = |s: &[usize]| s[1..s.len() - 1].iter().product::<usize>();
     let (batch, queries, keys) = (q_shape[0], tokens(q_shape), tokens(k_shape));
@@ -346,7 +394,7 @@ fn attention(
                 let total: f64 = scores.iter().map(|s| (s - top).exp()).sum();
                 lse[(b * heads + head) * queries + row] = top + total.ln();
                 for (key, score) in scores.iter().enumerate() {
-                    let p = (score - top).exp() / total;
+                    let p = store((score - top).exp() / total);
                     for d in 0..dim {
                         out[((b * queries + row) * heads + head) * dim + d] +=
                             p * v[(b * keys + key) * vw + a.v.at + head * dim + d];
@@ -413,8 +461,8 @@ fn elementwise<'a>(
             v(x).iter().enumerate().map(|(i, x)| x * scale[i % c] + shift[i % c]).collect()
         }
         Elementwise::Clamp { x, low, high } => v(x).iter().map(|x| x.clamp(low, high)).collect(),
-        Elementwise::Detach { x } => v(x).to_vec(),
-        Elementwise::Constant { ref shape, value } => vec![value; shape.iter().product()],
+        Elementwise::Detach { x } | Elementwise::Cast { x, .. } => v(x).to_vec(),
+        Elementwise::Constant { ref shape, value, .. } => vec![value; shape.iter().product()],
         Elementwise::Spread { x, shape: ref over } => {
             let (width, rows) = (over[over.len() - 1], over.iter().product::<usize>() / v(x).len());
             v(x).chunks_exact(width).flat_map(|row| row.repeat(rows)).collect()

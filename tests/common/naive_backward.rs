@@ -2,16 +2,17 @@
 
 use rarebit::program::*;
 
-/// The outputs of a backward op; `v` and `ints` give the values of its operands.
+/// The outputs of a backward op; `v` and `ints` give the values of its operands, `round` what storage makes of a number.
 pub fn op<'a>(
     program: &Program,
     op: &Op,
     v: impl Fn(ValueId) -> &'a [f64],
     ints: impl Fn(ValueId) -> &'a [i32],
+    round: &impl Fn(DType, f64) -> f64,
 ) -> Vec<Vec<f64>> {
     let width = |id: ValueId| program.shape(id)[program.shape(id).len() - 1];
     match *op {
-        Op::AttentionBackward(ref a) => attention(program, a, v),
+        Op::AttentionBackward(ref a) => attention(program, a, v, |x| round(program.value(a.d_out).dtype, x)),
         Op::Norm(Norm::GroupBackward { x, d_y, gamma, beta, mean, rstd, groups, silu }) => {
             let (channels, sample) = (width(x), v(x).len() / program.shape(x)[0]);
             let set = |i: usize| (i / sample * groups + i % channels / (channels / groups), i % channels);
@@ -79,7 +80,12 @@ fn normalised(x: &[f64], d_hat: &[f64], mean: &[f64], rstd: &[f64], set: impl Fn
     (0..x.len()).map(|i| rstd[set(i)] * (d_hat[i] - plain[set(i)] - hat(i) * along[set(i)])).collect()
 }
 
-fn attention<'a>(program: &Program, a: &AttentionBackward, v: impl Fn(ValueId) -> &'a [f64]) -> Vec<Vec<f64>> {
+fn attention<'a>(
+    program: &Program,
+    a: &AttentionBackward,
+    v: impl Fn(ValueId) -> &'a [f64],
+    store: impl Fn(f64) -> f64,
+) -> Vec<Vec<f64>> {
     let Attention { q, k, v: value, heads, head_dim: dim, causal } = a.forward;
     let tokens = |s: &[usize]| s[1..s.len() - 1].iter().product::<usize>();
     let (q_shape, k_shape) = (program.shape(q.value), program.shape(k.value));
@@ -103,14 +109,14 @@ fn attention<'a>(program: &Program, a: &AttentionBackward, v: impl Fn(ValueId) -
                 let p: Vec<f64> =
                     (0..visible).map(|key| (scale * dot(q, row(k, b * keys + key, head)) - lse).exp()).collect();
                 let d_p: Vec<f64> = (0..visible).map(|key| dot(d_out, row(value, b * keys + key, head))).collect();
-                let mean = dot(&p, &d_p);
+                let mean = dot(row(a.out.into(), at, head), d_out);
                 for key in 0..visible {
-                    let d_s = p[key] * (d_p[key] - mean) * scale;
+                    let d_s = store(p[key] * (d_p[key] - mean)) * scale;
                     let (to_q, to_k) = (at * all + head * dim, (b * keys + key) * all + head * dim);
                     for d in 0..dim {
                         d_q[to_q + d] += d_s * row(k, b * keys + key, head)[d];
                         d_k[to_k + d] += d_s * q[d];
-                        d_v[to_k + d] += p[key] * d_out[d];
+                        d_v[to_k + d] += store(p[key]) * d_out[d];
                     }
                 }
             }

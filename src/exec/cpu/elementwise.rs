@@ -112,7 +112,7 @@ pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Elementwise, outputs: Outputs<'_, T>) {
                 out.iter_mut().zip(&x[at..]).for_each(|(d, &x)| *d = if passes(x) { *d } else { T::ZERO });
             });
         }
-        Detach { x } => transform(out, source(x), |_, _| {}),
+        Detach { x } | Cast { x, .. } => transform(out, source(x), |_, _| {}),
         Constant { value, .. } => fill(out, number(value)),
         Spread { x, ref shape } => columns::spread(out, cx.value(x), shape),
         OuterAdd { a, b } => columns::outer_add(out, cx.value(a), cx.value(b), cx.shape(a)[1]),

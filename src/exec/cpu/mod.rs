@@ -30,6 +30,7 @@ mod update;
 
 pub use real::Real;
 
+use super::guard::{Guard, describe};
 use super::{Data, DataMut, Executor, ProgramId};
 use crate::plan::{Planned, Region};
 use crate::program::{Node, Op, Origin, Program, ValueId};
@@ -140,7 +141,7 @@ impl<T: Real> Cpu<T> {
         let ([a, b, c, workspace], arena) = carve(self.arena.as_mut_slice(), &ranges);
         let cx = Cx { program, places, store: &self.store, arena, machine: self.machine, scratch: &self.scratch };
         let outputs = Outputs { values: [a, b, c], workspace, in_place: plan.in_place[index].is_some() };
-        let wrong = |what: String| Error::Numeric(check::describe(program, index, &what));
+        let wrong = |what: String| Error::Numeric(describe(program, index, &what));
         match &node.op {
             Op::Gemm(op) => gemm::run(&cx, op, outputs),
             Op::Conv2d(op) => conv2d::run(&cx, op, outputs),
@@ -206,12 +207,12 @@ impl<T: Real> Cpu<T> {
     }
 
     fn run_program(&mut self, program: ProgramId) -> Result<()> {
-        let mut guard = self.guards.then(|| check::Guard::new(self.arena.as_mut_slice()));
+        let mut guard = self.guards.then(|| Guard::new(bytemuck::cast_slice_mut(self.arena.as_mut_slice())));
         for index in 0..self.programs[program.0].planned.program.nodes.len() {
             self.step(program, index)?;
             let planned = &self.programs[program.0].planned;
             if let Some(guard) = &mut guard {
-                guard.check(planned, index, self.arena.as_mut_slice())?;
+                guard.check(planned, index, bytemuck::cast_slice_mut(self.arena.as_mut_slice()))?;
             }
             if self.check_finite {
                 check::finite(planned, index, self.arena.as_slice())?;

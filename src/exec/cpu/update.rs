@@ -1,4 +1,4 @@
-//! Updates of state with scalars from memory: linear combinations (guidance, sampler steps) and optimisers.
+//! Updates of state with scalars from memory: linear combinations (guidance, sampler steps), optimisers, noise.
 //!
 //! Contract: `Combine` adds in the order of the terms; a term with coefficient 0 is not read, so it may hold anything; `out` may
 //! be the first term. Optimisers compute each element in f64 and round what they write once; formulas at `program::Update`.
@@ -7,6 +7,7 @@
 use super::elementwise::{CHUNK, fill, transform};
 use super::real::Real;
 use super::{Cx, Outputs};
+use crate::exec::philox;
 use crate::program::{Update, ValueId};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
@@ -54,7 +55,26 @@ pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Update, outputs: Outputs<'_, T>) {
                 }
             });
         }
+        Update::Noise { counter, ref shape } => {
+            let Outputs { values: [out, ..], .. } = outputs;
+            noise(out, cx.ints(counter), shape);
+        }
     }
+}
+
+/// Each sample's draw, from channels first to channels last.
+fn noise<T: Real>(out: &mut [T], counter: &[i32], shape: &[usize]) {
+    let (sample, channels) = (out.len() / shape[0], shape[shape.len() - 1]);
+    out.par_chunks_mut(sample).zip(counter.par_chunks_exact(4)).for_each(|(out, words)| {
+        let [seed_low, seed_high, draw_low, draw_high] = std::array::from_fn(|i| words[i] as u32);
+        let (key, draw, positions) = ([seed_low, seed_high], [draw_low, draw_high], sample / channels);
+        for first in (0..sample).step_by(4) {
+            let normals = philox::normals(key, draw, first as u64 / 4);
+            for (n, x) in (first..sample).zip(normals) {
+                out[n % positions * channels + n / positions] = T::from_f64(x.into());
+            }
+        }
+    });
 }
 
 fn scalars<T: Real, const N: usize>(cx: &Cx<'_, T>, id: ValueId) -> [f64; N] {

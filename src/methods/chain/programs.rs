@@ -156,7 +156,7 @@ impl Design<'_> {
     /// One objective: its losses, and its gradient added to that of the latents.
     fn objective(&self, index: usize, objective: &Objective<'_>) -> Result<(Program, Request)> {
         let mut b = Builder::new(format!("objective {index}"), self.dtype);
-        let latents = b.input(LATENTS, &self.latents_shape());
+        let latents = b.wide_input(LATENTS, &self.latents_shape());
         let loss = (objective.loss)(&mut b, latents);
         self.check_loss(&mut b, loss);
         b.output(loss_name(index), loss);
@@ -178,9 +178,9 @@ impl Design<'_> {
         let unet = Unet::new(&config.unet);
         let mut b = Builder::new("run", self.dtype);
         let shape = self.latents_shape();
-        let latents = b.input(LATENTS, &shape);
+        let latents = b.wide_input(LATENTS, &shape);
         let conditions = Conditions::inputs(&mut b, &unet, self.sizes, schedule, config.unet.added.is_some());
-        let history = HISTORY[..schedule.needs.history].iter().map(|name| b.input(*name, &shape)).collect();
+        let history = HISTORY[..schedule.needs.history].iter().map(|name| b.wide_input(*name, &shape)).collect();
         let mut state = State { latents, history };
         let mut losses = Vec::new();
         for done in 0..=schedule.steps.len() {

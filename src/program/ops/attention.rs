@@ -5,7 +5,7 @@ use crate::program::infer::{Infer, Types, ensure};
 use crate::program::{Cols, Program, ValueId};
 
 /// `softmax(q kᵀ / √head_dim) v` per head. `q` columns `[B, .., heads·head_dim]`, `k` and `v` columns `[B, .., heads·head_dim]`.
-/// Outputs: `out` shaped like `q`'s rows `[.., heads·head_dim]`, and the log-sum-exp of the scaled scores `[B, heads, Tq]`.
+/// Outputs: `out` shaped like `q`'s rows `[.., heads·head_dim]`, and the log-sum-exp of the scaled scores `[B, heads, Tq]`, wide.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Attention {
     pub q: Cols,
@@ -51,7 +51,7 @@ impl OpKind for Attention {
         ensure!(!self.causal || tokens(q) == tokens(k), "causal attention needs as many queries as keys");
         let mut out = q.to_vec();
         out[q.len() - 1] = width;
-        Ok(vec![cx.of(out), cx.of(vec![q[0], self.heads, tokens(q)])])
+        Ok(vec![cx.of(out), cx.wide(vec![q[0], self.heads, tokens(q)])])
     }
 
     fn macs(&self, p: &Program, outputs: &[ValueId]) -> u64 {
@@ -75,7 +75,7 @@ impl OpKind for AttentionBackward {
     fn infer(&self, cx: &Infer) -> Result<Types, String> {
         let forward = self.forward.infer(cx)?;
         cx.exactly("out", self.out, &forward[0].0)?;
-        cx.exactly("lse", self.lse, &forward[1].0)?;
+        cx.statistic("lse", self.lse, &forward[1].0)?;
         cx.exactly("d_out", self.d_out, &forward[0].0)?;
         ensure!(self.to_q || self.to_kv, "a gradient to nothing");
         let like = |value| {

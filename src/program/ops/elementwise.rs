@@ -2,7 +2,7 @@
 
 use super::{Activation, OpKind, show_cols};
 use crate::program::infer::{Infer, Types, ensure};
-use crate::program::{Cols, Program, ValueId};
+use crate::program::{Cols, DType, Program, ValueId};
 
 /// A function of one number, for losses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +55,7 @@ pub enum Elementwise {
         a: ValueId,
         b: ValueId,
     },
-    /// `x [B, ..]` times `by [B]`, sample by sample.
+    /// `x [B, ..]` times `by [B]`, sample by sample; `by` is of the wide type.
     Scale {
         x: ValueId,
         by: ValueId,
@@ -97,9 +97,15 @@ pub enum Elementwise {
     Detach {
         x: ValueId,
     },
+    /// The same numbers in another float type.
+    Cast {
+        x: ValueId,
+        to: DType,
+    },
     /// Every element `value`.
     Constant {
         shape: Vec<usize>,
+        dtype: DType,
         value: f64,
     },
     /// Every row of a sample of `shape [B, .., C]` the sample's row of `x [B, C]`, or every row `x [1, C]` or `[C]`: the gradient
@@ -152,7 +158,7 @@ impl OpKind for Elementwise {
         use Elementwise::*;
         match self {
             Activate { x, .. } | Geglu { x } | Map { x, .. } | Affine { x, .. } | ChannelAffine { x, .. } => vec![x],
-            Clamp { x, .. } | Detach { x } | Repeat { x, .. } | SumRepeats { x, .. } => vec![x],
+            Clamp { x, .. } | Detach { x } | Cast { x, .. } | Repeat { x, .. } | SumRepeats { x, .. } => vec![x],
             Slice { x, .. } | Unslice { x, .. } | Spread { x, .. } => vec![x],
             ActivateBackward { x, d_y, .. } | GegluBackward { x, d_y } => vec![x, d_y],
             MapBackward { x, d_y, .. } | ClampBackward { x, d_y, .. } => vec![x, d_y],
@@ -210,7 +216,7 @@ impl OpKind for Elementwise {
             Add { a, b } | Mul { a, b } => cx.alike(a, "b", b)?,
             Scale { x, by } => {
                 let s = cx.float(x, 1)?;
-                cx.exactly("by", by, &s[..1])?;
+                cx.statistic("by", by, &s[..1])?;
                 s.to_vec()
             }
             OuterAdd { a, b } => {
@@ -223,9 +229,14 @@ impl OpKind for Elementwise {
                 ensure!(s.len() == 3, "d_y {s:?} is not [S, B, C]");
                 return Ok(vec![cx.of(vec![s[0], s[2]]), cx.of(vec![s[1], s[2]])]);
             }
-            Constant { ref shape, .. } => {
+            Cast { x, to } => {
+                ensure!(to != DType::I32, "a cast to i32");
+                return Ok(vec![(cx.float(x, 1)?.to_vec(), to)]);
+            }
+            Constant { ref shape, dtype, .. } => {
                 ensure!(!shape.is_empty() && shape.iter().all(|n| *n > 0), "a constant of shape {shape:?}");
-                shape.clone()
+                ensure!(dtype != DType::I32, "a constant of i32");
+                return Ok(vec![(shape.clone(), dtype)]);
             }
             Spread { x, ref shape } => {
                 let s = cx.float(x, 1)?;
@@ -289,6 +300,7 @@ impl OpKind for Elementwise {
             GegluBackward { x, .. } => Some(x),
             Add { a, .. } | Mul { a, .. } => Some(a),
             Geglu { .. } | OuterAdd { .. } | OuterAddBackward { .. } | Constant { .. } | Concat { .. } => None,
+            Cast { .. } => None,
             Columns { .. } | Scatter { .. } | Repeat { .. } | SumRepeats { .. } => None,
             Slice { .. } | Unslice { .. } | Spread { .. } => None,
         }
@@ -316,6 +328,7 @@ impl OpKind for Elementwise {
             Clamp { x, low, high } => format!("clamp {} {low}..{high}", v(x)),
             ClampBackward { x, d_y, low, high } => format!("clamp_backward {} {} {low}..{high}", v(d_y), v(x)),
             Detach { x } => format!("detach {}", v(x)),
+            Cast { x, to } => format!("cast {} to {to}", v(x)),
             Constant { value, .. } => format!("constant {value}"),
             Concat { a, b } => format!("concat {} {}", v(a), v(b)),
             Spread { x, .. } => format!("spread {}", v(x)),

@@ -4,6 +4,7 @@ use super::OpKind;
 use crate::program::infer::{Infer, Types, ensure};
 use crate::program::{Program, ValueId};
 
+/// Means, norms, log-sum-exps, losses and inner products are of the wide type ([`crate::program::DType::wide`]).
 #[derive(Clone, Debug, PartialEq)]
 pub enum Norm {
     /// Over each of `groups` channel groups of `x [B, .., C]`, biased variance, then SiLU if asked.
@@ -79,7 +80,7 @@ impl OpKind for Norm {
                 let s = cx.shape(x);
                 cx.exactly("gamma", gamma, &s[s.len() - 1..])?;
                 cx.exactly("beta", beta, &s[s.len() - 1..])?;
-                Ok(vec![cx.of(s.to_vec()), cx.of(stats.clone()), cx.of(stats)])
+                Ok(vec![cx.of(s.to_vec()), cx.wide(stats.clone()), cx.wide(stats)])
             }
             Norm::GroupBackward { x, d_y, gamma, beta, mean, rstd, groups, .. } => {
                 let stats = group_stats(cx, x, groups)?;
@@ -89,7 +90,7 @@ impl OpKind for Norm {
                     cx.exactly(what, id, &s[s.len() - 1..])?;
                 }
                 for (what, id) in [("mean", mean), ("rstd", rstd)] {
-                    cx.exactly(what, id, &stats)?;
+                    cx.statistic(what, id, &stats)?;
                 }
                 Ok(cx.one(s.to_vec()))
             }
@@ -98,7 +99,7 @@ impl OpKind for Norm {
                 let (rows, width) = s.split_at(s.len() - 1);
                 cx.exactly("gamma", gamma, width)?;
                 cx.exactly("beta", beta, width)?;
-                Ok(vec![cx.of(s.to_vec()), cx.of(rows.to_vec()), cx.of(rows.to_vec())])
+                Ok(vec![cx.of(s.to_vec()), cx.wide(rows.to_vec()), cx.wide(rows.to_vec())])
             }
             Norm::LayerBackward { x, d_y, gamma, mean, rstd } => {
                 let s = layer_saved(cx, x, d_y, mean, rstd)?;
@@ -118,31 +119,31 @@ impl OpKind for Norm {
             }
             Norm::Unit { x, .. } => {
                 let s = cx.float(x, 2)?;
-                Ok(vec![cx.of(s.to_vec()), cx.of(s[..s.len() - 1].to_vec())])
+                Ok(vec![cx.of(s.to_vec()), cx.wide(s[..s.len() - 1].to_vec())])
             }
             Norm::UnitBackward { y, norm, d_y, .. } => {
                 let s = cx.float(y, 2)?;
-                cx.exactly("norm", norm, &s[..s.len() - 1])?;
+                cx.statistic("norm", norm, &s[..s.len() - 1])?;
                 cx.exactly("d_y", d_y, s)?;
                 Ok(cx.one(s.to_vec()))
             }
             Norm::Dot { a, b } => {
                 let s = cx.float(a, 1)?;
                 cx.exactly("b", b, s)?;
-                Ok(cx.one(vec![s[0]]))
+                Ok(vec![cx.wide(vec![s[0]])])
             }
             Norm::CrossEntropy { logits, targets } => {
                 let s = cx.float(logits, 2)?;
                 let rows = &s[..s.len() - 1];
                 cx.index("targets", targets, rows)?;
-                Ok(vec![cx.of(rows.to_vec()), cx.of(rows.to_vec())])
+                Ok(vec![cx.wide(rows.to_vec()), cx.wide(rows.to_vec())])
             }
             Norm::CrossEntropyBackward { logits, targets, lse, d_loss } => {
                 let s = cx.float(logits, 2)?;
                 let rows = &s[..s.len() - 1];
                 cx.index("targets", targets, rows)?;
-                cx.exactly("lse", lse, rows)?;
-                cx.exactly("d_loss", d_loss, rows)?;
+                cx.statistic("lse", lse, rows)?;
+                cx.statistic("d_loss", d_loss, rows)?;
                 Ok(cx.one(s.to_vec()))
             }
             Norm::Sum { x, over } => {
@@ -219,7 +220,7 @@ fn layer_saved<'a>(
 ) -> Result<&'a [usize], String> {
     let s = cx.float(x, 2)?;
     cx.exactly("d_y", d_y, s)?;
-    cx.exactly("mean", mean, &s[..s.len() - 1])?;
-    cx.exactly("rstd", rstd, &s[..s.len() - 1])?;
+    cx.statistic("mean", mean, &s[..s.len() - 1])?;
+    cx.statistic("rstd", rstd, &s[..s.len() - 1])?;
     Ok(s)
 }

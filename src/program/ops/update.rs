@@ -1,4 +1,4 @@
-//! Updates of state: guidance and sampler steps, and optimisers. Their scalars come from memory.
+//! Updates of state: guidance and sampler steps, optimisers, noise. What changes from run to run comes from memory.
 
 use super::OpKind;
 use crate::program::infer::{Infer, Types, ensure};
@@ -27,6 +27,10 @@ pub enum Update {
     ///
     /// `b ← μ b + g`, `p ← p − lr (g + μ b)`. Outputs: `p`, `b`.
     Nesterov { p: ValueId, g: ValueId, b: ValueId, scalars: ValueId },
+    /// Standard normals `shape [B, .., C]` of the wide type, a pure function of `counter [B, 4]` i32, read from memory: low and high
+    /// word of each sample's seed, low and high word of the number of the draw. They are those of the sampler's own generator and,
+    /// as latents are drawn, numbered channels first: element `c` of position `i` of `n` is number `c n + i`.
+    Noise { counter: ValueId, shape: Vec<usize> },
 }
 
 /// Numbers each optimiser reads.
@@ -42,6 +46,7 @@ impl OpKind for Update {
             Update::AdamW { p, g, m, v, scalars } => vec![p, g, m, v, scalars],
             Update::RmsProp { p, g, v, b, scalars } => vec![p, g, v, b, scalars],
             Update::Nesterov { p, g, b, scalars } => vec![p, g, b, scalars],
+            Update::Noise { counter, .. } => vec![counter],
         }
     }
 
@@ -65,6 +70,11 @@ impl OpKind for Update {
             Update::AdamW { p, g, m, v, scalars } => optimiser(cx, &[p, g, m, v], scalars, ADAMW_SCALARS, 3),
             Update::RmsProp { p, g, v, b, scalars } => optimiser(cx, &[p, g, v, b], scalars, RMSPROP_SCALARS, 3),
             Update::Nesterov { p, g, b, scalars } => optimiser(cx, &[p, g, b], scalars, NESTEROV_SCALARS, 2),
+            Update::Noise { counter, ref shape } => {
+                ensure!(shape.len() >= 2 && shape.iter().all(|n| *n > 0), "noise of shape {shape:?}, needs [B, .., C]");
+                cx.index("counter", counter, &[shape[0], 4])?;
+                Ok(vec![cx.wide(shape.clone())])
+            }
         }
     }
 
@@ -74,6 +84,7 @@ impl OpKind for Update {
             Update::Scale { x, .. } => Some(*x),
             // Parameters and state are buffers, which nothing takes over; the gradient is read by every output.
             Update::AdamW { .. } | Update::RmsProp { .. } | Update::Nesterov { .. } => None,
+            Update::Noise { .. } => None,
         }
     }
 
@@ -88,6 +99,7 @@ impl OpKind for Update {
             Update::AdamW { p, g, .. } => format!("adamw {} {}", show(p), show(g)),
             Update::RmsProp { p, g, .. } => format!("rmsprop {} {}", show(p), show(g)),
             Update::Nesterov { p, g, .. } => format!("nesterov {} {}", show(p), show(g)),
+            Update::Noise { counter, .. } => format!("noise {}", show(counter)),
         }
     }
 }

@@ -23,13 +23,17 @@ pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 /// Words `w = philox(counter = [i/4 low, i/4 high, d low, d high], key = [seed low, seed high])`; elements `4j, 4j+1` are
 /// [`box_muller`]`(w[0], w[1])`, elements `4j+2, 4j+3` are `box_muller(w[2], w[3])`.
 pub fn normal(key: [u32; 2], draw: u64, out: &mut [f32]) {
-    let [draw_low, draw_high] = halves(draw);
     for (block, out) in out.chunks_mut(4).enumerate() {
-        let [low, high] = halves(block as u64);
-        let w = philox([low, high, draw_low, draw_high], key);
-        let ([a, b], [c, d]) = (box_muller(w[0], w[1]), box_muller(w[2], w[3]));
-        out.copy_from_slice(&[a, b, c, d][..out.len()]);
+        out.copy_from_slice(&normals(key, halves(draw), block as u64)[..out.len()]);
     }
+}
+
+/// Elements `4 block .. 4 block + 4` of a draw, given in halves.
+pub fn normals(key: [u32; 2], [draw_low, draw_high]: [u32; 2], block: u64) -> [f32; 4] {
+    let [low, high] = halves(block);
+    let w = philox([low, high, draw_low, draw_high], key);
+    let ([a, b], [c, d]) = (box_muller(w[0], w[1]), box_muller(w[2], w[3]));
+    [a, b, c, d]
 }
 
 /// Two standard normals from two random words (Box & Muller 1958), by exactly rounded f32 operations only.
