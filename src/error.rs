@@ -27,6 +27,9 @@ pub enum Error {
     /// The plan does not fit the memory limit.
     #[error("{0}")]
     Memory(String),
+    /// The GPU is not there, cannot run this build, or failed.
+    #[error("{0}")]
+    Device(String),
     /// Numbers went wrong while running (`--check-finite`).
     #[error("{0}")]
     Numeric(String),

@@ -191,7 +191,9 @@ fn bad_flags() {
     fails(&["generate"], 2, &["PROMPT"]);
     fails(&["generate", PROMPT, "--sampler", "magic"], 2, &["magic", "euler-a"]);
     fails(&["generate", PROMPT, "--spacing", "even"], 2, &["--spacing", "even", "linspace"]);
-    fails(&["generate", PROMPT, "--device", "cuda"], 2, &["--device cuda"]);
+    fails(&["generate", PROMPT, "--device", "gpu"], 2, &["--device", "cuda:N"]);
+    fails(&["generate", PROMPT, "--device", "cuda", "--dtype", "f64"], 2, &["--dtype", "f64"]);
+    fails(&["inspect", "--explain", "voodoo"], 2, &["--explain", "h200"]);
     fails(&["generate", PROMPT, "--dtype", "f16"], 2, &["--dtype"]);
     fails(&["generate", PROMPT, "--guidance", "nan"], 2, &["--guidance"]);
     fails(&["generate", PROMPT, "--count", "0"], 2, &["--count"]);
@@ -203,6 +205,32 @@ fn bad_flags() {
     fails(&["generate", PROMPT, "--out", "star.jpg"], 2, &["--out", ".png"]);
     fails(&["inspect", "--plan", "--batch", "0"], 2, &["--batch"]);
     fails(&["generate", PROMPT, "--unet", "x.safetensors"], 1, &["x.safetensors"]);
+}
+
+/// The driver, the device or the kernels are missing: one line that says which.
+#[test]
+fn a_gpu_that_is_not_there() {
+    let args = ["generate", PROMPT, "--device", "cuda:9999"];
+    let output = Command::new(env!("CARGO_BIN_EXE_rarebit")).args(args).output().unwrap();
+    assert!(matches!(output.status.code(), Some(1 | 2)), "{:?}", output.status);
+    let message = text(&output.stderr);
+    assert!(message.contains("cuda:9999") && message.trim_end().lines().count() == 1, "{message}");
+}
+
+/// Kernels of every op, on a GPU that need not be there.
+#[test]
+fn programs_are_explained() {
+    let told = succeeds(&["inspect", "--explain", "h200", "--dtype", "bf16", "--steps", "4"]);
+    for what in ["step: ", "on h200", "gemm_rr_", "conv2d_r_", "attention_", "group_norm", "grid", "GFLOP", "us memory"]
+    {
+        assert!(told.contains(what), "no '{what}' in:\n{told}");
+    }
+    let report: serde_json::Value =
+        serde_json::from_str(&succeeds(&["inspect", "--explain", "a100", "--json"])).unwrap();
+    let programs = report["explain"].as_array().unwrap();
+    let ops: usize = programs.iter().map(|program| program["ops"].as_array().unwrap().len()).sum();
+    assert!(programs.len() == 4 && ops > 200, "{} programs, {ops} ops", programs.len());
+    assert!(programs[2]["seconds"].as_f64().unwrap() > 0.0 && programs[2]["ops"][0]["launches"].is_array());
 }
 
 /// Another UNet over the embedded model: the second one of the `shapes` world, by its folder or the pipeline's around it.

@@ -562,7 +562,7 @@ fn score_refuses_in_one_line() {
     fails(&["score", "--shapes"], 2, &["IMAGES"]);
     fails(&["score", "--shapes", &path(&folder, "none.png")], 1, &["none.png", "No such file"]);
     fails(&["score", "--shapes", &path(&folder, "notes.txt")], 1, &["notes.txt", "not a readable PNG"]);
-    fails(&["score", "--shapes", &good, "--device", "cuda"], 2, &["--device cuda"]);
+    fails(&["score", "--shapes", &good, "--device", "gpu"], 2, &["--device"]);
     fails(&["score", "--shapes", &good, "--memory-limit", "1M"], 1, &["--memory-limit is 1.0 MiB"]);
     fails(&["score", "--shapes", &good, "--sheet", &good], 2, &["a.png", "--sheet"]);
     fails(&["score", "--shapes", &good, "--sheet", &path(&folder, "no/sheet.png")], 1, &["no/sheet.png"]);

@@ -2,6 +2,7 @@
 
 use crate::exec::Executor;
 use crate::exec::cpu::Cpu;
+use crate::exec::cuda::{Cuda, Gpu};
 use crate::methods::generate::Settings;
 use crate::methods::pipeline::Pipeline;
 use crate::models::config::{Family, Prediction, Spacing};
@@ -104,12 +105,13 @@ impl ModelFlags {
 }
 
 /// Where and how programs run.
-#[derive(Args)]
+#[derive(Args, Clone, Copy)]
 pub struct DeviceFlags {
-    /// Where to run; this version runs on the CPU
-    #[arg(long, default_value = "auto", value_name = "auto|cpu")]
+    /// Where to run; auto is the CPU until the CUDA kernels have been checked on hardware
+    #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
     pub device: Device,
-    /// Number type of weights and activations; the CPU computes in f32, or in f64 as its own oracle
+    /// Number type of weights and activations; auto is f32 on the CPU, which can also compute in f64 as its own oracle, and f16
+    /// on a GPU, which also takes bf16 and f32
     #[arg(long, value_enum, default_value = "auto")]
     pub dtype: DTypeFlag,
     /// Refuse to start when the plan needs more, e.g. 6G or 800M
@@ -119,20 +121,27 @@ pub struct DeviceFlags {
 
 impl DeviceFlags {
     pub fn program_dtype(&self) -> Result<DType> {
+        let on_gpu = matches!(self.device, Device::Cuda(_));
+        let refuse = |what: &str| Err(Error::Usage(format!("--dtype: {what}")));
         match self.dtype {
+            DTypeFlag::Auto if on_gpu => Ok(DType::F16),
             DTypeFlag::Auto | DTypeFlag::F32 => Ok(DType::F32),
+            DTypeFlag::F64 if on_gpu => refuse("a GPU computes in f16, bf16 or f32; f64 needs --device cpu"),
             DTypeFlag::F64 => Ok(DType::F64),
+            DTypeFlag::F16 if on_gpu => Ok(DType::F16),
+            DTypeFlag::Bf16 if on_gpu => Ok(DType::BF16),
             DTypeFlag::F16 | DTypeFlag::Bf16 => {
-                Err(Error::Usage("--dtype: the CPU computes in f32 (or f64); f16 and bf16 need a GPU".into()))
+                refuse("the CPU computes in f32 (or f64); f16 and bf16 need --device cuda")
             }
         }
     }
 
     pub fn executor(&self, check_finite: bool) -> Result<Box<dyn Executor>> {
-        if let Device::Cuda(_) = self.device {
-            return Err(Error::Usage("--device cuda: this build has no CUDA kernels; use --device cpu".into()));
+        let dtype = self.program_dtype()?;
+        if let Device::Cuda(ordinal) = self.device {
+            return Ok(Box::new(Cuda::new(Box::new(Gpu::new(ordinal)?)).check_finite(check_finite)));
         }
-        Ok(match self.program_dtype()? {
+        Ok(match dtype {
             DType::F64 => Box::new(Cpu::<f64>::new().check_finite(check_finite)),
             DType::F32 | DType::F16 | DType::BF16 | DType::I32 => {
                 Box::new(Cpu::<f32>::new().check_finite(check_finite))

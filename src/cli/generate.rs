@@ -195,7 +195,12 @@ impl Run<'_> {
             executor.clear();
             let generator = Generator::plan(self.pipeline, &*executor, self.settings.clone(), batch)?;
             let (footprint, calls) = (generator.footprint(), generator.calls());
-            machine::check_memory(self.args.device.memory_limit, &footprint, flags::smaller_plan(batch))?;
+            machine::check_memory(
+                self.args.device.memory_limit,
+                executor.free_memory()?,
+                &footprint,
+                flags::smaller_plan(batch),
+            )?;
             let before = machine::disk_bytes();
             let mut generator = generator.load(&mut *executor)?;
             if part == 0 {

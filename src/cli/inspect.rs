@@ -1,9 +1,9 @@
 //! `rarebit inspect`: what a model holds and needs, or how an image was made.
 
-use crate::cli::flags::{self, DeviceFlags, ModelFlags, SamplingFlags};
+use crate::cli::flags::{self, Device, DeviceFlags, ModelFlags, SamplingFlags};
 use crate::cli::machine::{check_memory, print_line};
 use crate::cli::metadata;
-use crate::exec::Executor;
+use crate::exec::cuda::{self, Explained, Peak, explain};
 use crate::methods::generate::Generator;
 use crate::methods::pipeline::Pipeline;
 use crate::plan::{Footprint, show_bytes};
@@ -32,6 +32,10 @@ pub struct Inspect {
     /// Print every op of every program
     #[arg(long)]
     ops: bool,
+    /// Print each op's kernels, grids, memory and FLOPs, and the least time a GPU could take: a100, l4, l40s, rtx4090, h100,
+    /// h200, b200 or rtx5090
+    #[arg(long, value_name = "GPU")]
+    explain: Option<Peak>,
     /// Images sampled together, for the plan
     #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = flags::count)]
     batch: usize,
@@ -85,15 +89,21 @@ fn inspect_image(path: &Path, json: bool) -> Result<()> {
 
 fn inspect_model(args: &Inspect, model: &ModelFlags) -> Result<()> {
     let pipeline = model.open()?;
-    let executor = args.device.executor(false)?;
-    let plan = match args.plan || args.ops {
-        true => Some(plan(args, &pipeline, &*executor)?),
+    let plan = match args.plan || args.ops || args.explain.is_some() {
+        true => Some(plan(args, &pipeline)?),
         false => None,
+    };
+    let explained = match (&plan, args.explain) {
+        (Some(plan), Some(peak)) => plan.programs().all().map(|planned| explain(planned, peak)).to_vec(),
+        (None, _) | (_, None) => vec![],
     };
     if args.json {
         let mut report = describe_json(&pipeline);
         if let Some(plan) = &plan {
             report["plan"] = plan_json(&plan.footprint());
+        }
+        if !explained.is_empty() {
+            report["explain"] = explained.iter().map(explain_json).collect();
         }
         return print_line(&report.to_string());
     }
@@ -104,17 +114,39 @@ fn inspect_model(args: &Inspect, model: &ModelFlags) -> Result<()> {
             print_line(planned.program.to_string().trim_end())?;
         }
     }
+    for explained in &explained {
+        print_line(explained.to_string().trim_end())?;
+    }
     print_line(plan.footprint().to_string().trim_end())?;
     // A plan may be made for another machine; only a limit that was given is held against it.
     match args.device.memory_limit {
-        Some(limit) => check_memory(Some(limit), &plan.footprint(), flags::smaller_plan(args.batch)),
+        Some(limit) => check_memory(Some(limit), None, &plan.footprint(), flags::smaller_plan(args.batch)),
         None => Ok(()),
     }
 }
 
-fn plan<'p>(args: &Inspect, pipeline: &'p Pipeline, executor: &dyn Executor) -> Result<Generator<'p>> {
-    let settings = args.sampling.settings(pipeline, args.device.program_dtype()?)?;
-    Generator::plan(pipeline, executor, settings, args.batch)
+/// A plan needs no device: what runs on a GPU is planned as for one.
+fn plan<'p>(args: &Inspect, pipeline: &'p Pipeline) -> Result<Generator<'p>> {
+    let device = if args.explain.is_some() { Device::Cuda(0) } else { args.device.device };
+    let device = DeviceFlags { device, ..args.device };
+    let settings = args.sampling.settings(pipeline, device.program_dtype()?)?;
+    match device.device {
+        Device::Cuda(_) => Generator::plan(pipeline, &cuda::Planner, settings, args.batch),
+        Device::Auto | Device::Cpu => Generator::plan(pipeline, &*device.executor(false)?, settings, args.batch),
+    }
+}
+
+fn explain_json(explained: &Explained) -> Value {
+    let launch = |(launch, registers): &(cuda::Launch, Option<u32>)| {
+        json!({"kernel": launch.kernel, "grid": launch.grid, "block": launch.block, "shared": launch.shared,
+               "registers": registers})
+    };
+    let row = |row: &cuda::Row| {
+        let launches: Vec<Value> = row.launches.iter().map(launch).collect();
+        json!({"op": row.op, "bytes": row.bytes, "flops": row.flops, "seconds": row.seconds, "launches": launches})
+    };
+    let rows: Vec<Value> = explained.rows.iter().map(row).collect();
+    json!({"program": explained.program, "gpu": explained.peak.name, "seconds": explained.seconds(), "ops": rows})
 }
 
 /// Tensors, parameters, bytes and stored types of a component.

@@ -16,12 +16,14 @@ pub fn print_line(line: &str) -> Result<()> {
     writeln!(std::io::stdout().lock(), "{line}").map_err(Error::io("write", "standard output"))
 }
 
-/// Refuses a plan that `limit` (`--memory-limit`), or else this machine, cannot hold; `remedy` would make it smaller.
-pub fn check_memory(limit: Option<usize>, plan: &Footprint, remedy: &str) -> Result<()> {
-    let (limit, whose) = match (limit, physical_memory()) {
-        (Some(limit), _) => (limit, "--memory-limit is"),
-        (None, Some(memory)) => (memory, "this machine has"),
-        (None, None) => return Ok(()),
+/// Refuses a plan that `limit` (`--memory-limit`), or else the device, or else this machine, cannot hold; `remedy` would make it
+/// smaller.
+pub fn check_memory(limit: Option<usize>, device: Option<usize>, plan: &Footprint, remedy: &str) -> Result<()> {
+    let (limit, whose) = match (limit, device, physical_memory()) {
+        (Some(limit), _, _) => (limit, "--memory-limit is"),
+        (None, Some(memory), _) => (memory, "the device has left"),
+        (None, None, Some(memory)) => (memory, "this machine has"),
+        (None, None, None) => return Ok(()),
     };
     if plan.total() <= limit {
         return Ok(());

@@ -72,7 +72,12 @@ pub fn run(args: &Score) -> Result<()> {
     let batch = args.batch.min(paths.len());
     let executor = args.device.executor(false)?;
     let planned = instrument.plan(&*executor, args.device.program_dtype()?, batch)?;
-    machine::check_memory(args.device.memory_limit, &Footprint::of(&[&planned]), "a smaller --batch")?;
+    machine::check_memory(
+        args.device.memory_limit,
+        executor.free_memory()?,
+        &Footprint::of(&[&planned]),
+        "a smaller --batch",
+    )?;
 
     let mut run = Run {
         args,

@@ -1,6 +1,7 @@
 //! Executors run planned programs: one trait, no per-op methods in it.
 
 pub mod cpu;
+pub mod cuda;
 mod guard;
 pub(crate) mod philox;
 

@@ -4,10 +4,12 @@
 pub mod around;
 pub mod cases;
 pub mod command;
+pub mod emulated;
 pub mod feed;
 pub mod golden;
 pub mod gradients;
 pub mod layouts;
 pub mod naive;
 pub mod products;
+pub mod rounded;
 pub mod storage;

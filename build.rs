@@ -1,0 +1,315 @@
+//! Compiles kernels/*.cu with nvcc into fat binaries that the crate embeds; where there is no nvcc it embeds none and still builds.
+//!
+//! Environment: `NVCC` (the compiler), `RAREBIT_CUDA_ARCHS` (what to compile for, such as `90a` or `80+ptx,90a`),
+//! `RAREBIT_REQUIRE_KERNELS=1` (no nvcc is an error), `RAREBIT_KERNEL_CACHE` (where compiled files are kept).
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{env, fs, thread};
+
+/// SASS for each, and PTX of the oldest for devices that come later; PTX of an `a` target would run nowhere else.
+const ARCHS: &str = "80+ptx,86,89,90a,100,120";
+/// What nvcc before 12.8 knows of them.
+const ARCHS_BEFORE_12_8: &str = "80+ptx,86,89,90a";
+
+const FLAGS: [&str; 5] = ["-std=c++17", "-O3", "-lineinfo", "-Xptxas=-v", "--fatbin"];
+
+/// Variables that decide which compiler runs and what comes out. PATH is not among them: it differs between a shell and an editor,
+/// and each would build the crate again after the other.
+const ENVIRONMENT: &str = "NVCC CUDA_HOME CUDA_PATH NVCC_PREPEND_FLAGS NVCC_APPEND_FLAGS \
+                           RAREBIT_CUDA_ARCHS RAREBIT_REQUIRE_KERNELS RAREBIT_KERNEL_CACHE";
+
+const REPORT_HEADER: &str = "kernel\tarch\tregisters\tspill stores\tspill loads\tstatic shared\tstack";
+
+/// One line each, for cargo to print.
+type Errors = Vec<String>;
+
+fn main() {
+    for name in ENVIRONMENT.split_whitespace() {
+        println!("cargo::rerun-if-env-changed={name}");
+    }
+    // .cuda is in the repository, empty: installing nvcc into it later is seen.
+    for path in ["build.rs", "kernels", ".cuda"] {
+        println!("cargo::rerun-if-changed={path}");
+    }
+    for line in build().err().into_iter().flatten() {
+        println!("cargo::error={line}");
+    }
+}
+
+fn build() -> Result<(), Errors> {
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    match find_nvcc()? {
+        Some(nvcc) => {
+            println!("cargo::rerun-if-changed={}", nvcc.display());
+            let compiler = Compiler::new(nvcc, cache(&out)?)?;
+            generate(&out, &compiler.compile_all(&list("cu")?)?, &compiler.archs)
+        }
+        None if variable("RAREBIT_REQUIRE_KERNELS").is_some_and(|value| value != "0") => Err(vec![
+            "RAREBIT_REQUIRE_KERNELS is set, but no nvcc was found; run tools/install-nvcc, or set NVCC".into(),
+        ]),
+        None => generate(&out, &[], ""),
+    }
+}
+
+/// A variable of the environment that is set to something.
+fn variable(name: &str) -> Option<String> {
+    env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+fn find_nvcc() -> Result<Option<PathBuf>, Errors> {
+    let name = format!("nvcc{}", env::consts::EXE_SUFFIX);
+    if let Some(nvcc) = variable("NVCC").map(PathBuf::from) {
+        let missing = || vec![format!("NVCC={} is not a file; point it at nvcc or unset it", nvcc.display())];
+        return if nvcc.is_file() { Ok(Some(nvcc)) } else { Err(missing()) };
+    }
+    let mut folders: Vec<PathBuf> =
+        ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(variable).map(PathBuf::from).collect();
+    folders.iter_mut().for_each(|folder| folder.push("bin"));
+    let root = env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
+    folders.push(Path::new(&root).join(".cuda/nvidia/cu13/bin"));
+    folders.extend(env::var_os("PATH").iter().flat_map(env::split_paths));
+    folders.push("/usr/local/cuda/bin".into());
+    Ok(folders.into_iter().map(|folder| folder.join(&name)).find(|path| path.is_file()))
+}
+
+/// Files of kernels/ itself (not of its folders) by extension, sorted.
+fn list(extension: &str) -> Result<Vec<PathBuf>, Errors> {
+    let folder = Path::new("kernels");
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let entries = fs::read_dir(folder).map_err(io("read", folder))?;
+    let mut paths = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(io("read", folder))?.path();
+        if path.extension().is_some_and(|e| e == extension) {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+/// Where compiled files are kept: one place for all profiles of a target folder, `<target>/<profile>/build/<package>/out` being ours.
+fn cache(out: &Path) -> Result<PathBuf, Errors> {
+    let target = out.ancestors().find(|path| path.ends_with("build")).and_then(|build| build.ancestors().nth(2));
+    let cache =
+        variable("RAREBIT_KERNEL_CACHE").map_or_else(|| target.unwrap_or(out).join("kernels-cache"), PathBuf::from);
+    fs::create_dir_all(&cache).map_err(io("create", &cache))?;
+    Ok(cache)
+}
+
+fn io<'a>(action: &'a str, path: &'a Path) -> impl Fn(std::io::Error) -> Errors + 'a {
+    move |error| vec![format!("cannot {action} {}: {error}", path.display())]
+}
+
+struct Compiler {
+    nvcc: PathBuf,
+    flags: Vec<String>,
+    archs: String,
+    cache: PathBuf,
+    /// Of all that the kernel files share: compiler, flags, headers.
+    hash: u64,
+}
+
+/// A fat binary in the cache, and its lines of the report.
+struct Compiled {
+    stem: String,
+    binary: PathBuf,
+    report: String,
+}
+
+impl Compiler {
+    fn new(nvcc: PathBuf, cache: PathBuf) -> Result<Compiler, Errors> {
+        let output = Command::new(&nvcc).arg("--version").output().map_err(io("run", &nvcc))?;
+        let version = String::from_utf8_lossy(&output.stdout).into_owned();
+        let release = release(&version).ok_or_else(|| {
+            vec![format!("{} --version names no release; point NVCC at NVIDIA's nvcc", nvcc.display())]
+        })?;
+        let recent = release >= (12, 8);
+        let archs =
+            variable("RAREBIT_CUDA_ARCHS").unwrap_or_else(|| if recent { ARCHS } else { ARCHS_BEFORE_12_8 }.into());
+        let mut flags: Vec<String> = FLAGS.map(String::from).into();
+        flags.extend(recent.then(|| "--compress-mode=size".into()));
+        for arch in archs.split(',') {
+            flags.extend(targets(arch.trim())?);
+        }
+        let mut hash = 0xcbf2_9ce4_8422_2325;
+        let environment = ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"].map(|name| variable(name).unwrap_or_default());
+        for text in flags.iter().chain(&environment).chain([&version]) {
+            add(&mut hash, text.as_bytes());
+        }
+        for header in list("cuh")? {
+            add(&mut hash, header.as_os_str().as_encoded_bytes());
+            add(&mut hash, &fs::read(&header).map_err(io("read", &header))?);
+        }
+        Ok(Compiler { nvcc, flags, archs, cache, hash })
+    }
+
+    /// As many files at a time as cargo was given jobs.
+    fn compile_all(&self, sources: &[PathBuf]) -> Result<Vec<Compiled>, Errors> {
+        let jobs = variable("NUM_JOBS").and_then(|jobs| jobs.parse().ok()).unwrap_or(1).min(sources.len());
+        let next = AtomicUsize::new(0);
+        let work = || -> Vec<_> {
+            std::iter::from_fn(|| sources.get(next.fetch_add(1, Ordering::Relaxed))).map(|s| self.compile(s)).collect()
+        };
+        let results: Vec<Result<Compiled, Errors>> = thread::scope(|scope| {
+            let workers: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
+            workers.into_iter().flat_map(|worker| worker.join().expect("a compiling thread panicked")).collect()
+        });
+        let (mut compiled, mut errors) = (Vec::new(), Errors::new());
+        for result in results {
+            match result {
+                Ok(one) => compiled.push(one),
+                Err(lines) => errors.extend(lines),
+            }
+        }
+        compiled.sort_by(|a, b| a.stem.cmp(&b.stem));
+        if errors.is_empty() { Ok(compiled) } else { Err(errors) }
+    }
+
+    fn compile(&self, source: &Path) -> Result<Compiled, Errors> {
+        let text = fs::read_to_string(source).map_err(io("read", source))?;
+        let stem = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let mut hash = self.hash;
+        add(&mut hash, text.as_bytes());
+        let stored = |extension| self.cache.join(format!("{stem}-{hash:016x}.{extension}"));
+        let (binary, report) = (stored("fatbin"), stored("tsv"));
+        if !binary.is_file() || !report.is_file() {
+            // Written beside its place and renamed, the binary last: neither a build that was broken off nor one at the same
+            // time leaves half a file under the final name.
+            let unfinished = self.cache.join(format!("{stem}.{}.tmp", std::process::id()));
+            let rows = self.run(source, &text, &unfinished).inspect_err(|_| drop(fs::remove_file(&unfinished)))?;
+            let unfinished_report = unfinished.with_extension("tsv.tmp");
+            fs::write(&unfinished_report, rows).map_err(io("write", &unfinished_report))?;
+            fs::rename(&unfinished_report, &report).map_err(io("create", &report))?;
+            fs::rename(&unfinished, &binary).map_err(io("create", &binary))?;
+        }
+        let report = fs::read_to_string(&report).map_err(io("read", &report))?;
+        Ok(Compiled { stem, binary, report })
+    }
+
+    /// Runs nvcc and returns ptxas' report, or what is wrong with it.
+    fn run(&self, source: &Path, text: &str, binary: &Path) -> Result<String, Errors> {
+        let mut command = Command::new(&self.nvcc);
+        command.args(&self.flags).arg("-o").arg(binary).arg(source);
+        let output = command.output().map_err(io("run", &self.nvcc))?;
+        let log = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
+        if !output.status.success() {
+            let told = lines.iter().filter(|line| !line.starts_with("ptxas info")).map(|line| line.to_string());
+            return Err(told.chain([format!("{}: nvcc failed", source.display())]).collect());
+        }
+        // "Potential Performance Loss" is how ptxas says that it had to serialise wgmma.
+        let mut warnings: Vec<_> =
+            lines.iter().filter(|line| line.contains(": warning") || line.contains("Performance Loss")).collect();
+        warnings.sort();
+        warnings.dedup();
+        warnings.iter().for_each(|line| println!("cargo::warning={line}"));
+        report(source, text, &lines)
+    }
+}
+
+/// `13.0` of "… release 13.0, V13.0.88".
+fn release(version: &str) -> Option<(u32, u32)> {
+    let (major, minor) = version.split("release ").nth(1)?.split(',').next()?.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// nvcc's flags for one entry of the list of architectures.
+fn targets(arch: &str) -> Result<Vec<String>, Errors> {
+    let name = arch.strip_suffix("+ptx").unwrap_or(arch);
+    let digits = name.trim_end_matches(['a', 'f']);
+    if digits.len() < 2 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return Err(vec![format!(
+            "RAREBIT_CUDA_ARCHS: '{arch}' is no architecture; give a list such as 90a or 80+ptx,90a"
+        )]);
+    }
+    let mut flags = vec![format!("-gencode=arch=compute_{name},code=sm_{name}")];
+    if name != arch {
+        flags.push(format!("-gencode=arch=compute_{name},code=compute_{name}"));
+    }
+    Ok(flags)
+}
+
+/// FNV-1a, with the length so that two texts do not run into each other.
+fn add(hash: &mut u64, bytes: &[u8]) {
+    for byte in (bytes.len() as u64).to_le_bytes().iter().chain(bytes) {
+        *hash = (*hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+}
+
+/// One line per kernel and architecture from what ptxas -v printed. Registers that spill to memory are an error; so is local memory
+/// (an array that is not indexed by constants), unless a line `// local memory: <kernel>` in the file allows it.
+fn report(source: &Path, text: &str, lines: &[&str]) -> Result<String, Errors> {
+    let file = source.display();
+    let allowances = text.lines().filter_map(|line| line.trim().strip_prefix("// local memory: "));
+    let allowed: Vec<&str> = allowances.filter_map(|line| line.split([' ', ',', ':', ';', '(']).next()).collect();
+    let (mut arch, mut kernel, mut memory) = ("", "", None);
+    let (mut rows, mut errors) = (Vec::new(), Errors::new());
+    for line in lines {
+        if let Some((_, name)) = line.split_once("' for 'sm_") {
+            arch = name.trim_end_matches('\'');
+        } else if let Some((_, name)) = line.split_once("Function properties for ") {
+            (kernel, memory) = (name, None);
+        } else if let Some(stack) = number(line, " bytes stack frame") {
+            let (stores, loads) = (number(line, " bytes spill stores"), number(line, " bytes spill loads"));
+            memory = stores.zip(loads).map(|(stores, loads)| (stack, stores, loads));
+            if let Some((_, stores, loads)) = memory.filter(|(_, stores, loads)| stores + loads > 0) {
+                errors.push(format!(
+                    "{file}: {kernel} spills registers on sm_{arch} ({stores} bytes stored, {loads} loaded); make its tile smaller"
+                ));
+            } else if stack > 0 && !allowed.contains(&kernel) {
+                errors.push(format!(
+                    "{file}: {kernel} keeps {stack} bytes in local memory on sm_{arch}; index its arrays by constants, \
+                     or allow it by a line '// local memory: {kernel}' that says why"
+                ));
+            }
+        } else if let (Some(registers), Some((stack, stores, loads))) = (number(line, " registers"), memory) {
+            let shared = number(line, " bytes smem").unwrap_or(0);
+            rows.push(format!("{kernel}\t{arch}\t{registers}\t{stores}\t{loads}\t{shared}\t{stack}\n"));
+        }
+    }
+    if rows.is_empty() {
+        // A report in a form that is not known would hide every spill.
+        errors.push(format!(
+            "{file}: ptxas reported no kernel; the file has none, or this nvcc words its report in another way"
+        ));
+    }
+    if errors.is_empty() { Ok(rows.concat()) } else { Err(errors) }
+}
+
+/// The number in front of `what`, if the line has it.
+fn number(line: &str, what: &str) -> Option<u32> {
+    line.split_once(what)?.0.rsplit(' ').next()?.parse().ok()
+}
+
+/// Writes what src/exec/cuda includes: the fat binaries by the file's stem, the report, and the architectures they are for.
+fn generate(out: &Path, compiled: &[Compiled], archs: &str) -> Result<(), Errors> {
+    let mut code = String::from("#[repr(C, align(16))]\n#[allow(dead_code)]\nstruct Aligned<T: ?Sized>(T);\n\n");
+    code += "/// Fat binaries by the stem of their file in kernels/; none where the crate was built without nvcc.\n";
+    code += "pub static FAT_BINARIES: &[(&str, &[u8])] = &[\n";
+    for Compiled { stem, binary, .. } in compiled {
+        let copy = out.join(format!("{stem}.fatbin"));
+        fs::copy(binary, &copy).map_err(io("create", &copy))?;
+        let _ = writeln!(code, "    ({stem:?}, &Aligned(*include_bytes!({copy:?})).0),");
+    }
+    code += "];\n\n/// Registers, spills and memory of every kernel on every architecture as ptxas reported them, tab-separated.\n";
+    code += "pub static REPORT: &str = include_str!(concat!(env!(\"OUT_DIR\"), \"/kernels.tsv\"));\n\n";
+    let _ = writeln!(code, "/// What the fat binaries hold.\npub static ARCHITECTURES: &str = {archs:?};");
+    let mut rows: Vec<&str> = compiled.iter().flat_map(|one| one.report.lines()).collect();
+    rows.sort();
+    let name_and_arch = |row: &str| row.splitn(3, '\t').take(2).collect::<Vec<_>>().join(" for sm_");
+    if let Some(pair) = rows.windows(2).find(|pair| name_and_arch(pair[0]) == name_and_arch(pair[1])) {
+        return Err(vec![format!("kernels/: two files hold {}; give one another name", name_and_arch(pair[0]))]);
+    }
+    rows.insert(0, REPORT_HEADER);
+    for (name, text) in [("kernels.tsv", format!("{}\n", rows.join("\n"))), ("kernels.rs", code)] {
+        let path = out.join(name);
+        fs::write(&path, text).map_err(io("write", &path))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,48 @@
+// Matrix products: y = activation(x w + bias) + residual, and the gradients to x and to w, which are products too.
+//
+//   y [M, N] = sum over K of left (m, k) right (k, n); storage T, accumulated in f32, overwritten.
+//   left    rr, ra: x or d_y [M, K], K contiguous            aa: x [K, M], M contiguous (the gradient to a weight)
+//   right   rr: [N, K], K contiguous (weights as held, in a forward)     ra, aa: [K, N], N contiguous
+//   GEGLU: right has 2 H columns, y has H: a * gelu(g) with a from the first and g from the second half.
+//
+// Blocks of 64x64 (4 warps of 32x32) or 128x128 (8 warps of 64x32, where M and N fill it) read stages of 64 bytes of K through
+// a ring of three: 30 or 60 KiB of shared memory. Rows that are not multiples of 16 bytes are read element by element.
+// Bytes: (M K + N K) per 64 (128) outputs read through L2, M N written. FLOPs: 2 M N K. Limited by the tensor cores where
+// M and N are in the hundreds, by the weights' bytes where M is small.
+#include "product.cuh"
+
+// Matches `GemmParams` in src/exec/cuda/gemm.rs.
+struct GemmParams {
+  Epilogue epilogue;
+  const void* left;
+  const void* right;
+  int32_t rows, columns, depth;  // columns of right: 2 H for GEGLU
+  int32_t left_stride, right_stride;
+  int32_t half;  // H for GEGLU, else 0
+  int32_t left_aligned, right_aligned;
+};
+static_assert(sizeof(GemmParams) == 112, "as in gemm.rs");
+
+template <class B, Lines LEFT, Lines RIGHT>
+DEVICE void gemm(const GemmParams& p) {
+  typedef typename B::Storage T;
+  int row = blockIdx.y * B::ROWS, column = blockIdx.x * B::COLUMNS;
+  Matrix<T, LEFT, B::ROWS, B::THREADS> left = {(const T*)p.left, row, p.rows, p.depth, p.left_stride, 0,
+                                               p.left_aligned != 0};
+  Matrix<T, RIGHT, B::COLUMNS, B::THREADS> right = {(const T*)p.right, column, p.columns, p.depth, p.right_stride, p.half,
+                                                    p.right_aligned != 0};
+  float acc[B::HIGH][B::WIDE][4];
+  product<B, LEFT, RIGHT>(acc, left, right, p.depth);
+  store<B>(acc, p.epilogue, row, p.rows, column);
+}
+
+#define GEMM(NAME, LEFT, RIGHT)                                                                                              \
+  KERNEL(gemm_##NAME##_64_f16, GemmParams, 128) { gemm<Blocking<f16, 64, 64, 2, 2>, LEFT, RIGHT>(p); }                       \
+  KERNEL(gemm_##NAME##_64_bf16, GemmParams, 128) { gemm<Blocking<bf16, 64, 64, 2, 2>, LEFT, RIGHT>(p); }                     \
+  KERNEL(gemm_##NAME##_64_f32, GemmParams, 128) { gemm<Blocking<float, 64, 64, 2, 2>, LEFT, RIGHT>(p); }                     \
+  KERNEL(gemm_##NAME##_128_f16, GemmParams, 256) { gemm<Blocking<f16, 128, 128, 2, 4>, LEFT, RIGHT>(p); }                    \
+  KERNEL(gemm_##NAME##_128_bf16, GemmParams, 256) { gemm<Blocking<bf16, 128, 128, 2, 4>, LEFT, RIGHT>(p); }
+
+GEMM(rr, Lines::Reduced, Lines::Reduced)
+GEMM(ra, Lines::Reduced, Lines::Across)
+GEMM(aa, Lines::Across, Lines::Across)

@@ -1,0 +1,276 @@
+//! Launches of attention. Contracts: kernels/attention_forward.cu and kernels/attention_backward.cu.
+
+use super::gemm::{aligned, pitch};
+use super::launch::{Address, Cx, Divisor, Launch};
+use crate::program::{Attention, AttentionBackward, Cols, DType, Op, Program, ValueId};
+use crate::{Error, Result};
+use bytemuck::{Pod, Zeroable};
+
+/// Head dimensions that kernels are made for; others are padded to the next one.
+const DIMS: [usize; 8] = [16, 32, 48, 64, 80, 128, 160, 512];
+
+/// Columns of rows as a kernel takes them. Matches `Columns` in kernels/attention.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct Columns {
+    from: Address,
+    stride: i32,
+    aligned: i32,
+}
+
+impl Columns {
+    fn new(cx: &Cx, cols: Cols, head_dim: usize) -> Columns {
+        let (from, stride, dtype) = (cx.columns(cols), cx.width(cols.value), cx.dtype(cols.value));
+        let whole = (head_dim * dtype.bytes()).is_multiple_of(16);
+        Columns { from, stride: stride as i32, aligned: i32::from(aligned(dtype, from, stride) && whole) }
+    }
+}
+
+/// Matches `AttentionParams` in kernels/attention_forward.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct AttentionParams {
+    q: Columns,
+    k: Columns,
+    v: Columns,
+    out: Columns,
+    lse: Address,
+    head_dim: i32,
+    queries: i32,
+    keys: i32,
+    causal: i32,
+    scale: f32,
+    unused: i32,
+}
+const _: () = assert!(size_of::<AttentionParams>() == 96);
+
+/// Refuses heads that no kernel is made for.
+pub fn check(program: &Program) -> Result<()> {
+    for node in &program.nodes {
+        let Op::Attention(op) = &node.op else { continue };
+        if op.head_dim > DIMS[DIMS.len() - 1] {
+            let what =
+                format!("attention heads of {} dimensions; kernels have at most {}", op.head_dim, DIMS[DIMS.len() - 1]);
+            return Err(Error::Program { program: program.name.clone(), what, at: node.at.to_string() });
+        }
+    }
+    Ok(())
+}
+
+/// What of an op a launch follows from.
+struct Sizes {
+    dtype: DType,
+    batch: usize,
+    heads: usize,
+    head_dim: usize,
+    /// The head dimension of the kernel.
+    dim: usize,
+    queries: usize,
+    keys: usize,
+}
+
+impl Sizes {
+    fn new(op: &Attention, program: &Program) -> Sizes {
+        let tokens = |id: ValueId| program.shape(id)[1..program.shape(id).len() - 1].iter().product();
+        Sizes {
+            dtype: program.value(op.q.value).dtype,
+            batch: program.shape(op.q.value)[0],
+            heads: op.heads,
+            head_dim: op.head_dim,
+            dim: DIMS.into_iter().find(|dim| *dim >= op.head_dim).unwrap_or(DIMS[DIMS.len() - 1]),
+            queries: tokens(op.q.value),
+            keys: tokens(op.k.value),
+        }
+    }
+
+    fn half(&self) -> bool {
+        self.dtype != DType::F32
+    }
+
+    /// 1 / √head_dim.
+    fn scale(&self) -> f64 {
+        1.0 / (self.head_dim as f64).sqrt()
+    }
+
+    /// Bytes of a tile.
+    fn tile(&self, lines: usize, elements: usize) -> usize {
+        lines * pitch(self.dtype, elements)
+    }
+
+    /// A block for each tile of `rows`, head and sample.
+    fn grid(&self, count: usize, rows: usize) -> [usize; 3] {
+        [count.div_ceil(rows), self.heads, self.batch]
+    }
+}
+
+/// Tiles of the forward. Matches `ForwardTiles` in kernels/attention_forward.cu.
+struct ForwardTiles {
+    rows: usize,
+    threads: usize,
+    keys: usize,
+    slots: usize,
+}
+
+impl ForwardTiles {
+    fn new(sizes: &Sizes) -> ForwardTiles {
+        let (half, dim) = (sizes.half(), sizes.dim);
+        let (row_warps, column_warps) = match (dim > 160, half) {
+            (false, _) => (4, 1),
+            (true, true) => (2, 2),
+            (true, false) => (1, 4),
+        };
+        ForwardTiles {
+            rows: 16 * row_warps,
+            threads: 32 * row_warps * column_warps,
+            keys: match half {
+                true if dim <= 64 => 64,
+                true => 32,
+                false if dim <= 80 => 32,
+                false => 16,
+            },
+            slots: if dim > 160 { 2 } else { 3 },
+        }
+    }
+
+    fn shared(&self, sizes: &Sizes) -> usize {
+        let probabilities = if sizes.half() { 0 } else { sizes.tile(self.rows, self.keys) };
+        sizes.tile(self.rows, sizes.dim) + self.slots * sizes.tile(self.keys, sizes.dim) + probabilities
+    }
+}
+
+pub fn launches(op: &Attention, cx: &Cx) -> Vec<Launch> {
+    let sizes = Sizes::new(op, cx.program);
+    let tiles = ForwardTiles::new(&sizes);
+    let columns = |cols| Columns::new(cx, cols, op.head_dim);
+    let params = AttentionParams {
+        q: columns(op.q),
+        k: columns(op.k),
+        v: columns(op.v),
+        out: columns(cx.output(0).into()),
+        lse: cx.address(cx.output(1)),
+        head_dim: op.head_dim as i32,
+        queries: sizes.queries as i32,
+        keys: sizes.keys as i32,
+        causal: i32::from(op.causal),
+        scale: (sizes.scale() * std::f64::consts::LOG2_E) as f32,
+        unused: 0,
+    };
+    let name = format!("attention_{}_{}", sizes.dim, sizes.dtype);
+    let grid = sizes.grid(sizes.queries, tiles.rows);
+    vec![Launch::new(name, grid, tiles.threads, tiles.shared(&sizes), params)]
+}
+
+/// Matches `DeltaParams` in kernels/attention_backward.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct DeltaParams {
+    out: Address,
+    d_out: Address,
+    delta: Address,
+    heads: Divisor,
+    head_dim: i32,
+    queries: i32,
+    aligned: i32,
+}
+const _: () = assert!(size_of::<DeltaParams>() == 48);
+
+/// Matches `BackwardParams` in kernels/attention_backward.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct BackwardParams {
+    q: Columns,
+    k: Columns,
+    v: Columns,
+    d_out: Columns,
+    d_first: Columns,
+    d_second: Columns,
+    lse: Address,
+    delta: Address,
+    head_dim: i32,
+    queries: i32,
+    keys: i32,
+    causal: i32,
+    scale: f32,
+    unused: i32,
+}
+const _: () = assert!(size_of::<BackwardParams>() == 136);
+
+/// Tiles of the backward: matches `BackwardTiles` and, for large heads, `attention_backward_streamed` in
+/// kernels/attention_backward.cu.
+struct BackwardTiles {
+    dim: usize,
+    own: usize,
+    threads: usize,
+    shared: usize,
+}
+
+impl BackwardTiles {
+    /// For `outputs` gradients: of keys and values, or of queries.
+    fn new(sizes: &Sizes, outputs: usize) -> BackwardTiles {
+        let (half, dim) = (sizes.half(), sizes.dim);
+        if dim > if half { 160 } else { 80 } {
+            let (own, other, chunk) = (32, 64, 128);
+            let shared = 2 * sizes.tile(other, chunk) + outputs * sizes.tile(own, other);
+            return BackwardTiles { dim: 512, own, threads: 256, shared };
+        }
+        let (own, other, across) = (64, if half { 32 } else { 16 }, if dim > 80 { 2 } else { 1 });
+        let scores = if half && across == 1 { 0 } else { outputs * sizes.tile(own, other) };
+        let shared = 2 * sizes.tile(own, dim) + 4 * sizes.tile(other, dim) + scores;
+        BackwardTiles { dim, own, threads: 128 * across, shared }
+    }
+}
+
+/// Bytes of delta.
+pub fn backward_workspace(op: &AttentionBackward, program: &Program) -> usize {
+    let Sizes { batch, heads, queries, .. } = Sizes::new(&op.forward, program);
+    batch * heads * queries * size_of::<f32>()
+}
+
+pub fn backward(op: &AttentionBackward, cx: &Cx) -> Vec<Launch> {
+    let AttentionBackward { forward, out, lse, d_out, to_q, to_kv } = op;
+    let sizes = Sizes::new(forward, cx.program);
+    let Sizes { dtype, batch, heads, head_dim, queries, keys, .. } = sizes;
+    let columns = |cols| Columns::new(cx, cols, head_dim);
+    let delta = DeltaParams {
+        out: cx.address(*out),
+        d_out: cx.address(*d_out),
+        delta: cx.workspace,
+        heads: Divisor::new(heads),
+        head_dim: head_dim as i32,
+        queries: queries as i32,
+        aligned: columns((*out).into()).aligned & columns((*d_out).into()).aligned,
+    };
+    let grid = [(queries * heads).div_ceil(32), batch, 1];
+    let mut launches = vec![Launch::new(format!("attention_delta_{dtype}"), grid, 256, 0, delta)];
+    let params = BackwardParams {
+        q: columns(forward.q),
+        k: columns(forward.k),
+        v: columns(forward.v),
+        d_out: columns((*d_out).into()),
+        d_first: Columns::default(),
+        d_second: Columns::default(),
+        lse: cx.address(*lse),
+        delta: cx.workspace,
+        head_dim: head_dim as i32,
+        queries: queries as i32,
+        keys: keys as i32,
+        causal: i32::from(forward.causal),
+        scale: sizes.scale() as f32,
+        unused: 0,
+    };
+    let mut launch = |name, outputs, count, params| {
+        let BackwardTiles { dim, own, threads, shared } = BackwardTiles::new(&sizes, outputs);
+        let kernel = format!("attention_{name}_{dim}_{dtype}");
+        launches.push(Launch::new(kernel, sizes.grid(count, own), threads, shared, params));
+    };
+    let output = |index| columns(cx.output(index).into());
+    let of_k = usize::from(*to_q);
+    if *to_kv {
+        let params = BackwardParams { d_first: output(of_k), d_second: output(of_k + 1), ..params };
+        launch("to_kv", 2, keys, params);
+    }
+    if *to_q {
+        launch("to_q", 1, queries, BackwardParams { d_first: output(0), ..params });
+    }
+    launches
+}

@@ -1,0 +1,266 @@
+//! The CUDA executor: planned programs as lists of kernel launches over one arena, on a GPU or on the host emulation of one.
+//!
+//! An op becomes launches by a pure function of its family (`gemm`, `conv2d`, ...): which kernel, what grid, which parameters.
+//! Everything above [`Driver`] is the same lines on both devices. Launches are made when a program is loaded; a run starts them
+//! in order and allocates nothing.
+
+mod attention;
+mod conv2d;
+mod device;
+mod driver;
+mod elementwise;
+mod embedding;
+mod emulated;
+mod explain;
+mod gemm;
+mod group_norm;
+mod launch;
+mod norm;
+mod reduce;
+mod resample;
+mod store;
+mod update;
+
+pub use device::{Gpu, Resources};
+pub use driver::{Driver, Function};
+pub use emulated::{Copies, Emulated, Order, Settings};
+pub use explain::{Explained, PEAKS, Peak, Planner, Row, explain};
+pub use launch::{Address, Divisor, Launch};
+
+/// What build.rs made of kernels/.
+pub mod kernels {
+    include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+}
+
+use super::guard::{Guard, describe};
+use super::{Data, DataMut, Executor, ProgramId};
+use crate::plan::Planned;
+use crate::program::{DType, Node, Op, Origin, Program};
+use crate::weights::Model;
+use crate::{Error, Result};
+use launch::Cx;
+use store::Store;
+
+/// Runs programs of type f32, f16 or bf16 on a [`Driver`].
+pub struct Cuda {
+    driver: Box<dyn Driver>,
+    store: Store,
+    programs: Vec<Loaded>,
+    arena: Address,
+    arena_bytes: usize,
+    guards: bool,
+    check_finite: bool,
+}
+
+/// A program with its launches.
+struct Loaded {
+    planned: Planned,
+    /// Per value: where its weight or buffer lies; null for what ops make.
+    outside: Vec<Address>,
+    /// What the output buffers are copied from: address in the arena, buffer, bytes.
+    outputs: Vec<(Address, Address, usize)>,
+    /// Per op.
+    launches: Vec<Vec<(Function, Launch)>>,
+    /// Index buffers and the bounds their entries must keep.
+    bounds: Vec<store::Bounds>,
+}
+
+impl Cuda {
+    pub fn new(driver: Box<dyn Driver>) -> Cuda {
+        Cuda {
+            driver,
+            store: Store::default(),
+            programs: vec![],
+            arena: Address::NULL,
+            arena_bytes: 0,
+            guards: false,
+            check_finite: false,
+        }
+    }
+
+    /// For tests, slow: fills dead memory with NaN and fails when an op writes outside its outputs and workspace.
+    pub fn with_guards(mut self, on: bool) -> Cuda {
+        self.guards = on;
+        self
+    }
+
+    /// Fails at the first op whose output is not finite, naming it.
+    pub fn check_finite(mut self, on: bool) -> Cuda {
+        self.check_finite = on;
+        self
+    }
+
+    /// The launches of a program once it is loaded, per op.
+    pub fn launches(&self, program: ProgramId) -> impl Iterator<Item = impl Iterator<Item = &Launch>> {
+        self.programs[program.0].launches.iter().map(|op| op.iter().map(|(_, launch)| launch))
+    }
+
+    /// Makes the launches of a program for where the arena lies now.
+    fn place(&mut self, index: usize) -> Result<()> {
+        let Loaded { planned: Planned { program, plan }, outside, .. } = &self.programs[index];
+        let mut addresses = outside.clone();
+        for (address, region) in addresses.iter_mut().zip(&plan.regions) {
+            if let Some(region) = region {
+                *address = self.arena.offset(region.offset);
+            }
+        }
+        let mut launches = Vec::with_capacity(program.nodes.len());
+        for (op, node) in program.nodes.iter().enumerate() {
+            let workspace = plan.workspace[op].map_or(Address::NULL, |region| self.arena.offset(region.offset));
+            let cx = Cx { program, node, addresses: &addresses, workspace };
+            let mut found = vec![];
+            for launch in launches_of(&cx) {
+                let failed = |error: Error| Error::Device(describe(program, op, &error.to_string()));
+                found.push((self.driver.function(&launch.kernel, launch.shared).map_err(failed)?, launch));
+            }
+            launches.push(found);
+        }
+        let mut outputs = vec![];
+        for (name, id) in &program.outputs {
+            outputs.push((addresses[id.index()], self.store.address(name)?, program.value(*id).bytes()));
+        }
+        let loaded = &mut self.programs[index];
+        (loaded.launches, loaded.outputs) = (launches, outputs);
+        Ok(())
+    }
+
+    /// After op `index`, in tests and with `--check-finite`.
+    fn inspect(&mut self, program: ProgramId, index: usize, guard: &mut Option<Guard>) -> Result<()> {
+        let planned = &self.programs[program.0].planned;
+        if let Some(guard) = guard {
+            let mut arena = vec![0; self.arena_bytes];
+            self.driver.read(self.arena, &mut arena)?;
+            guard.check(planned, index, &mut arena)?;
+            self.driver.write(self.arena, &arena)?;
+        }
+        if self.check_finite {
+            for &id in &planned.program.nodes[index].outputs {
+                let Some(region) = planned.plan.regions[id.index()] else { continue };
+                let mut bytes = vec![0; region.bytes];
+                self.driver.read(self.arena.offset(region.offset), &mut bytes)?;
+                let values = store::to_f64(planned.program.value(id).dtype, &bytes);
+                if let Some(at) = values.iter().position(|x| !x.is_finite()) {
+                    let shape = planned.program.shape(id);
+                    let what = format!("%{} is {} at element {at} of {shape:?}", id.0, values[at]);
+                    return Err(Error::Numeric(describe(&planned.program, index, &what)));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn launches_of(cx: &Cx) -> Vec<Launch> {
+    match &cx.node.op {
+        Op::Gemm(op) => gemm::launches(op, cx),
+        Op::GemmBackward(op) => gemm::backward(op, cx),
+        Op::Conv2d(op) => conv2d::launches(op, cx),
+        Op::Conv2dBackward(op) => conv2d::backward(op, cx),
+        Op::Attention(op) => attention::launches(op, cx),
+        Op::AttentionBackward(op) => attention::backward(op, cx),
+        Op::Norm(op) => norm::launches(op, cx),
+        Op::Elementwise(op) => elementwise::launches(op, cx),
+        Op::Resample(op) => resample::launches(op, cx),
+        Op::Embedding(op) => embedding::launches(op, cx),
+        Op::Update(op) => update::launches(op, cx),
+    }
+}
+
+/// Bytes of scratch an op needs, on any GPU.
+fn workspace(program: &Program, node: &Node) -> usize {
+    match &node.op {
+        Op::AttentionBackward(op) => attention::backward_workspace(op, program),
+        Op::Norm(op) => norm::workspace(op, program),
+        Op::Resample(op) => resample::workspace(op, program),
+        Op::Gemm(_) | Op::GemmBackward(_) | Op::Conv2d(_) | Op::Conv2dBackward(_) | Op::Attention(_) => 0,
+        Op::Elementwise(_) | Op::Embedding(_) | Op::Update(_) => 0,
+    }
+}
+
+impl Executor for Cuda {
+    fn workspace(&self, program: &Program, node: &Node) -> usize {
+        workspace(program, node)
+    }
+
+    fn free_memory(&self) -> Result<Option<usize>> {
+        self.driver.free_memory().map(Some)
+    }
+
+    fn load(&mut self, planned: Planned, weights: &Model) -> Result<ProgramId> {
+        let program = &planned.program;
+        if program.dtype == DType::F64 {
+            let what = "computes in f64, the kernels in f32, f16 and bf16".to_string();
+            return Err(Error::Program { program: program.name.clone(), what, at: "load".into() });
+        }
+        attention::check(program)?;
+        let driver = &mut *self.driver;
+        let mut outside = Vec::with_capacity(program.values.len());
+        for value in &program.values {
+            outside.push(match &value.origin {
+                Origin::Input(name) => self.store.buffer(driver, program, name, value)?,
+                Origin::Weight(weight) => self.store.weight(driver, weight, value.dtype, weights)?,
+                Origin::Op(_) => Address::NULL,
+            });
+        }
+        for (name, id) in &program.outputs {
+            self.store.buffer(driver, program, name, program.value(*id))?;
+        }
+        let (needed, bounds) = (planned.plan.arena_bytes, store::bounds(program));
+        self.programs.push(Loaded { planned, outside, outputs: vec![], launches: vec![], bounds });
+        let added = self.programs.len() - 1;
+        if needed > self.arena_bytes {
+            if self.arena_bytes > 0 {
+                self.arena_bytes = 0;
+                self.driver.release(std::mem::replace(&mut self.arena, Address::NULL))?;
+            }
+            (self.arena, self.arena_bytes) = (self.driver.allocate(needed)?, needed);
+            (0..added).try_for_each(|index| self.place(index))?;
+        }
+        self.place(added)?;
+        Ok(ProgramId(added))
+    }
+
+    fn clear(&mut self) {
+        self.programs.clear();
+        self.store.clear_buffers(&mut *self.driver);
+        // What cannot be given back is the driver's to report at the next call.
+        if self.arena != Address::NULL {
+            let _ = self.driver.release(std::mem::replace(&mut self.arena, Address::NULL));
+        }
+        self.arena_bytes = 0;
+    }
+
+    fn write(&mut self, buffer: &str, data: Data<'_>) -> Result<()> {
+        self.store.write(&mut *self.driver, buffer, data)
+    }
+
+    fn run(&mut self, program: ProgramId) -> Result<()> {
+        let ops = self.programs[program.0].launches.len();
+        let loaded = &self.programs[program.0];
+        self.store.check(&loaded.planned.program, &loaded.bounds)?;
+        let mut guard = None;
+        if self.guards {
+            let mut arena = vec![0; self.arena_bytes];
+            guard = Some(Guard::new(&mut arena));
+            self.driver.write(self.arena, &arena)?;
+        }
+        for op in 0..ops {
+            let Loaded { launches, planned, .. } = &self.programs[program.0];
+            for (function, launch) in &launches[op] {
+                let failed = |error: Error| Error::Device(describe(&planned.program, op, &error.to_string()));
+                self.driver.launch(*function, launch).map_err(failed)?;
+            }
+            if self.guards || self.check_finite {
+                self.inspect(program, op, &mut guard)?;
+            }
+        }
+        for &(from, to, bytes) in &self.programs[program.0].outputs {
+            self.driver.copy(from, to, bytes)?;
+        }
+        self.driver.synchronize()
+    }
+
+    fn read(&self, buffer: &str, out: DataMut<'_>) -> Result<()> {
+        self.store.read(&*self.driver, buffer, out)
+    }
+}

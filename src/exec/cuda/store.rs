@@ -1,0 +1,216 @@
+//! What outlives a run on the device: weights, each held once, and named buffers; and their types' way to and from the host's.
+
+use super::driver::Driver;
+use super::launch::Address;
+use crate::exec::guard::describe;
+use crate::exec::{Data, DataMut};
+use crate::program::{DType, Embedding, Norm, Op, Origin, Program, Shape, Value, ValueId};
+use crate::weights::{Model, Weight};
+use crate::{Error, Result};
+use half::{bf16, f16};
+use std::collections::HashMap;
+
+/// A named buffer.
+struct Named {
+    shape: Shape,
+    dtype: DType,
+    address: Address,
+    /// The host's copy of an index buffer, which bounds are checked against.
+    ints: Vec<i32>,
+}
+
+#[derive(Default)]
+pub struct Store {
+    weights: HashMap<(Weight, DType), Address>,
+    buffers: HashMap<String, Named>,
+}
+
+/// What the entries of an index buffer must be for an op: kernels look nothing up in vain.
+pub struct Bounds {
+    op: usize,
+    buffer: String,
+    what: &'static str,
+    limit: usize,
+    /// A negative entry says that there is none.
+    negative: bool,
+}
+
+/// The bounds of a program's index buffers.
+pub fn bounds(program: &Program) -> Vec<Bounds> {
+    let mut bounds = vec![];
+    for (op, node) in program.nodes.iter().enumerate() {
+        let rows = |id: ValueId, dim: usize| program.shape(id)[dim];
+        let (id, what, limit, negative) = match node.op {
+            Op::Embedding(Embedding::Tokens { ids, table, extra, .. }) => {
+                (ids, "token id", rows(table, 0) + extra.map_or(0, |extra| rows(extra, 0)), false)
+            }
+            Op::Embedding(Embedding::Mix { ids, table, .. } | Embedding::MixBackward { ids, table, .. }) => {
+                (ids, "token id", rows(table, 0), true)
+            }
+            Op::Embedding(Embedding::Pool { x, at }) => (at, "row", rows(x, 1), false),
+            Op::Embedding(Embedding::PoolBackward { at, rows, .. }) => (at, "row", rows, false),
+            Op::Embedding(Embedding::Select { x, at }) => (at, "entry", rows(x, 0), false),
+            Op::Embedding(Embedding::SelectBackward { at, ref shape, .. }) => (at, "entry", shape[0], false),
+            Op::Norm(Norm::CrossEntropy { logits, targets } | Norm::CrossEntropyBackward { logits, targets, .. }) => {
+                (targets, "target", program.shape(logits)[program.shape(logits).len() - 1], true)
+            }
+            _ => continue,
+        };
+        if let Origin::Input(buffer) = &program.value(id).origin {
+            bounds.push(Bounds { op, buffer: buffer.clone(), what, limit, negative });
+        }
+    }
+    bounds
+}
+
+impl Store {
+    /// The address of a weight, fetched and uploaded if it is not held yet: row by row, of a product's right operand `[N, K]`.
+    pub fn weight(&mut self, driver: &mut dyn Driver, weight: &Weight, dtype: DType, model: &Model) -> Result<Address> {
+        let key = (weight.clone(), dtype);
+        if let Some(&address) = self.weights.get(&key) {
+            return Ok(address);
+        }
+        let rows = model.rows(weight)?;
+        let width = rows.columns();
+        let address = driver.allocate(rows.rows() * width * dtype.bytes())?;
+        // A few rows at a time, so that the host holds little of them.
+        let step = ((1 << 20) / width.max(1)).clamp(1, rows.rows());
+        let mut values = vec![0.0f32; step * width];
+        for first in (0..rows.rows()).step_by(step) {
+            let count = step.min(rows.rows() - first);
+            for (n, row) in values.chunks_exact_mut(width).take(count).enumerate() {
+                rows.row_f32(first + n, row);
+            }
+            let bytes = from_f32(dtype, &values[..count * width]);
+            driver.write(address.offset(first * width * dtype.bytes()), &bytes)?;
+        }
+        model.release();
+        self.weights.insert(key, address);
+        Ok(address)
+    }
+
+    /// The address of a named buffer, made (zeroed) if there is none of that name.
+    pub fn buffer(&mut self, driver: &mut dyn Driver, program: &Program, name: &str, value: &Value) -> Result<Address> {
+        if let Some(held) = self.buffers.get(name) {
+            if held.shape == value.shape && held.dtype == value.dtype {
+                return Ok(held.address);
+            }
+            let what = format!(
+                "buffer '{name}' is {} {:?} here and {} {:?} in a program loaded before",
+                value.dtype, value.shape, held.dtype, held.shape
+            );
+            return Err(Error::Program { program: program.name.clone(), what, at: "load".into() });
+        }
+        let address = driver.allocate(value.bytes())?;
+        driver.fill(address, 0, value.bytes())?;
+        let ints = if value.dtype == DType::I32 { vec![0; value.len()] } else { vec![] };
+        self.buffers.insert(name.to_string(), Named { shape: value.shape.clone(), dtype: value.dtype, address, ints });
+        Ok(address)
+    }
+
+    pub fn address(&self, name: &str) -> Result<Address> {
+        Ok(self.find(name)?.address)
+    }
+
+    pub fn clear_buffers(&mut self, driver: &mut dyn Driver) {
+        for (_, held) in self.buffers.drain() {
+            // Memory that cannot be given back is the driver's to report at the next call.
+            let _ = driver.release(held.address);
+        }
+    }
+
+    /// Fails at the first index out of bounds, naming the op that would follow it.
+    pub fn check(&self, program: &Program, bounds: &[Bounds]) -> Result<()> {
+        for Bounds { op, buffer, what, limit, negative } in bounds {
+            let outside = |i: i32| if i < 0 { !negative } else { i as usize >= *limit };
+            if let Some(wrong) = self.find(buffer)?.ints.iter().find(|i| outside(**i)) {
+                let what = format!("{what} {wrong} is not in 0..{limit}");
+                return Err(Error::Numeric(describe(program, *op, &what)));
+            }
+        }
+        Ok(())
+    }
+
+    pub fn write(&mut self, driver: &mut dyn Driver, name: &str, data: Data<'_>) -> Result<()> {
+        let held = self.find(name)?;
+        let len = match data {
+            Data::F32(values) => values.len(),
+            Data::F64(values) => values.len(),
+            Data::I32(values) => values.len(),
+        };
+        check_length(name, &held.shape, len)?;
+        let (address, dtype) = (held.address, held.dtype);
+        let bytes = match data {
+            Data::I32(values) if dtype == DType::I32 => bytemuck::cast_slice(values).to_vec(),
+            Data::F32(_) | Data::F64(_) if dtype == DType::I32 => {
+                return Err(Error::Usage(format!("buffer '{name}' holds i32 and was given floats")));
+            }
+            Data::I32(values) => from_f32(dtype, &values.iter().map(|&x| x as f32).collect::<Vec<_>>()),
+            Data::F32(values) => from_f32(dtype, values),
+            Data::F64(values) => from_f32(dtype, &values.iter().map(|&x| x as f32).collect::<Vec<_>>()),
+        };
+        if let (Data::I32(values), Some(held)) = (data, self.buffers.get_mut(name)) {
+            held.ints.iter_mut().zip(values).for_each(|(held, &value)| *held = value);
+        }
+        driver.write(address, &bytes)
+    }
+
+    pub fn read(&self, driver: &dyn Driver, name: &str, out: DataMut<'_>) -> Result<()> {
+        let held = self.find(name)?;
+        let len = match &out {
+            DataMut::F32(out) => out.len(),
+            DataMut::F64(out) => out.len(),
+        };
+        check_length(name, &held.shape, len)?;
+        let mut bytes = vec![0; len * held.dtype.bytes()];
+        driver.read(held.address, &mut bytes)?;
+        let values = to_f64(held.dtype, &bytes);
+        match out {
+            DataMut::F32(out) => out.iter_mut().zip(values).for_each(|(out, x)| *out = x as f32),
+            DataMut::F64(out) => out.copy_from_slice(&values),
+        }
+        Ok(())
+    }
+
+    fn find(&self, name: &str) -> Result<&Named> {
+        self.buffers.get(name).ok_or_else(|| Error::Usage(format!("no loaded program has a buffer '{name}'")))
+    }
+}
+
+fn check_length(name: &str, shape: &[usize], len: usize) -> Result<()> {
+    if len == shape.iter().product::<usize>() {
+        return Ok(());
+    }
+    Err(Error::Usage(format!("buffer '{name}' is {shape:?} and was given {len} values")))
+}
+
+/// Numbers as a device holds them.
+fn from_f32(dtype: DType, values: &[f32]) -> Vec<u8> {
+    match dtype {
+        DType::F16 => {
+            bytemuck::cast_slice(&values.iter().map(|&x| f16::from_f32(x).to_bits()).collect::<Vec<_>>()).to_vec()
+        }
+        DType::BF16 => {
+            bytemuck::cast_slice(&values.iter().map(|&x| bf16::from_f32(x).to_bits()).collect::<Vec<_>>()).to_vec()
+        }
+        DType::F32 => bytemuck::cast_slice(values).to_vec(),
+        DType::F64 => bytemuck::cast_slice(&values.iter().map(|&x| x as f64).collect::<Vec<_>>()).to_vec(),
+        DType::I32 => bytemuck::cast_slice(&values.iter().map(|&x| x as i32).collect::<Vec<_>>()).to_vec(),
+    }
+}
+
+/// Numbers as the host reads them.
+pub fn to_f64(dtype: DType, bytes: &[u8]) -> Vec<f64> {
+    let half = |pair: &[u8]| u16::from_ne_bytes([pair[0], pair[1]]);
+    let word = |four: &[u8]| [four[0], four[1], four[2], four[3]];
+    match dtype {
+        DType::F16 => bytes.chunks_exact(2).map(|b| f16::from_bits(half(b)).to_f64()).collect(),
+        DType::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_bits(half(b)).to_f64()).collect(),
+        DType::F32 => bytes.chunks_exact(4).map(|b| f32::from_ne_bytes(word(b)) as f64).collect(),
+        DType::I32 => bytes.chunks_exact(4).map(|b| i32::from_ne_bytes(word(b)) as f64).collect(),
+        DType::F64 => bytes
+            .chunks_exact(8)
+            .map(|b| f64::from_ne_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]))
+            .collect(),
+    }
+}
