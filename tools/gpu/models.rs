@@ -1,0 +1,219 @@
+//! Networks and images on the device.
+//!
+//! The tiny networks against what diffusers and torch computed with them. In f32 the relative error may be 1e-4, as for the CPU. In f16
+//! and bf16 it may be twice that of exact arithmetic in which every op rounds its outputs to the same storage, and those 1e-4: the
+//! rule of single ops (`tests/common/storage.rs`), carried through a network. What is allowed so comes from the network itself.
+//!
+//! The embedded model's image against the CPU's in f32: at least 40 dB.
+
+use crate::common::golden::{Golden, relative_error};
+use crate::common::rounded::Rounded;
+use crate::device::Device;
+use crate::section::{Item, Row};
+use rarebit::exec::Executor;
+use rarebit::exec::cpu::Cpu;
+use rarebit::methods::generate::{Generator, Job, Settings};
+use rarebit::methods::networks::{AddedConditions, Networks, Tensor};
+use rarebit::methods::pipeline::Pipeline;
+use rarebit::program::DType;
+use rarebit::sampler::{self, Rng};
+use rarebit::{Error, Result};
+use safetensors::SafeTensors;
+use std::path::{Path, PathBuf};
+
+const MODELS: [&str; 3] = ["tiny-sd1", "tiny-sd2", "tiny-sdxl"];
+/// Of f32, and what f32 sums may add in 16-bit networks.
+const LIMIT: f64 = 1e-4;
+/// A 16-bit network may be this many times as far off as exact arithmetic with the same storage.
+const MARGIN: f64 = 2.0;
+
+/// What one network gave, and what it should: a name and two tensors each.
+type Results = Vec<(String, Vec<f32>, Vec<f32>)>;
+type Part = fn(&Golden, &Pipeline, &mut Networks) -> Result<Results>;
+
+const PARTS: [(&str, Part); 5] =
+    [("text", text), ("unet", unet), ("vae", vae), ("unet gradient", unet_gradient), ("vae gradient", vae_gradient)];
+
+/// Every part of every model in every type; of a subset each part once, types and models taking turns.
+pub fn networks(data: &Path, subset: bool) -> Vec<Item> {
+    let mut items = vec![];
+    for (m, model) in MODELS.into_iter().enumerate() {
+        for (p, (name, part)) in PARTS.into_iter().enumerate() {
+            for (t, dtype) in [DType::F32, DType::F16, DType::BF16].into_iter().enumerate() {
+                if subset && (m != p % 3 || t != (p + 1) % 3) {
+                    continue;
+                }
+                let (folder, title) = (data.join(model), format!("{model} {name}"));
+                items.push(Item::new(title, dtype, move || network(folder.clone(), model, part, dtype)));
+            }
+        }
+    }
+    items
+}
+
+fn network(
+    folder: PathBuf,
+    model: &'static str,
+    part: Part,
+    dtype: DType,
+) -> impl FnOnce(&Device) -> Result<Vec<Row>> + Send {
+    let errors = move |executor: Box<dyn Executor>| -> Result<Vec<(String, f64)>> {
+        let golden = Golden::at(folder.clone());
+        let pipeline = golden.pipeline();
+        let results = part(&golden, &pipeline, &mut Networks::new(&pipeline, executor, dtype))?;
+        Ok(results.into_iter().map(|(name, got, expected)| (name, relative_error(&got, &expected))).collect())
+    };
+    // In f32 nothing is rounded that f32 arithmetic would not round too.
+    let honest = if dtype == DType::F32 { Ok(vec![]) } else { errors(Box::<Rounded>::default()) };
+    move |device: &Device| {
+        let honest = honest?;
+        // Seen are 0.008 of f16 and 0.06 of bf16: a reference that is further off allows no more.
+        let plausible = if dtype == DType::BF16 { 0.1 } else { 0.0125 };
+        let rows = errors(Box::new(device.cuda(true)))?.into_iter().enumerate().map(|(i, (name, error))| {
+            let storage = honest.get(i).map_or(0.0, |(_, error)| *error);
+            let allowed = MARGIN * storage.min(plausible) + LIMIT;
+            let what = format!("relative error, of storage {storage:.3e}");
+            Row::new(format!("{model} {name}"), dtype, error, allowed, what)
+        });
+        Ok(rows.collect())
+    }
+}
+
+fn wanted(golden: &Golden, name: &str) -> Result<Tensor> {
+    golden.tensor(name).ok_or_else(|| Error::Model(format!("the golden file has no '{name}'")))
+}
+
+fn text(golden: &Golden, pipeline: &Pipeline, networks: &mut Networks) -> Result<Results> {
+    let mut results = vec![];
+    for case in golden.cases("ids/") {
+        let context = case.name.replace("ids/", "context/");
+        let Some(expected) = golden.tensor(&context) else { continue };
+        let encoded = pipeline.tokenize(&case.text("text"))?;
+        let ids: Vec<&[i32]> = encoded.iter().map(|tokens| &tokens.ids[..]).collect();
+        let (got, pooled) = networks.text(&ids, encoded.last().map_or(0, |tokens| tokens.eos))?;
+        results.push((context, got, expected.data));
+        if let Some(pooled) = pooled {
+            let name = case.name.replace("ids/", "pooled/");
+            let expected = wanted(golden, &name)?.data;
+            results.push((name, pooled, expected));
+        }
+    }
+    Ok(results)
+}
+
+/// The added conditions of the first rows, where the model has them.
+fn added(golden: &Golden, rows: usize) -> Option<AddedConditions> {
+    let rows_of = |name: &str| golden.tensor(name).map(|t| t.data[..t.data.len() / t.shape[0] * rows].to_vec());
+    Some(AddedConditions { pooled: rows_of("unet/pooled")?, size_ids: rows_of("unet/time_ids")? })
+}
+
+fn unet(golden: &Golden, _: &Pipeline, networks: &mut Networks) -> Result<Results> {
+    let mut results = vec![];
+    let context = wanted(golden, "unet/context")?;
+    for (folder, timestep) in [("unet", 999), ("unet_wide", 500)] {
+        let latents = wanted(golden, &format!("{folder}/latents"))?;
+        let rows = latents.shape[0];
+        let context = &context.data[..context.data.len() / context.shape[0] * rows];
+        let got = networks.unet(&latents, f64::from(timestep), context, added(golden, rows).as_ref())?;
+        let name = format!("{folder}/out_t{timestep}");
+        let expected = wanted(golden, &name)?.data;
+        results.push((name, got.data, expected));
+    }
+    Ok(results)
+}
+
+fn vae(golden: &Golden, _: &Pipeline, networks: &mut Networks) -> Result<Results> {
+    let mut results = vec![];
+    for size in ["vae", "vae_wide"] {
+        let image = networks.decode(&wanted(golden, &format!("{size}/latents"))?)?;
+        let (mean, logvar) = networks.encode(&wanted(golden, &format!("{size}/input"))?)?;
+        for (field, got) in [("image", image), ("mean", mean), ("logvar", logvar)] {
+            let name = format!("{size}/{field}");
+            let expected = wanted(golden, &name)?.data;
+            results.push((name, got.data, expected));
+        }
+    }
+    Ok(results)
+}
+
+/// A tensor of gradients.safetensors beside the golden file.
+fn stored(golden: &Golden, name: &str) -> Result<Tensor> {
+    let path = golden.folder().join("gradients.safetensors");
+    let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+    let wrong = |error: safetensors::SafeTensorError| Error::file(&path, format!("'{name}': {error}"));
+    let file = SafeTensors::deserialize(&bytes).map_err(wrong)?;
+    let tensor = file.tensor(name).map_err(wrong)?;
+    let data = tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    Ok(Tensor { shape: tensor.shape().to_vec(), data })
+}
+
+fn unet_gradient(golden: &Golden, _: &Pipeline, networks: &mut Networks) -> Result<Results> {
+    let (latents, context) = (wanted(golden, "unet/latents")?, wanted(golden, "unet/context")?);
+    let added = added(golden, latents.shape[0]);
+    let cotangent = stored(golden, "unet/cotangent")?;
+    let found = networks.unet_gradient(&latents, 420.5, &context.data, added.as_ref(), &cotangent)?;
+    let parts = [("latents", Some(found.latents.data)), ("context", Some(found.context)), ("pooled", found.pooled)];
+    let mut results = vec![];
+    for (name, got) in parts.into_iter().filter_map(|(name, got)| Some((format!("unet/d_{name}"), got?))) {
+        let expected = stored(golden, &name)?.data;
+        results.push((name, got, expected));
+    }
+    Ok(results)
+}
+
+fn vae_gradient(golden: &Golden, _: &Pipeline, networks: &mut Networks) -> Result<Results> {
+    let found = networks.decode_gradient(&wanted(golden, "vae/latents")?, &stored(golden, "vae/cotangent")?)?;
+    Ok(vec![("vae/d_latents".into(), found.data, stored(golden, "vae/d_latents")?.data)])
+}
+
+const PROMPT: &str = "a red star on a dark blue background";
+/// Decibels. Storage alone leaves 61 in f16 and 50 in bf16.
+const PSNR: f64 = 40.0;
+
+/// The embedded model's image, and of a batch of two the first again.
+pub fn images(subset: bool) -> Vec<Item> {
+    let steps = if subset { 2 } else { 20 };
+    let types = if subset { &[DType::F16][..] } else { &[DType::F32, DType::F16, DType::BF16] };
+    let items = types.iter().map(|&dtype| {
+        Item::new(format!("image of {steps} steps"), dtype, move || {
+            let expected = image(&mut Cpu::<f32>::new(), DType::F32, steps, 1);
+            move |device: &Device| {
+                let expected = expected?;
+                // Whole networks many times over: without guards.
+                let found = image(&mut device.cuda(false), dtype, steps, 1)?;
+                let squares: f64 =
+                    found.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum();
+                let error = (squares / expected.len() as f64).sqrt();
+                let what = format!("rms of bytes; PSNR {:.1} dB", 20.0 * (255.0 / error).log10());
+                let allowed = 255.0 / 10f64.powf(PSNR / 20.0);
+                let pair = image(&mut device.cuda(false), dtype, steps, 2)?;
+                let differ = pair.iter().zip(&found).filter(|(a, b)| a != b).count() as f64;
+                let name = format!("{steps} steps");
+                Ok(vec![
+                    Row::new(format!("{name}, against the CPU in f32"), dtype, error, allowed, what),
+                    Row::new(format!("{name}, in a batch of two"), dtype, differ, 0.0, "bytes that differ"),
+                ])
+            }
+        })
+    });
+    items.collect()
+}
+
+/// The pixels of the first of some images.
+fn image(executor: &mut dyn Executor, dtype: DType, steps: usize, batch: usize) -> Result<Vec<u8>> {
+    let pipeline = Pipeline::open(rarebit::assets::shapes()?, None)?;
+    let sampler = sampler::Settings {
+        method: sampler::Method::Ddim,
+        spacing: None,
+        steps,
+        eta: 0.0,
+        guidance: 7.5,
+        cfg_pp: false,
+    };
+    let settings = Settings { width: 64, height: 64, sampler, rng: Rng::Philox, dtype };
+    let generator = Generator::plan(&pipeline, &*executor, settings, batch)?;
+    let jobs: Vec<Job> =
+        (0..batch as u64).map(|seed| Job { prompt: PROMPT.into(), negative: None, seed, draws: vec![] }).collect();
+    let images = generator.load(executor)?.run(&jobs, &mut |_| Ok(()))?;
+    Ok(images.into_iter().next().map(|image| image.rgb).unwrap_or_default())
+}
