@@ -13,6 +13,22 @@ pub fn describe(program: &Program, index: usize, what: &str) -> String {
     format!("program '{}', op {index} ({}): {what} (appended at {})", program.name, program.show_op(&node.op), node.at)
 }
 
+/// Fails when a value that op `index` made holds an infinity or a NaN.
+pub fn finite(program: &Program, index: usize, id: ValueId, mut values: impl Iterator<Item = f64>) -> Result<()> {
+    let mut wrong = 0.0;
+    let found = values.position(|x| {
+        wrong = x;
+        !x.is_finite()
+    });
+    match found {
+        None => Ok(()),
+        Some(at) => {
+            let what = format!("%{} is {wrong} at element {at} of {:?}", id.0, program.shape(id));
+            Err(Error::Numeric(describe(program, index, &what)))
+        }
+    }
+}
+
 /// A copy of the arena as it must be outside the ranges of the next op. Dead memory is NaN, so reading it shows.
 pub struct Guard {
     expected: Vec<u8>,

@@ -1,8 +1,10 @@
 //! Executors run planned programs: one trait, no per-op methods in it.
 
+mod buffer;
 pub mod cpu;
 pub mod cuda;
 mod guard;
+mod held;
 pub(crate) mod philox;
 
 use crate::Result;
@@ -22,11 +24,30 @@ pub enum Data<'a> {
     I32(&'a [i32]),
 }
 
+impl Data<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Data::F32(values) => values.len(),
+            Data::F64(values) => values.len(),
+            Data::I32(values) => values.len(),
+        }
+    }
+}
+
 /// Host memory that receives a named buffer, converted from the buffer's type.
 #[derive(Debug)]
 pub enum DataMut<'a> {
     F32(&'a mut [f32]),
     F64(&'a mut [f64]),
+}
+
+impl DataMut<'_> {
+    fn len(&self) -> usize {
+        match self {
+            DataMut::F32(values) => values.len(),
+            DataMut::F64(values) => values.len(),
+        }
+    }
 }
 
 /// What host memory holds of a run: f32, or f64 where a program of f64 is to be looked at in full.

@@ -85,6 +85,16 @@ pub enum Pack {
     Vector,
 }
 
+impl Pack {
+    /// Whether executors hold it as the right operand of products, and not row by row in the order of its shape.
+    pub fn is_factor(self) -> bool {
+        match self {
+            Pack::Linear | Pack::Geglu | Pack::LinearTransposed | Pack::Conv => true,
+            Pack::Table | Pack::Vector => false,
+        }
+    }
+}
+
 /// A weight by name. Several keys are concatenated along the output dimension (fused q/k/v, all K/V of a UNet).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Weight {

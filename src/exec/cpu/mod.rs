@@ -31,7 +31,7 @@ mod update;
 pub use real::Real;
 
 use super::guard::{Guard, describe};
-use super::{Data, DataMut, Executor, ProgramId};
+use super::{Data, DataMut, Executor, ProgramId, held};
 use crate::plan::{Planned, Region};
 use crate::program::{Node, Op, Origin, Program, ValueId};
 use crate::weights::Model;
@@ -179,7 +179,7 @@ impl<T: Real> Cpu<T> {
             let what = format!("computes in {}, this executor in {}", program.dtype, T::DTYPE);
             return Err(Error::Program { program: program.name.clone(), what, at: "load".into() });
         }
-        store::check(program)?;
+        held::check(program)?;
         let mut places = Vec::with_capacity(program.values.len());
         for (index, value) in program.values.iter().enumerate() {
             places.push(match &value.origin {
@@ -332,7 +332,7 @@ impl<'a, T: Real> Cx<'a, T> {
         let columns = store::columns(self.program, id, parts, self.machine.tiling);
         let values = self.value(id);
         match &self.program.value(id).origin {
-            Origin::Weight(weight) if store::in_panels(weight) => {
+            Origin::Weight(weight) if weight.pack.is_factor() => {
                 let k = self.program.value(id).len() / columns.n;
                 Factor::Panels(Packed { columns, k, data: values })
             }

@@ -3,7 +3,8 @@
 use super::pack::{Aligned, Columns, Tiling};
 use super::real::Real;
 use super::{Data, DataMut};
-use crate::program::{Activation, DType, GemmBackward, Op, Origin, Program, Shape, Value, ValueId};
+use crate::exec::buffer;
+use crate::program::{DType, Origin, Program, Shape, Value, ValueId};
 use crate::weights::{Model, Pack, Rows, Weight};
 use crate::{Error, Result};
 use rayon::prelude::*;
@@ -34,21 +35,13 @@ impl<T> Default for Store<T> {
     }
 }
 
-/// Whether a weight is held in panels, the right operand of products, or row by row.
-pub fn in_panels(weight: &Weight) -> bool {
-    match weight.pack {
-        Pack::Linear | Pack::Geglu | Pack::LinearTransposed | Pack::Conv => true,
-        Pack::Table | Pack::Vector => false,
-    }
-}
-
 /// The columns of a right operand. Those of a GEGLU weight are in two halves whichever op reads it; of what is no weight an
 /// op may read `parts` apart.
 pub fn columns(program: &Program, id: ValueId, parts: usize, tiling: Tiling) -> Columns {
     let value = program.value(id);
     let n = value.shape[value.shape.len() - 1];
     match &value.origin {
-        Origin::Weight(weight) if in_panels(weight) => weight_columns(weight, tiling),
+        Origin::Weight(weight) if weight.pack.is_factor() => weight_columns(weight, tiling),
         Origin::Weight(_) | Origin::Input(_) | Origin::Op(_) => Columns::in_parts(n, parts, tiling),
     }
 }
@@ -58,45 +51,6 @@ fn weight_columns(weight: &Weight, tiling: Tiling) -> Columns {
     Columns::in_parts(weight.shape[weight.shape.len() - 1], parts, tiling)
 }
 
-/// Checks that every op reads weights the way they are held.
-pub fn check(program: &Program) -> Result<()> {
-    for node in &program.nodes {
-        for id in node.op.inputs() {
-            let Origin::Weight(weight) = &program.value(id).origin else { continue };
-            let geglu = matches!(&node.op, Op::Gemm(op) if op.w == id && op.activation == Activation::Geglu);
-            let wrong = if in_panels(weight) && factor(&node.op) != Some(id) {
-                "is read row by row"
-            } else if in_panels(weight) && geglu && weight.pack != Pack::Geglu {
-                "is read as that of a GEGLU"
-            } else {
-                continue;
-            };
-            let op = program.show_op(&node.op);
-            let what = format!("{op}: weight '{}', packed as {:?}, {wrong}", weight.keys.join("+"), weight.pack);
-            return Err(Error::Program { program: program.name.clone(), what, at: node.at.to_string() });
-        }
-    }
-    Ok(())
-}
-
-/// The right operand of an op's product, given as a weight's `[.., N]`.
-fn factor(op: &Op) -> Option<ValueId> {
-    match op {
-        Op::Gemm(op) => Some(op.w),
-        Op::GemmBackward(GemmBackward::Input { w, .. }) => Some(*w),
-        Op::Conv2d(op) => Some(op.w),
-        Op::Conv2dBackward(op) => Some(op.w),
-        Op::GemmBackward(GemmBackward::Weight { .. })
-        | Op::Attention(_)
-        | Op::AttentionBackward(_)
-        | Op::Norm(_)
-        | Op::Elementwise(_)
-        | Op::Resample(_)
-        | Op::Embedding(_)
-        | Op::Update(_) => None,
-    }
-}
-
 impl<T: Real> Store<T> {
     /// The index of a weight, fetched and packed if it is not held yet.
     pub fn weight(&mut self, weight: &Weight, tiling: Tiling, model: &Model) -> Result<usize> {
@@ -104,8 +58,11 @@ impl<T: Real> Store<T> {
             return Ok(index);
         }
         let rows = model.rows(weight)?;
-        let held =
-            if in_panels(weight) { panels(&rows, weight_columns(weight, tiling), tiling.lanes) } else { plain(&rows) };
+        let held = if weight.pack.is_factor() {
+            panels(&rows, weight_columns(weight, tiling), tiling.lanes)
+        } else {
+            plain(&rows)
+        };
         model.release();
         self.weights.push(held);
         self.by_weight.insert(weight.clone(), self.weights.len() - 1);
@@ -116,14 +73,8 @@ impl<T: Real> Store<T> {
     pub fn buffer(&mut self, program: &Program, name: &str, value: &Value) -> Result<usize> {
         if let Some(&index) = self.by_name.get(name) {
             let held = &self.buffers[index];
-            if held.shape == value.shape && held.dtype == value.dtype {
-                return Ok(index);
-            }
-            let what = format!(
-                "buffer '{name}' is {} {:?} here and {} {:?} in a program loaded before",
-                value.dtype, value.shape, held.dtype, held.shape
-            );
-            return Err(Error::Program { program: program.name.clone(), what, at: "load".into() });
+            buffer::agrees(program, name, value, &held.shape, held.dtype)?;
+            return Ok(index);
         }
         let values = match value.dtype {
             DType::I32 => Buffer::Int(vec![0; value.len()]),
@@ -146,19 +97,14 @@ impl<T: Real> Store<T> {
     pub fn write(&mut self, name: &str, data: Data<'_>) -> Result<()> {
         let index = self.find(name)?;
         let held = &mut self.buffers[index];
-        let len = match data {
-            Data::F32(values) => values.len(),
-            Data::F64(values) => values.len(),
-            Data::I32(values) => values.len(),
-        };
-        check_length(name, &held.shape, len)?;
+        buffer::holds(name, &held.shape, data.len())?;
         match (&mut held.values, data) {
             (Buffer::Float(out), Data::F32(values)) => fill(out, values, |x| T::from_f64(x as f64)),
             (Buffer::Float(out), Data::F64(values)) => fill(out, values, T::from_f64),
             (Buffer::Float(out), Data::I32(values)) => fill(out, values, |x| T::from_f64(x as f64)),
             (Buffer::Int(out), Data::I32(values)) => out.copy_from_slice(values),
             (Buffer::Int(_), Data::F32(_) | Data::F64(_)) => {
-                return Err(Error::Usage(format!("buffer '{name}' holds i32 and was given floats")));
+                return Err(buffer::of_indices(name));
             }
         }
         Ok(())
@@ -166,11 +112,7 @@ impl<T: Real> Store<T> {
 
     pub fn read(&self, name: &str, out: DataMut<'_>) -> Result<()> {
         let held = &self.buffers[self.find(name)?];
-        let len = match &out {
-            DataMut::F32(out) => out.len(),
-            DataMut::F64(out) => out.len(),
-        };
-        check_length(name, &held.shape, len)?;
+        buffer::holds(name, &held.shape, out.len())?;
         match (&held.values, out) {
             (Buffer::Float(values), DataMut::F32(out)) => fill(out, values, |x| x.to_f64() as f32),
             (Buffer::Float(values), DataMut::F64(out)) => fill(out, values, |x| x.to_f64()),
@@ -181,15 +123,8 @@ impl<T: Real> Store<T> {
     }
 
     fn find(&self, name: &str) -> Result<usize> {
-        self.by_name.get(name).copied().ok_or_else(|| Error::Usage(format!("no loaded program has a buffer '{name}'")))
+        self.by_name.get(name).copied().ok_or_else(|| buffer::unknown(name))
     }
-}
-
-fn check_length(name: &str, shape: &[usize], len: usize) -> Result<()> {
-    if len == shape.iter().product::<usize>() {
-        return Ok(());
-    }
-    Err(Error::Usage(format!("buffer '{name}' is {shape:?} and was given {len} values")))
 }
 
 fn fill<A: Copy, B>(out: &mut [B], values: &[A], convert: impl Fn(A) -> B) {

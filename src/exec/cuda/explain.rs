@@ -7,6 +7,7 @@ use crate::plan::Planned;
 use crate::program::{DType, Node, Program};
 use crate::weights::Model;
 use crate::{Error, Result};
+use std::collections::HashMap;
 use std::fmt;
 
 /// The peak rates of a GPU, dense, at its boost clock (NVIDIA's data sheets).
@@ -109,15 +110,16 @@ pub fn explain(planned: &Planned, peak: Peak) -> Explained {
         addresses.push(region.map_or(next, |region| arena.offset(region.offset)));
         next = next.offset(value.bytes().next_multiple_of(256));
     }
+    let registers = registers(peak.arch);
     let rows = program.nodes.iter().enumerate().map(|(index, node)| {
         let workspace = plan.workspace[index].map_or(Address::NULL, |region| arena.offset(region.offset));
         let cx = Cx { program, node, addresses: &addresses, workspace };
-        row(program, node, launches_of(&cx), peak)
+        row(program, node, launches_of(&cx), peak, &registers)
     });
     Explained { program: program.name.clone(), peak, rows: rows.collect() }
 }
 
-fn row(program: &Program, node: &Node, launches: Vec<Launch>, peak: Peak) -> Row {
+fn row(program: &Program, node: &Node, launches: Vec<Launch>, peak: Peak, registers: &HashMap<&str, u32>) -> Row {
     let mut touched = [node.op.inputs(), node.outputs.clone()].concat();
     touched.sort();
     touched.dedup();
@@ -127,7 +129,7 @@ fn row(program: &Program, node: &Node, launches: Vec<Launch>, peak: Peak) -> Row
     let rate = if single { peak.vector } else { peak.tensor };
     let (memory, compute) = (bytes as f64 / (peak.bandwidth * 1e9), flops as f64 / (rate * 1e12));
     let launches = launches.into_iter().map(|launch| {
-        let registers = registers(&launch.kernel, peak.arch);
+        let registers = registers.get(launch.kernel.as_str()).copied();
         (launch, registers)
     });
     Row {
@@ -140,10 +142,10 @@ fn row(program: &Program, node: &Node, launches: Vec<Launch>, peak: Peak) -> Row
     }
 }
 
-/// From ptxas' report.
-fn registers(kernel: &str, arch: &str) -> Option<u32> {
+/// Registers of every kernel on an architecture, from ptxas' report.
+fn registers(arch: &str) -> HashMap<&'static str, u32> {
     let rows = kernels::REPORT.lines().map(|line| line.split('\t').collect::<Vec<_>>());
-    rows.filter(|row| row.len() > 2).find(|row| row[0] == kernel && row[1] == arch)?[2].parse().ok()
+    rows.filter(|row| row.len() > 2 && row[1] == arch).filter_map(|row| Some((row[0], row[2].parse().ok()?))).collect()
 }
 
 impl Explained {

@@ -1,7 +1,6 @@
 //! A launch is a value: which kernel, how many blocks and threads, how much shared memory, and the bytes of its parameters.
 
 use crate::program::{Activation, Cols, DType, Node, Origin, Program, ValueId};
-use crate::weights::Pack;
 use bytemuck::Pod;
 
 /// An address in device memory (on the emulated driver: in host memory).
@@ -133,10 +132,7 @@ impl Cx<'_> {
     /// Whether a weight is held as the right operand of products, `[N, K]`, and not in the order of its shape.
     pub fn is_factor(&self, id: ValueId) -> bool {
         match &self.program.value(id).origin {
-            Origin::Weight(weight) => match weight.pack {
-                Pack::Linear | Pack::Geglu | Pack::LinearTransposed | Pack::Conv => true,
-                Pack::Table | Pack::Vector => false,
-            },
+            Origin::Weight(weight) => weight.pack.is_factor(),
             Origin::Input(_) | Origin::Op(_) => false,
         }
     }

@@ -32,8 +32,8 @@ pub mod kernels {
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }
 
-use super::guard::{Guard, describe};
-use super::{Data, DataMut, Executor, ProgramId};
+use super::guard::{Guard, describe, finite};
+use super::{Data, DataMut, Executor, ProgramId, held};
 use crate::plan::Planned;
 use crate::program::{DType, Node, Op, Origin, Program};
 use crate::weights::Model;
@@ -139,11 +139,7 @@ impl Cuda {
                 let mut bytes = vec![0; region.bytes];
                 self.driver.read(self.arena.offset(region.offset), &mut bytes)?;
                 let values = store::to_f64(planned.program.value(id).dtype, &bytes);
-                if let Some(at) = values.iter().position(|x| !x.is_finite()) {
-                    let shape = planned.program.shape(id);
-                    let what = format!("%{} is {} at element {at} of {shape:?}", id.0, values[at]);
-                    return Err(Error::Numeric(describe(&planned.program, index, &what)));
-                }
+                finite(&planned.program, index, id, values.into_iter())?;
             }
         }
         Ok(())
@@ -192,6 +188,7 @@ impl Executor for Cuda {
             let what = "computes in f64, the kernels in f32, f16 and bf16".to_string();
             return Err(Error::Program { program: program.name.clone(), what, at: "load".into() });
         }
+        held::check(program)?;
         attention::check(program)?;
         let driver = &mut *self.driver;
         let mut outside = Vec::with_capacity(program.values.len());

@@ -3,7 +3,7 @@
 use super::driver::Driver;
 use super::launch::Address;
 use crate::exec::guard::describe;
-use crate::exec::{Data, DataMut};
+use crate::exec::{Data, DataMut, buffer};
 use crate::program::{DType, Embedding, Norm, Op, Origin, Program, Shape, Value, ValueId};
 use crate::weights::{Model, Weight};
 use crate::{Error, Result};
@@ -39,28 +39,44 @@ pub struct Bounds {
 pub fn bounds(program: &Program) -> Vec<Bounds> {
     let mut bounds = vec![];
     for (op, node) in program.nodes.iter().enumerate() {
-        let rows = |id: ValueId, dim: usize| program.shape(id)[dim];
-        let (id, what, limit, negative) = match node.op {
-            Op::Embedding(Embedding::Tokens { ids, table, extra, .. }) => {
-                (ids, "token id", rows(table, 0) + extra.map_or(0, |extra| rows(extra, 0)), false)
-            }
-            Op::Embedding(Embedding::Mix { ids, table, .. } | Embedding::MixBackward { ids, table, .. }) => {
-                (ids, "token id", rows(table, 0), true)
-            }
-            Op::Embedding(Embedding::Pool { x, at }) => (at, "row", rows(x, 1), false),
-            Op::Embedding(Embedding::PoolBackward { at, rows, .. }) => (at, "row", rows, false),
-            Op::Embedding(Embedding::Select { x, at }) => (at, "entry", rows(x, 0), false),
-            Op::Embedding(Embedding::SelectBackward { at, ref shape, .. }) => (at, "entry", shape[0], false),
+        let found = match &node.op {
+            Op::Embedding(embedding) => embedding_bound(program, embedding),
             Op::Norm(Norm::CrossEntropy { logits, targets } | Norm::CrossEntropyBackward { logits, targets, .. }) => {
-                (targets, "target", program.shape(logits)[program.shape(logits).len() - 1], true)
+                let shape = program.shape(*logits);
+                Some((*targets, "target", shape[shape.len() - 1], true))
             }
-            _ => continue,
+            Op::Norm(_) | Op::Gemm(_) | Op::GemmBackward(_) | Op::Conv2d(_) | Op::Conv2dBackward(_) => None,
+            Op::Attention(_) | Op::AttentionBackward(_) => None,
+            // A counter has no bounds.
+            Op::Elementwise(_) | Op::Resample(_) | Op::Update(_) => None,
         };
-        if let Origin::Input(buffer) = &program.value(id).origin {
+        if let Some((id, what, limit, negative)) = found
+            && let Origin::Input(buffer) = &program.value(id).origin
+        {
             bounds.push(Bounds { op, buffer: buffer.clone(), what, limit, negative });
         }
     }
     bounds
+}
+
+/// The indices that an embedding looks up, what they are, how many there are to choose from, and whether one may choose none.
+fn embedding_bound(program: &Program, op: &Embedding) -> Option<(ValueId, &'static str, usize, bool)> {
+    use Embedding::*;
+    let rows = |id: ValueId, dim: usize| program.shape(id)[dim];
+    match *op {
+        Tokens { ids, table, extra, .. } => {
+            Some((ids, "token id", rows(table, 0) + extra.map_or(0, |extra| rows(extra, 0)), false))
+        }
+        Mix { ids, table, .. } | MixBackward { ids, table, .. } => Some((ids, "token id", rows(table, 0), true)),
+        Pool { x, at } => Some((at, "row", rows(x, 1), false)),
+        PoolBackward { at, rows, .. } => Some((at, "row", rows, false)),
+        Select { x, at } => Some((at, "entry", rows(x, 0), false)),
+        SelectBackward { at, ref shape, .. } => Some((at, "entry", shape[0], false)),
+        // Ids outside its rows have no part in the gradient.
+        TokensBackward { .. } => None,
+        PositionsBackward { .. } | Sinusoidal { .. } | SinusoidalBackward { .. } => None,
+        Patches { .. } | PatchesBackward { .. } | Row { .. } | RowBackward { .. } => None,
+    }
 }
 
 impl Store {
@@ -92,14 +108,8 @@ impl Store {
     /// The address of a named buffer, made (zeroed) if there is none of that name.
     pub fn buffer(&mut self, driver: &mut dyn Driver, program: &Program, name: &str, value: &Value) -> Result<Address> {
         if let Some(held) = self.buffers.get(name) {
-            if held.shape == value.shape && held.dtype == value.dtype {
-                return Ok(held.address);
-            }
-            let what = format!(
-                "buffer '{name}' is {} {:?} here and {} {:?} in a program loaded before",
-                value.dtype, value.shape, held.dtype, held.shape
-            );
-            return Err(Error::Program { program: program.name.clone(), what, at: "load".into() });
+            buffer::agrees(program, name, value, &held.shape, held.dtype)?;
+            return Ok(held.address);
         }
         let address = driver.allocate(value.bytes())?;
         driver.fill(address, 0, value.bytes())?;
@@ -133,17 +143,12 @@ impl Store {
 
     pub fn write(&mut self, driver: &mut dyn Driver, name: &str, data: Data<'_>) -> Result<()> {
         let held = self.find(name)?;
-        let len = match data {
-            Data::F32(values) => values.len(),
-            Data::F64(values) => values.len(),
-            Data::I32(values) => values.len(),
-        };
-        check_length(name, &held.shape, len)?;
+        buffer::holds(name, &held.shape, data.len())?;
         let (address, dtype) = (held.address, held.dtype);
         let bytes = match data {
             Data::I32(values) if dtype == DType::I32 => bytemuck::cast_slice(values).to_vec(),
             Data::F32(_) | Data::F64(_) if dtype == DType::I32 => {
-                return Err(Error::Usage(format!("buffer '{name}' holds i32 and was given floats")));
+                return Err(buffer::of_indices(name));
             }
             Data::I32(values) => from_f32(dtype, &values.iter().map(|&x| x as f32).collect::<Vec<_>>()),
             Data::F32(values) => from_f32(dtype, values),
@@ -157,12 +162,8 @@ impl Store {
 
     pub fn read(&self, driver: &dyn Driver, name: &str, out: DataMut<'_>) -> Result<()> {
         let held = self.find(name)?;
-        let len = match &out {
-            DataMut::F32(out) => out.len(),
-            DataMut::F64(out) => out.len(),
-        };
-        check_length(name, &held.shape, len)?;
-        let mut bytes = vec![0; len * held.dtype.bytes()];
+        buffer::holds(name, &held.shape, out.len())?;
+        let mut bytes = vec![0; out.len() * held.dtype.bytes()];
         driver.read(held.address, &mut bytes)?;
         let values = to_f64(held.dtype, &bytes);
         match out {
@@ -173,15 +174,8 @@ impl Store {
     }
 
     fn find(&self, name: &str) -> Result<&Named> {
-        self.buffers.get(name).ok_or_else(|| Error::Usage(format!("no loaded program has a buffer '{name}'")))
+        self.buffers.get(name).ok_or_else(|| buffer::unknown(name))
     }
-}
-
-fn check_length(name: &str, shape: &[usize], len: usize) -> Result<()> {
-    if len == shape.iter().product::<usize>() {
-        return Ok(());
-    }
-    Err(Error::Usage(format!("buffer '{name}' is {shape:?} and was given {len} values")))
 }
 
 /// Numbers as a device holds them.
