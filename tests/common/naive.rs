@@ -384,7 +384,7 @@ fn attention(
         for head in 0..heads {
             for row in 0..queries {
                 let q = &q[(b * queries + row) * qw + a.q.at + head * dim..][..dim];
-                let visible = if a.causal { row + 1 } else { keys };
+                let visible = if a.causal { row + 1 + keys - queries } else { keys };
                 let score = |key: usize| {
                     let k = &k[(b * keys + key) * kw + a.k.at + head * dim..][..dim];
                     q.iter().zip(k).map(|(q, k)| q * k).sum::<f64>() / (dim as f64).sqrt()
