@@ -321,6 +321,14 @@ pub fn elementwise() -> Vec<Case> {
             let x = f.batched("x", &[3, width + 5]);
             vec![f.b.columns(Cols { value: x, at: 2 }, width)]
         }));
+        cases.push(Case::new(format!("concat_tokens {width}"), move |f| {
+            let (a, b) = (f.batched("a", &[3, width]), f.batched("b", &[5, width]));
+            vec![f.b.concat_tokens(a, b)]
+        }));
+        cases.push(Case::new(format!("token_rows {width}"), move |f| {
+            let x = f.batched("x", &[9, width]);
+            vec![f.b.token_rows(x, 4, 3)]
+        }));
         cases.push(Case::new(format!("geglu {width}"), move |f| {
             let x = f.batched("x", &[3, 2 * width]);
             vec![f.b.geglu(x)]

@@ -483,6 +483,15 @@ fn elementwise<'a>(
             let rows = v(a).chunks_exact(width(a)).zip(v(b).chunks_exact(width(b)));
             rows.flat_map(|(a, b)| [a, b].concat()).collect()
         }
+        Elementwise::ConcatTokens { a, b } => {
+            let sample = |id| v(id).len() / shape(id)[0];
+            let samples = v(a).chunks_exact(sample(a)).zip(v(b).chunks_exact(sample(b)));
+            samples.flat_map(|(a, b)| [a, b].concat()).collect()
+        }
+        Elementwise::TokenRows { x, start, len } => {
+            let row: usize = shape(x)[2..].iter().product();
+            v(x).chunks_exact(shape(x)[1] * row).flat_map(|x| x[start * row..][..len * row].to_vec()).collect()
+        }
         Elementwise::Repeat { x, times } => v(x).repeat(times),
         Elementwise::Slice { x, start, len } => {
             let row = v(x).len() / shape(x)[0];

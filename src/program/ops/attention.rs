@@ -49,7 +49,10 @@ impl OpKind for Attention {
         };
         let (q, k, v) = (rows("q", self.q)?, rows("k", self.k)?, rows("v", self.v)?);
         ensure!(q[0] == k[0] && q[0] == v[0] && tokens(k) == tokens(v), "q {q:?}, k {k:?}, v {v:?} do not fit");
-        ensure!(!self.causal || tokens(q) <= tokens(k), "causal attention with more queries than keys: q {q:?}, k {k:?}");
+        ensure!(
+            !self.causal || tokens(q) <= tokens(k),
+            "causal attention with more queries than keys: q {q:?}, k {k:?}"
+        );
         let mut out = q.to_vec();
         out[q.len() - 1] = width;
         Ok(vec![cx.of(out), cx.wide(vec![q[0], self.heads, tokens(q)])])
