@@ -3,9 +3,9 @@
 //   s = q k^T / sqrt(head_dim), p = exp(s - lse), delta = sum of out d_out over a head, d_s = p (d_out v^T - delta),
 //   d_v = p^T d_out, d_k = d_s^T q / sqrt(head_dim), d_q = d_s k / sqrt(head_dim)
 //
-//   q, k, v as in the forward; out, d_out [B, Tq, heads head_dim] of T; lse, delta [B, heads, Tq] f32; d_q [B, Tq, ..],
-//   d_k, d_v [B, Tk, heads head_dim] of T, dense. Nothing aliases; everything is overwritten. Scores and sums are in f32; p and
-//   d_s, without the factor 1 / sqrt(head_dim), are rounded to T for their products.
+//   q, k, v and what queries see as in the forward; out, d_out [B, Tq, heads head_dim] of T; lse, delta [B, heads, Tq] f32;
+//   d_q [B, Tq, ..], d_k, d_v [B, Tk, heads head_dim] of T, dense. Nothing aliases; everything is overwritten. Scores and sums
+//   are in f32; p and d_s, without the factor 1 / sqrt(head_dim), are rounded to T for their products.
 //
 // One kernel makes delta, one d_k and d_v, one d_q; sums are in the order of queries (keys), no block adds to another's. The two
 // latter are one: a block has rows of its own (keys or queries) with their two operands (k, v or q, d_out) and lets tiles of the
@@ -13,8 +13,8 @@
 // operands, in 16 bits and where a warp has whole rows without leaving its registers, else through tiles in shared memory.
 // Own rows stay in shared memory, 55 KiB (d = 64) to 97 KiB (d = 160), less than the 99 KiB that sm_86 and sm_89 have. Larger
 // heads do not fit: theirs are streamed, scores made as in a gemm, gradients 128 columns at a time.
-// FLOPs: d_k and d_v 8 Tq Tk head_dim per head, d_q 6 (causal: half). Bytes: others' rows once per 64 (streamed: 32) own rows,
-// through L2.
+// FLOPs: d_k and d_v 8 Tq Tk head_dim per head, d_q 6 (causal: Tk - Tq / 2 for Tk). Bytes: others' rows once per 64 (streamed:
+// 32) own rows, through L2.
 #include "attention.cuh"
 #include "product.cuh"
 
@@ -63,8 +63,9 @@ struct BackwardParams {
   Columns d_second;  // d_v
   const void* lse;
   const void* delta;
-  int32_t head_dim, queries, keys, causal;
-  float scale;  // 1 / sqrt(head_dim)
+  int32_t head_dim, queries, keys;
+  int32_t ahead;  // query i sees keys 0..=i + ahead: Tk - Tq where causal, else Tk
+  float scale;    // 1 / sqrt(head_dim)
   int32_t unused;
 };
 static_assert(sizeof(BackwardParams) == 136, "as in attention.rs");
@@ -83,9 +84,9 @@ struct Sides {
         own(own) {}
 
   // The tiles that some own row has to do with.
-  DEVICE int begin(const BackwardParams& p, int other) const { return TO_KV && p.causal ? own / other : 0; }
+  DEVICE int begin(const BackwardParams& p, int other) const { return TO_KV ? max(own - p.ahead, 0) / other : 0; }
   DEVICE int end(const BackwardParams& p, int rows, int other) const {
-    int count = TO_KV ? p.queries : p.causal ? min(own + rows, p.keys) : p.keys;
+    int count = TO_KV ? p.queries : min(own + rows + p.ahead, p.keys);
     return (count + other - 1) / other;
   }
 };
@@ -115,18 +116,22 @@ template <bool TO_KV, int WIDE>
 DEVICE void differentiate(float (&s)[1][WIDE][4], float (&d)[1][WIDE][4], const Statistics<TO_KV, WIDE>& statistics,
                           const BackwardParams& p, int own, int other) {
   int g = threadIdx.x % WARP_SIZE / 4, t = threadIdx.x % 4 * 2;
-  int first_query = TO_KV ? other : own, queries = TO_KV ? 8 * WIDE : 16;
-  int first_key = TO_KV ? own : other, keys = TO_KV ? 16 : 8 * WIDE;
-  bool masked = first_query + queries > p.queries || first_key + keys > p.keys ||
-                (p.causal && first_key + keys - 1 > first_query);
+  // The others that each of the thread's own rows goes with: queries that see a key, or keys that a query sees.
+  int low[2], high[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    int row = own + 8 * h + g;
+    low[h] = TO_KV ? row - p.ahead : 0;
+    high[h] = TO_KV ? p.queries : min(row + 1 + p.ahead, p.keys);
+    if (row >= (TO_KV ? p.keys : p.queries)) high[h] = 0;
+  }
   float scale = p.scale * LOG2_E;
 #pragma unroll
   for (int j = 0; j < WIDE; j++) {
 #pragma unroll
     for (int n = 0; n < 4; n++) {
-      int i = TO_KV ? 2 * j + n % 2 : n / 2, down = own + n / 2 * 8 + g, across = other + 8 * j + t + n % 2;
-      int query = TO_KV ? across : down, key = TO_KV ? down : across;
-      bool seen = !masked || (query < p.queries && key < p.keys && (!p.causal || key <= query));
+      int i = TO_KV ? 2 * j + n % 2 : n / 2, across = other + 8 * j + t + n % 2;
+      bool seen = low[n / 2] <= across && across < high[n / 2];
       s[0][j][n] = seen ? exp2_approx(s[0][j][n] * scale - statistics.lse[i]) : 0.0f;
       d[0][j][n] = s[0][j][n] * (d[0][j][n] - statistics.delta[i]);
     }

@@ -2,22 +2,25 @@
 //
 //   q [B, Tq, heads head_dim], k, v [B, Tk, heads head_dim]: columns of wider rows, storage T. out [B, Tq, heads head_dim] of
 //   T, lse [B, heads, Tq] f32: the natural logarithm of the sum of exp of the scaled scores, saved for the backward. Causal:
-//   query i sees keys 0..=i, Tq = Tk. Nothing aliases; everything is overwritten. Scores, softmax and sums are in f32; in 16
-//   bits the probabilities, not yet divided by their sum, are rounded to T for their product with v.
+//   the last query sees the last key, so query i sees keys 0..=i + Tk - Tq, Tq <= Tk. Nothing aliases; everything is
+//   overwritten. Scores, softmax and sums are in f32; in 16 bits the probabilities, not yet divided by their sum, are rounded
+//   to T for their product with v.
 //
 // A block computes ROWS queries of one head: a warp has 16 of them (where head_dim is too large for its registers several warps
 // have the same 16, each makes all scores and owns a slice of the output's columns). Tiles of keys and values come by turns
 // through one ring in shared memory. Softmax is online, in powers of two. head_dim is padded with zeros to the next DIM.
 // Limits: registers (DIM / 2 / COLUMN_WARPS accumulators) and 99 KiB of shared memory, what sm_86 and sm_89 have.
-// Bytes: q and out once, k and v once per ROWS queries, through L2. FLOPs: 4 Tq Tk head_dim per head (causal: half).
+// Bytes: q and out once, k and v once per ROWS queries, through L2. FLOPs: 4 Tq Tk head_dim per head (causal: Tk - Tq / 2 for
+// Tk).
 #include "attention.cuh"
 
 // Matches `AttentionParams` in src/exec/cuda/attention.rs.
 struct AttentionParams {
   Columns q, k, v, out;
   void* lse;
-  int32_t head_dim, queries, keys, causal;
-  float scale;  // log2(e) / sqrt(head_dim)
+  int32_t head_dim, queries, keys;
+  int32_t ahead;  // query i sees keys 0..=i + ahead: Tk - Tq where causal, else Tk
+  float scale;    // log2(e) / sqrt(head_dim)
   int32_t unused;
 };
 static_assert(sizeof(AttentionParams) == 96, "as in attention.rs");
@@ -46,7 +49,7 @@ DEVICE void attention(const AttentionParams& p) {
   int row = warp / A::COLUMN_WARPS * 16, column = warp % A::COLUMN_WARPS * (8 * WIDE), first = blockIdx.x * A::ROWS;
   HeadRows<T> q(p.q, p.queries, p.head_dim), k(p.k, p.keys, p.head_dim), v(p.v, p.keys, p.head_dim);
   // Keys that the first `rows` queries see.
-  auto seen = [&](int rows) { return p.causal ? min(rows, p.keys) : p.keys; };
+  auto seen = [&](int rows) { return min(rows + p.ahead, p.keys); };
   int tiles = (seen(first + A::ROWS) + KEYS - 1) / KEYS;
 
   // Tile i / 2 of the keys (even i) or values (odd i) goes to slot i % SLOTS.

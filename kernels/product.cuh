@@ -106,14 +106,15 @@ struct Epilogue {
 };
 static_assert(sizeof(Epilogue) == 64, "as in gemm.rs");
 
-// Stores a warp's part of the block at `first_row`, `first_column`.
-template <class B>
+// Stores a warp's part of the block at `first_row`, `first_column`. Kernels of ops without an activation leave them out (not
+// ACTIVATES): they would be most of the code.
+template <class B, bool ACTIVATES>
 DEVICE void store(const float (&acc)[B::HIGH][B::WIDE][4], const Epilogue& e, int first_row, int rows, int first_column) {
   typedef typename B::Storage T;
   int warp = threadIdx.x / WARP_SIZE, g = threadIdx.x % WARP_SIZE / 4, t = threadIdx.x % 4 * 2;
   int down = warp / B::WARPS_ACROSS * (B::HIGH * 16), across = warp % B::WARPS_ACROSS * (B::WIDE * 8);
   const T *bias = (const T*)e.bias, *residual = (const T*)e.residual;
-  bool geglu = e.activation == GEGLU;
+  bool geglu = ACTIVATES && e.activation == GEGLU;
 #pragma unroll
   for (int i = 0; i < 2 * B::HIGH; i++) {
     int row = first_row + down + i * 8 + g;
@@ -137,7 +138,7 @@ DEVICE void store(const float (&acc)[B::HIGH][B::WIDE][4], const Epilogue& e, in
           if (bias && inside) gate += to_float(bias[e.columns + column + n]);
           y[n] = sum * gelu(gate);
         } else {
-          y[n] = activate(sum, e.activation);
+          y[n] = ACTIVATES ? activate(sum, e.activation) : sum;
         }
       }
       if (e.paired && column < e.columns) {

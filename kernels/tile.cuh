@@ -122,8 +122,8 @@ DEVICE void clear(float (&acc)[ROWS][COLUMNS][4]) {
 
 // Fills a tile of `LENGTH` lines of `WIDTH` elements from device memory, 16 bytes at a time. `source(line, place, valid)` gives
 // the address of an element and how many from there on are there and lie one after another; what is not there is 0. Where
-// `aligned`, the address of every chunk is a multiple of 16 and the copy is asynchronous; else elements go one by one. All
-// threads of the block take part.
+// `aligned`, the address of every chunk is a multiple of 16 and the copy is asynchronous; else elements go one by one,
+// which is rare: unrolled further, it would cost registers and blocks of a multiprocessor. All threads of the block take part.
 template <class T, int LENGTH, int WIDTH, int THREADS, class Source>
 DEVICE void fetch_tile(unsigned char* tile, bool aligned, const Source& source) {
   constexpr int CHUNKS = WIDTH / VECTOR<T>;
@@ -137,7 +137,7 @@ DEVICE void fetch_tile(unsigned char* tile, bool aligned, const Source& source) 
       const T* from = source(line, place, valid);
       cp_async_16(shared_address(to), from, max(0, min(valid, VECTOR<T>)) * (int)sizeof(T));
     } else {
-#pragma unroll
+#pragma unroll 2
       for (int e = 0; e < VECTOR<T>; e++) {
         const T* from = source(line, place + e, valid);
         ((T*)to)[e] = valid > 0 ? *from : from_float<T>(0.0f);

@@ -266,6 +266,16 @@ fn elementwise(w: &mut Walk, op: &Elementwise, d_y: ValueId) -> Result<()> {
                 }
             }
         }
+        ConcatTokens { a, b } => {
+            let before = w.b.shape(a)[1];
+            for (to, start) in [(a, 0), (b, before)] {
+                if w.wants(to) {
+                    let len = w.b.shape(to)[1];
+                    let gradient = push(w, TokenRows { x: d_y, start, len });
+                    w.add(to, gradient);
+                }
+            }
+        }
         Columns { x, .. } => w.add_columns(x, d_y),
         Scatter { ref parts, .. } => {
             for part in parts {
@@ -292,6 +302,16 @@ fn elementwise(w: &mut Walk, op: &Elementwise, d_y: ValueId) -> Result<()> {
         Unslice { x, start, .. } => {
             let len = w.b.shape(x)[0];
             let d_x = push(w, Slice { x: d_y, start, len });
+            w.add(x, d_x);
+        }
+        TokenRows { x, start, .. } => {
+            let tokens = w.b.shape(x)[1];
+            let d_x = push(w, PadTokens { x: d_y, start, tokens });
+            w.add(x, d_x);
+        }
+        PadTokens { x, start, .. } => {
+            let len = w.b.shape(x)[1];
+            let d_x = push(w, TokenRows { x: d_y, start, len });
             w.add(x, d_x);
         }
         Cast { x, .. } => {

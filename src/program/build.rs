@@ -302,6 +302,11 @@ impl Builder {
     }
 
     #[track_caller]
+    pub fn concat_tokens(&mut self, a: ValueId, b: ValueId) -> ValueId {
+        self.push(Op::Elementwise(Elementwise::ConcatTokens { a, b }))[0]
+    }
+
+    #[track_caller]
     pub fn columns(&mut self, x: impl Into<Cols>, len: usize) -> ValueId {
         self.push(Op::Elementwise(Elementwise::Columns { x: x.into(), len }))[0]
     }
@@ -314,6 +319,11 @@ impl Builder {
     #[track_caller]
     pub fn slice(&mut self, x: ValueId, start: usize, len: usize) -> ValueId {
         self.push(Op::Elementwise(Elementwise::Slice { x, start, len }))[0]
+    }
+
+    #[track_caller]
+    pub fn token_rows(&mut self, x: ValueId, start: usize, len: usize) -> ValueId {
+        self.push(Op::Elementwise(Elementwise::TokenRows { x, start, len }))[0]
     }
 
     #[track_caller]

@@ -186,12 +186,16 @@ pub fn attentions() -> Vec<Case> {
         (33, 33, 2, 104),
         (64, 300, 1, 160),
         (19, 19, 1, 512),
+        (5, 13, 2, 64),
+        (70, 77, 2, 64),
+        (33, 140, 2, 40),
+        (100, 110, 1, 168),
         (520, 520, 2, 8),
         (100, 1000, 1, 40),
     ];
     for (queries, keys, heads, dim) in shapes {
         for causal in [false, true] {
-            if causal && queries != keys {
+            if causal && queries > keys {
                 continue;
             }
             cases.push(Case::new(
@@ -316,6 +320,14 @@ pub fn elementwise() -> Vec<Case> {
         cases.push(Case::new(format!("columns {width}"), move |f| {
             let x = f.batched("x", &[3, width + 5]);
             vec![f.b.columns(Cols { value: x, at: 2 }, width)]
+        }));
+        cases.push(Case::new(format!("concat_tokens {width}"), move |f| {
+            let (a, b) = (f.batched("a", &[3, width]), f.batched("b", &[5, width]));
+            vec![f.b.concat_tokens(a, b)]
+        }));
+        cases.push(Case::new(format!("token_rows {width}"), move |f| {
+            let x = f.batched("x", &[9, width]);
+            vec![f.b.token_rows(x, 4, 3)]
         }));
         cases.push(Case::new(format!("geglu {width}"), move |f| {
             let x = f.batched("x", &[3, 2 * width]);

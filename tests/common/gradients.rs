@@ -221,6 +221,20 @@ fn columns_and_rows() -> Vec<Gradient> {
             |f, _, x| one(f, Op::Elementwise(Elementwise::Unslice { x, start: 1, rows: 6 })),
         );
         cases.extend([repeat.across(), slice.shared()]);
+        // The middle of what is joined: rows of both.
+        cases.push(Gradient::new(
+            format!("tokens {width}"),
+            &[4, width],
+            move |f, x| {
+                let other = f.batched("other", &[3, width]);
+                let joined = f.b.concat_tokens(x, other);
+                f.b.token_rows(joined, 1, 5)
+            },
+            |f, _, d_y| {
+                let d_joined = one(f, Op::Elementwise(Elementwise::PadTokens { x: d_y, start: 1, tokens: 7 }));
+                f.b.token_rows(d_joined, 0, 4)
+            },
+        ));
     }
     cases
 }

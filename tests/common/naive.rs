@@ -384,7 +384,7 @@ fn attention(
         for head in 0..heads {
             for row in 0..queries {
                 let q = &q[(b * queries + row) * qw + a.q.at + head * dim..][..dim];
-                let visible = if a.causal { row + 1 } else { keys };
+                let visible = if a.causal { row + 1 + keys - queries } else { keys };
                 let score = |key: usize| {
                     let k = &k[(b * keys + key) * kw + a.k.at + head * dim..][..dim];
                     q.iter().zip(k).map(|(q, k)| q * k).sum::<f64>() / (dim as f64).sqrt()
@@ -482,6 +482,15 @@ fn elementwise<'a>(
             let width = |id| *shape(id).last().unwrap();
             let rows = v(a).chunks_exact(width(a)).zip(v(b).chunks_exact(width(b)));
             rows.flat_map(|(a, b)| [a, b].concat()).collect()
+        }
+        Elementwise::ConcatTokens { a, b } => {
+            let sample = |id| v(id).len() / shape(id)[0];
+            let samples = v(a).chunks_exact(sample(a)).zip(v(b).chunks_exact(sample(b)));
+            samples.flat_map(|(a, b)| [a, b].concat()).collect()
+        }
+        Elementwise::TokenRows { x, start, len } => {
+            let row: usize = shape(x)[2..].iter().product();
+            v(x).chunks_exact(shape(x)[1] * row).flat_map(|x| x[start * row..][..len * row].to_vec()).collect()
         }
         Elementwise::Repeat { x, times } => v(x).repeat(times),
         Elementwise::Slice { x, start, len } => {

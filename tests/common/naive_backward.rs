@@ -104,7 +104,7 @@ fn attention<'a>(
             for query in 0..queries {
                 let at = b * queries + query;
                 let (q, d_out) = (row(q, at, head), row(a.d_out.into(), at, head));
-                let visible = if causal { query + 1 } else { keys };
+                let visible = if causal { query + 1 + keys - queries } else { keys };
                 let lse = v(a.lse)[(b * heads + head) * queries + query];
                 let p: Vec<f64> =
                     (0..visible).map(|key| (scale * dot(q, row(k, b * keys + key, head)) - lse).exp()).collect();

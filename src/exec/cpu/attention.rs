@@ -59,6 +59,11 @@ impl Sizes {
         }
     }
 
+    /// How many keys a query sees. Causal: the last query sees the last key.
+    fn visible(&self, query: usize) -> usize {
+        if self.causal { query + 1 + self.keys - self.queries } else { self.keys }
+    }
+
     /// Elements of packed kᵀ and packed v of one head.
     fn packed(&self) -> (usize, usize) {
         (self.dim * self.key_columns.padded(), self.keys * self.value_columns.padded())
@@ -206,13 +211,13 @@ fn over_keys<T: Real, S: Simd>(
         let last = kt.columns.panel(panels.end - 1);
         let start = kt.columns.panel(first).start;
         let keys = last.start + last.width - start;
-        if sizes.causal && start >= rows.end {
+        if start >= sizes.visible(rows.end - 1) {
             break;
         }
         let out = Target { values: &mut *scores, stride: width, add: false };
         multiply(simd, &q, rows.len(), Blocks::new(1, dim, DEPTH_BLOCK), kt, panels, out);
         for (row, query) in rows.clone().enumerate() {
-            let visible = if sizes.causal { (query + 1).saturating_sub(start).min(keys) } else { keys };
+            let visible = sizes.visible(query).saturating_sub(start).min(keys);
             let (scores, hidden) = scores[row * width..][..keys].split_at_mut(visible);
             hidden.fill(T::ZERO);
             if scores.is_empty() {

@@ -74,6 +74,11 @@ impl Sizes {
         }
     }
 
+    /// How many keys a query sees. Causal: the last query sees the last key.
+    fn visible(&self, query: usize) -> usize {
+        if self.causal { query + 1 + self.keys - self.queries } else { self.keys }
+    }
+
     /// The keys of a chunk.
     fn chunk(&self, index: usize) -> Range<usize> {
         index * self.chunk..((index + 1) * self.chunk).min(self.keys)
@@ -239,7 +244,7 @@ impl<T: Real> WithSimd for Run<'_, T> {
             let (d_k, d_v) = d_kv[i * sizes.d_kv()..][..sizes.d_kv()].split_at_mut(sizes.d_kv() / 2);
             for start in (0..sizes.queries).step_by(ROWS_OF_TILE) {
                 let rows = start..(start + ROWS_OF_TILE).min(sizes.queries);
-                if !sizes.causal || chunk.keys.start < rows.end {
+                if chunk.keys.start < sizes.visible(rows.end - 1) {
                     chunk.tile(simd, &task, rows, [d_q, d_k, d_v], &mut tile);
                 }
             }
@@ -318,7 +323,7 @@ impl<'a, T: Real> Chunk<'a, T> {
         [d_q, d_k, d_v]: [&mut [T]; 3],
         scratch: &mut TileScratch<'_, T>,
     ) {
-        let Sizes { dim, causal, to_q, to_kv, chunk, .. } = task.sizes;
+        let Sizes { dim, to_q, to_kv, chunk, .. } = task.sizes;
         let TileScratch { qt, d_out_t, p, d_s, all_d_s, delta } = scratch;
         let count = rows.len();
         for (row, delta) in rows.clone().zip(delta.iter_mut()) {
@@ -333,7 +338,7 @@ impl<'a, T: Real> Chunk<'a, T> {
         let mut seen = 0;
         for (index, panel) in (0..self.kt.columns.panels).map(|index| (index, self.kt.columns.panel(index))) {
             let first = self.keys.start + panel.start;
-            if causal && first >= rows.end {
+            if first >= task.sizes.visible(rows.end - 1) {
                 break;
             }
             seen = panel.start + panel.width;
@@ -343,7 +348,7 @@ impl<'a, T: Real> Chunk<'a, T> {
             multiply(simd, &d_out, count, depth, self.vt, index..index + 1, tile(d_s));
             let tiles = p.chunks_exact_mut(width).zip(d_s.chunks_exact_mut(width));
             for (i, ((p, d_s), row)) in tiles.zip(rows.clone()).enumerate() {
-                let visible = if causal { (row + 1).saturating_sub(first).min(panel.width) } else { panel.width };
+                let visible = task.sizes.visible(row).saturating_sub(first).min(panel.width);
                 differentiate::<T, S>(p, d_s, visible, task.lse[row], delta[i]);
                 if to_q {
                     all_d_s[i * chunk + panel.start..][..panel.width].copy_from_slice(&d_s[..panel.width]);

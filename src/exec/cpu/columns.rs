@@ -2,10 +2,8 @@
 //!
 //! Contract: see `program::Elementwise`. A task is a chunk of output rows; every element is a copy or a sum in a fixed order.
 
-use super::Cx;
 use super::elementwise::{add, last, transform_rows};
 use super::real::Real;
-use crate::program::Cols;
 use rayon::prelude::*;
 
 /// Rows `a_s + b_b`.
@@ -66,14 +64,17 @@ pub fn columns<T: Real>(out: &mut [T], len: usize, x: &[T], width: usize, at: us
     });
 }
 
-/// Zeros, and each part added at its columns, in their order.
-pub fn scatter<T: Real>(cx: &Cx<'_, T>, out: &mut [T], width: usize, parts: &[Cols]) {
+/// Zeros, and each part, given with its width, added at its columns from some on, in their order.
+pub fn scatter<'a, T: Real>(
+    out: &mut [T],
+    width: usize,
+    parts: impl Iterator<Item = (&'a [T], usize, usize)> + Clone + Sync,
+) {
     transform_rows(out, width, None, |first, out| {
         out.fill(T::ZERO);
-        for part in parts {
-            let len = last(cx.shape(part.value));
-            let rows = cx.value(part.value)[first / width * len..].chunks_exact(len);
-            out.chunks_exact_mut(width).zip(rows).for_each(|(out, x)| add(&mut out[part.at..], x));
+        for (values, len, at) in parts.clone() {
+            let rows = values[first / width * len..].chunks_exact(len);
+            out.chunks_exact_mut(width).zip(rows).for_each(|(out, x)| add(&mut out[at..], x));
         }
     });
 }

@@ -49,6 +49,9 @@ pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Elementwise, outputs: Outputs<'_, T>) {
     let arch = cx.machine.arch;
     let source = |id| if in_place { None } else { Some(cx.value(id)) };
     let number = T::from_f64;
+    // Elements of a sample and of one of its tokens.
+    let sample = |id| cx.value(id).len() / cx.shape(id)[0];
+    let token = |id| sample(id) / cx.shape(id)[1];
     match *op {
         Activate { x, activation } => {
             transform(out, source(x), |_, values| arch.dispatch(ActivateChunk { values, activation }));
@@ -121,8 +124,12 @@ pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Elementwise, outputs: Outputs<'_, T>) {
             let parts = [a, b].map(|id| (cx.value(id), last(cx.shape(id))));
             columns::concat(out, parts);
         }
+        ConcatTokens { a, b } => columns::concat(out, [a, b].map(|id| (cx.value(id), sample(id)))),
         Columns { x, len } => columns::columns(out, len, cx.value(x.value), last(cx.shape(x.value)), x.at),
-        Scatter { ref parts, width } => columns::scatter(cx, out, width, parts),
+        Scatter { ref parts, width } => {
+            let parts = parts.iter().map(|part| (cx.value(part.value), last(cx.shape(part.value)), part.at));
+            columns::scatter(out, width, parts);
+        }
         Repeat { x, .. } => {
             let x = cx.value(x);
             out.chunks_exact_mut(x.len()).for_each(|out| copy(out, x));
@@ -143,6 +150,13 @@ pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Elementwise, outputs: Outputs<'_, T>) {
             fill(before, T::ZERO);
             copy(own, x);
             fill(after, T::ZERO);
+        }
+        TokenRows { x, start, len } => {
+            columns::columns(out, len * token(x), cx.value(x), sample(x), start * token(x));
+        }
+        PadTokens { x, start, tokens } => {
+            let part = (cx.value(x), sample(x), start * token(x));
+            columns::scatter(out, tokens * token(x), [part].into_iter());
         }
     }
 }

@@ -38,7 +38,7 @@ struct AttentionParams {
     head_dim: i32,
     queries: i32,
     keys: i32,
-    causal: i32,
+    ahead: i32,
     scale: f32,
     unused: i32,
 }
@@ -67,19 +67,23 @@ struct Sizes {
     dim: usize,
     queries: usize,
     keys: usize,
+    /// Query `i` sees keys `0 ..= i + ahead`.
+    ahead: usize,
 }
 
 impl Sizes {
     fn new(op: &Attention, program: &Program) -> Sizes {
-        let tokens = |id: ValueId| program.shape(id)[1..program.shape(id).len() - 1].iter().product();
+        let tokens = |id: ValueId| program.shape(id)[1..program.shape(id).len() - 1].iter().product::<usize>();
+        let (queries, keys) = (tokens(op.q.value), tokens(op.k.value));
         Sizes {
             dtype: program.value(op.q.value).dtype,
             batch: program.shape(op.q.value)[0],
             heads: op.heads,
             head_dim: op.head_dim,
             dim: DIMS.into_iter().find(|dim| *dim >= op.head_dim).unwrap_or(DIMS[DIMS.len() - 1]),
-            queries: tokens(op.q.value),
-            keys: tokens(op.k.value),
+            queries,
+            keys,
+            ahead: if op.causal { keys - queries } else { keys },
         }
     }
 
@@ -151,7 +155,7 @@ pub fn launches(op: &Attention, cx: &Cx) -> Vec<Launch> {
         head_dim: op.head_dim as i32,
         queries: sizes.queries as i32,
         keys: sizes.keys as i32,
-        causal: i32::from(op.causal),
+        ahead: sizes.ahead as i32,
         scale: (sizes.scale() * std::f64::consts::LOG2_E) as f32,
         unused: 0,
     };
@@ -189,7 +193,7 @@ struct BackwardParams {
     head_dim: i32,
     queries: i32,
     keys: i32,
-    causal: i32,
+    ahead: i32,
     scale: f32,
     unused: i32,
 }
@@ -254,7 +258,7 @@ pub fn backward(op: &AttentionBackward, cx: &Cx) -> Vec<Launch> {
         head_dim: head_dim as i32,
         queries: queries as i32,
         keys: keys as i32,
-        causal: i32::from(forward.causal),
+        ahead: sizes.ahead as i32,
         scale: sizes.scale() as f32,
         unused: 0,
     };

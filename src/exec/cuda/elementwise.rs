@@ -161,6 +161,8 @@ pub fn launches(op: &Elementwise, cx: &Cx) -> Vec<Launch> {
     let (to, rows_of) = (cx.address(y), |id: ValueId| cx.len(id) / cx.width(id));
     // Elements of an entry of the first dimension.
     let entry = |id: ValueId| cx.len(id) / cx.shape(id)[0];
+    // Tokens are columns of samples.
+    let token = |id: ValueId| entry(id) / cx.shape(id)[1];
     let sum = |rows, width, parts: &[Part]| strided_sum(cx.dtype(y), to, rows, width, parts);
     match *op {
         Activate { x, activation: a } => vec![map(cx, x, activation(a), [0.0; 2])],
@@ -217,6 +219,10 @@ pub fn launches(op: &Elementwise, cx: &Cx) -> Vec<Launch> {
             let [left, right] = [a, b].map(|id| Part::new(cx.address(id), cx.width(id)));
             sum(rows_of(a), cx.width(y), &[left, right.at(cx.width(a))])
         }
+        ConcatTokens { a, b } => {
+            let [left, right] = [a, b].map(|id| Part::new(cx.address(id), entry(id)));
+            sum(cx.shape(y)[0], entry(y), &[left, right.at(entry(a))])
+        }
         Columns { x, len } => {
             let part = Part::new(cx.columns(x), len).every(1, cx.width(x.value), 0);
             sum(rows_of(y), len, &[part])
@@ -242,6 +248,13 @@ pub fn launches(op: &Elementwise, cx: &Cx) -> Vec<Launch> {
         Unslice { x, start, rows } => {
             let row = entry(x);
             sum(rows, row, &[Part::new(cx.address(x), row).every(rows, 0, row).rows(start, cx.shape(x)[0])])
+        }
+        TokenRows { x, start, .. } => {
+            let from = cx.address(x).offset(start * token(x) * cx.dtype(x).bytes());
+            sum(cx.shape(y)[0], entry(y), &[Part::new(from, entry(y)).every(1, entry(x), 0)])
+        }
+        PadTokens { x, start, .. } => {
+            sum(cx.shape(y)[0], entry(y), &[Part::new(cx.address(x), entry(x)).at(start * token(x))])
         }
     }
 }

@@ -5,6 +5,7 @@ use crate::program::infer::{Infer, Types, ensure};
 use crate::program::{Cols, Program, ValueId};
 
 /// `softmax(q kᵀ / √head_dim) v` per head. `q` columns `[B, .., heads·head_dim]`, `k` and `v` columns `[B, .., heads·head_dim]`.
+/// Causal: the last query sees the last key, so query `i` of `Tq ≤ Tk` sees keys `0 ..= i + Tk - Tq`.
 /// Outputs: `out` shaped like `q`'s rows `[.., heads·head_dim]`, and the log-sum-exp of the scaled scores `[B, heads, Tq]`, wide.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Attention {
@@ -48,7 +49,10 @@ impl OpKind for Attention {
         };
         let (q, k, v) = (rows("q", self.q)?, rows("k", self.k)?, rows("v", self.v)?);
         ensure!(q[0] == k[0] && q[0] == v[0] && tokens(k) == tokens(v), "q {q:?}, k {k:?}, v {v:?} do not fit");
-        ensure!(!self.causal || tokens(q) == tokens(k), "causal attention needs as many queries as keys");
+        ensure!(
+            !self.causal || tokens(q) <= tokens(k),
+            "causal attention with more queries than keys: q {q:?}, k {k:?}"
+        );
         let mut out = q.to_vec();
         out[q.len() - 1] = width;
         Ok(vec![cx.of(out), cx.wide(vec![q[0], self.heads, tokens(q)])])

@@ -119,6 +119,11 @@ pub enum Elementwise {
         a: ValueId,
         b: ValueId,
     },
+    /// Along the tokens of every sample: `a [B, p, ..]`, `b [B, q, ..]` → `[B, p + q, ..]`.
+    ConcatTokens {
+        a: ValueId,
+        b: ValueId,
+    },
     /// Columns `x.at .. x.at + len` of the last dimension.
     Columns {
         x: Cols,
@@ -151,6 +156,18 @@ pub enum Elementwise {
         start: usize,
         rows: usize,
     },
+    /// Rows `start .. start + len` of every sample: `x [B, T, ..]` → `[B, len, ..]`.
+    TokenRows {
+        x: ValueId,
+        start: usize,
+        len: usize,
+    },
+    /// The rows of every sample of `x` from row `start` of `tokens` rows, the others 0: the gradient of a value read by tokens.
+    PadTokens {
+        x: ValueId,
+        start: usize,
+        tokens: usize,
+    },
 }
 
 impl OpKind for Elementwise {
@@ -160,9 +177,11 @@ impl OpKind for Elementwise {
             Activate { x, .. } | Geglu { x } | Map { x, .. } | Affine { x, .. } | ChannelAffine { x, .. } => vec![x],
             Clamp { x, .. } | Detach { x } | Cast { x, .. } | Repeat { x, .. } | SumRepeats { x, .. } => vec![x],
             Slice { x, .. } | Unslice { x, .. } | Spread { x, .. } => vec![x],
+            TokenRows { x, .. } | PadTokens { x, .. } => vec![x],
             ActivateBackward { x, d_y, .. } | GegluBackward { x, d_y } => vec![x, d_y],
             MapBackward { x, d_y, .. } | ClampBackward { x, d_y, .. } => vec![x, d_y],
-            Add { a, b } | Mul { a, b } | OuterAdd { a, b } | Concat { a, b } => vec![a, b],
+            Add { a, b } | Mul { a, b } | OuterAdd { a, b } => vec![a, b],
+            Concat { a, b } | ConcatTokens { a, b } => vec![a, b],
             Scale { x, by } => vec![x, by],
             OuterAddBackward { d_y } => vec![d_y],
             Constant { .. } => vec![],
@@ -175,6 +194,7 @@ impl OpKind for Elementwise {
         use Elementwise::*;
         let with_last = |s: &[usize], last: usize| [&s[..s.len() - 1], &[last]].concat();
         let with_first = |s: &[usize], first: usize| [&[first], &s[1..]].concat();
+        let with_tokens = |s: &[usize], tokens: usize| [&[s[0], tokens], &s[2..]].concat();
         let shape = match *self {
             Activate { x, activation } => {
                 ensure!(activation != Activation::Geglu, "GEGLU changes the width");
@@ -251,6 +271,11 @@ impl OpKind for Elementwise {
                 ensure!(a.len() == b.len() && a[..last] == b[..last], "a {a:?} and b {b:?} differ before the last dim");
                 with_last(a, a[last] + b[last])
             }
+            ConcatTokens { a, b } => {
+                let (a, b) = (cx.float(a, 3)?, cx.float(b, 3)?);
+                ensure!(a[0] == b[0] && a[2..] == b[2..], "a {a:?} and b {b:?} differ in more than their tokens");
+                with_tokens(a, a[1] + b[1])
+            }
             Columns { x, len } => {
                 let s = cx.float(x.value, 1)?;
                 ensure!(len > 0 && x.at + len <= s[s.len() - 1], "columns {}..{} of {s:?}", x.at, x.at + len);
@@ -287,6 +312,16 @@ impl OpKind for Elementwise {
                 ensure!(start + s[0] <= rows, "rows {start}..{} of {rows}", start + s[0]);
                 with_first(s, rows)
             }
+            TokenRows { x, start, len } => {
+                let s = cx.float(x, 3)?;
+                ensure!(len > 0 && start + len <= s[1], "tokens {start}..{} of {s:?}", start + len);
+                with_tokens(s, len)
+            }
+            PadTokens { x, start, tokens } => {
+                let s = cx.float(x, 3)?;
+                ensure!(start + s[1] <= tokens, "tokens {start}..{} of {tokens}", start + s[1]);
+                with_tokens(s, tokens)
+            }
         };
         Ok(cx.one(shape))
     }
@@ -300,7 +335,7 @@ impl OpKind for Elementwise {
             GegluBackward { x, .. } => Some(x),
             Add { a, .. } | Mul { a, .. } => Some(a),
             Geglu { .. } | OuterAdd { .. } | OuterAddBackward { .. } | Constant { .. } | Concat { .. } => None,
-            Cast { .. } => None,
+            Cast { .. } | ConcatTokens { .. } | TokenRows { .. } | PadTokens { .. } => None,
             Columns { .. } | Scatter { .. } | Repeat { .. } | SumRepeats { .. } => None,
             Slice { .. } | Unslice { .. } | Spread { .. } => None,
         }
@@ -331,6 +366,7 @@ impl OpKind for Elementwise {
             Cast { x, to } => format!("cast {} to {to}", v(x)),
             Constant { value, .. } => format!("constant {value}"),
             Concat { a, b } => format!("concat {} {}", v(a), v(b)),
+            ConcatTokens { a, b } => format!("concat_tokens {} {}", v(a), v(b)),
             Spread { x, .. } => format!("spread {}", v(x)),
             Columns { x, len } => format!("columns {}[{}..{}]", v(&x.value), x.at, x.at + len),
             Scatter { parts, .. } => {
@@ -341,6 +377,8 @@ impl OpKind for Elementwise {
             SumRepeats { x, times } => format!("sum_repeats {} x{times}", v(x)),
             Slice { x, start, len } => format!("slice {}[{start}..{}]", v(x), start + len),
             Unslice { x, start, .. } => format!("unslice {} from {start}", v(x)),
+            TokenRows { x, start, len } => format!("token_rows {}[{start}..{}]", v(x), start + len),
+            PadTokens { x, start, .. } => format!("pad_tokens {} from {start}", v(x)),
         }
     }
 }
