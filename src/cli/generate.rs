@@ -1,312 +1,115 @@
-//! `rarebit generate`: prompts to PNG files.
+//! `rarebit generate`: prompts to PNG files, by plain sampling or one of the samplers that methods are compared with.
 
-use crate::cli::flags::{self, DeviceFlags, ModelFlags, SamplingFlags};
-use crate::cli::metadata::{self, Record};
-use crate::cli::progress::Reporter;
-use crate::cli::prompts::{self, Target};
-use crate::cli::{atomic, machine, tensors};
-use crate::methods::generate::{Generator, Image, Job, Loaded, Progress, Settings};
-use crate::methods::pipeline::Pipeline;
-use crate::plan::show_bytes;
-use crate::weights::{Component, fingerprint};
+use crate::cli::make::{self, Extras, ImageFlags};
+use crate::cli::method::{Method, Score};
+use crate::methods::sgms::Sgms;
+use crate::sampler::Cads;
 use crate::{Error, Result};
-use serde_json::json;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 #[derive(clap::Args)]
 pub struct Generate {
-    /// What the image should show
-    #[arg(required_unless_present = "prompts", conflicts_with = "prompts")]
-    prompt: Option<String>,
-    /// Prompts from a file, one per line; images that are already in --out are not made again
-    #[arg(long, value_name = "FILE")]
-    prompts: Option<PathBuf>,
     #[command(flatten)]
-    model: ModelFlags,
+    pub images: ImageFlags,
     #[command(flatten)]
-    device: DeviceFlags,
-    #[command(flatten)]
-    sampling: SamplingFlags,
-    /// Starting noise: safetensors, tensor `noise`, f32 [B, C, H/f, W/f], unit variance, one row per image
-    #[arg(long, value_name = "FILE")]
-    noise: Option<PathBuf>,
-    /// Images per prompt
-    #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = flags::count)]
-    count: usize,
-    /// Images sampled together
-    #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = flags::count)]
-    batch: usize,
-    /// The PNG to write, or a folder [default: image.png; images/ for --prompts]
-    #[arg(long, value_name = "PATH")]
-    out: Option<PathBuf>,
-    /// Write the final latents of the images made: safetensors, tensor `latents`
-    #[arg(long, value_name = "FILE")]
-    latents_out: Option<PathBuf>,
-    /// Make images again that --prompts finds already made
+    rivals: RivalFlags,
+    /// Keep the best of N images, each from a seed of its own (SEED * N + 0, 1, ...)
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..), conflicts_with_all = ["cads", "sgms"])]
+    best_of: Option<u16>,
+    /// What it is the best in
+    #[arg(long, value_enum, value_name = "SCORE", requires = "best_of", default_value = "elbo")]
+    by: Score,
+}
+
+/// Samplers that MinorityPrompt is compared with.
+#[derive(clap::Args)]
+pub struct RivalFlags {
+    /// CADS (Sadat et al. 2023): noise on the prompt's states, gone in the course of sampling
+    #[arg(long, conflicts_with = "sgms")]
+    pub cads: bool,
+    /// CADS: times (1 to 0) below which the states are clean and above which they are noise
+    #[arg(long, value_name = "LOW,HIGH", value_parser = pair, default_value = "0.6,0.9")]
+    pub cads_times: (f64, f64),
+    /// CADS: standard deviation of the noise
+    #[arg(long, value_name = "S", allow_negative_numbers = true, default_value_t = Cads::default().scale)]
+    pub cads_scale: f64,
+    /// CADS: how far noisy states are brought back to the mean and deviation of the clean ones, 0 to 1
+    #[arg(long, value_name = "PSI", allow_negative_numbers = true, default_value_t = Cads::default().psi)]
+    pub cads_mix: f64,
+    /// CADS: corrupt the negative prompt too
     #[arg(long)]
-    overwrite: bool,
-    /// Write no text chunks into the PNGs
+    pub cads_negative: bool,
+    /// CADS: lower the guidance weight with the noise (Dynamic CFG)
     #[arg(long)]
-    no_metadata: bool,
-    /// Stop at the first op whose output is not finite
+    pub cads_guidance: bool,
+    /// SGMS (Um & Ye 2024), our version on latents: length of its steps; 0 is plain sampling
+    #[arg(long, value_name = "ETA", allow_negative_numbers = true)]
+    pub sgms: Option<f64>,
+    /// SGMS: noise level of the second estimate, as a share of the training steps
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true, default_value_t = Sgms::default().ratio)]
+    pub sgms_ratio: f64,
+    /// SGMS: guide every so many steps
+    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = Sgms::default().every)]
+    pub sgms_every: usize,
+    /// SGMS: guide while the timestep is above this share of the training steps
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true, default_value_t = Sgms::default().t_mid)]
+    pub sgms_above: f64,
+    /// SGMS: do not divide the gradient by its largest number
     #[arg(long)]
-    check_finite: bool,
-    /// Worker threads, at most 1024 [default: one per core]
-    #[arg(long, allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
-    /// No progress; warnings stay
+    pub sgms_raw: bool,
+    /// SGMS: do not multiply with the variance of an ancestral step
     #[arg(long)]
-    quiet: bool,
-    /// Events as JSON lines on stdout
+    pub sgms_fixed: bool,
+    /// SGMS: estimates under guidance
     #[arg(long)]
-    json: bool,
+    pub sgms_guided: bool,
+}
+
+impl RivalFlags {
+    pub fn cads(&self) -> Cads {
+        Cads {
+            tau1: self.cads_times.0,
+            tau2: self.cads_times.1,
+            scale: self.cads_scale,
+            psi: self.cads_mix,
+            negatives: self.cads_negative,
+            dynamic_guidance: self.cads_guidance,
+        }
+    }
+
+    /// With steps of `eta` unless the flags say otherwise.
+    pub fn sgms(&self, eta: f64) -> Sgms {
+        Sgms {
+            eta: self.sgms.unwrap_or(eta),
+            ratio: self.sgms_ratio,
+            every: self.sgms_every,
+            t_mid: self.sgms_above,
+            normalised: !self.sgms_raw,
+            variance: !self.sgms_fixed,
+            guided: self.sgms_guided,
+        }
+    }
+}
+
+fn pair(text: &str) -> Result<(f64, f64), String> {
+    let number = |text: &str| text.trim().parse::<f64>().map_err(|_| "write two numbers, e.g. 0.6,0.9".to_string());
+    let (low, high) = text.split_once(',').ok_or("write two numbers, e.g. 0.6,0.9")?;
+    Ok((number(low)?, number(high)?))
 }
 
 impl Generate {
-    pub fn threads(&self) -> Option<usize> {
-        self.threads.map(usize::from)
-    }
-
-    /// The record images of this run carry; prompt, seed and row of `noise` are the target's.
-    fn record(&self, pipeline: &Pipeline, settings: &Settings, noise: &Noise, target: &Target) -> Record {
-        let scheduler = &pipeline.config.scheduler;
-        let row = noise.as_ref().map(|rows| &rows[target.index]);
-        let hash = |row: &Vec<f32>| format!("{:016x}", fingerprint(row.iter().flat_map(|x| x.to_le_bytes())));
-        Record {
-            version: env!("CARGO_PKG_VERSION").into(),
-            method: "generate".into(),
-            model: self.model.name(),
-            model_hash: pipeline.model.fingerprint().to_string(),
-            prompt: target.prompt.clone(),
-            negative: self.sampling.negative.clone(),
-            seed: target.seed,
-            rng: settings.rng.to_string(),
-            noise: row.map(hash),
-            steps: settings.sampler.steps,
-            sampler: settings.sampler.method.to_string(),
-            spacing: settings.sampler.spacing(scheduler).to_string(),
-            eta: settings.sampler.eta,
-            guidance: settings.sampler.guidance,
-            cfg_pp: settings.sampler.cfg_pp,
-            prediction: format!("{:?}", scheduler.prediction).to_lowercase(),
-            width: settings.width,
-            height: settings.height,
-            dtype: settings.dtype.to_string(),
-        }
-    }
-
-    fn out(&self) -> Out {
-        let is_png = |path: &Path| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("png"));
-        match (&self.out, &self.prompts) {
-            (Some(path), None) if is_png(path) => Out::File(path.clone()),
-            (Some(path), _) => Out::Folder(path.clone()),
-            (None, None) => Out::File("image.png".into()),
-            (None, Some(_)) => Out::Folder("images".into()),
-        }
-    }
-
-    fn targets(&self) -> Result<Vec<Target>> {
-        let (seed, count) = (self.sampling.seed, self.count);
-        Ok(match (&self.prompts, self.out()) {
-            (Some(file), Out::Folder(out) | Out::File(out)) => {
-                let prompts = prompts::read_file(file)?;
-                if prompts.len() * count > MOST_IMAGES {
-                    return Err(Error::Usage(format!("--count {count}: more than {MOST_IMAGES} images in all")));
-                }
-                prompts::for_file(&prompts, seed, count, &out)
-            }
-            (None, out) => {
-                let prompt = self.prompt.as_deref().unwrap_or_default();
-                let file = match out {
-                    Out::File(file) => file,
-                    Out::Folder(folder) => folder.join("image.png"),
-                };
-                prompts::for_prompt(prompt, seed, count, &file)
-            }
+    fn method(&self) -> Result<Method> {
+        Ok(match (self.rivals.cads, self.rivals.sgms, self.best_of) {
+            (false, None, None) => Method::Plain,
+            (true, None, None) => Method::Cads(self.rivals.cads()),
+            (false, Some(eta), None) => Method::Sgms(self.rivals.sgms(eta)),
+            (false, None, Some(n)) => Method::BestOf(n.into(), self.by),
+            (_, _, _) => return Err(Error::Usage("--cads, --sgms and --best-of exclude each other".into())),
         })
     }
 }
 
-/// Most images of one command: each has a path and a prompt in memory.
-const MOST_IMAGES: usize = 10_000_000;
-
-/// Rows of `--noise`, one per image.
-type Noise = Option<Vec<Vec<f32>>>;
-
-/// What `--out` names: a PNG, or a folder that is made where there is none.
-enum Out {
-    File(PathBuf),
-    Folder(PathBuf),
-}
-
 pub fn run(args: &Generate) -> Result<()> {
-    let started = Instant::now();
-    let format = args.out.as_ref().and_then(|out| out.extension()).and_then(|e| e.to_str()).unwrap_or_default();
-    if ["jpg", "jpeg", "webp"].contains(&format.to_ascii_lowercase().as_str()) {
-        return Err(Error::Usage(format!("--out: images are written as .png, not .{format}")));
-    }
-    let targets = args.targets()?;
-    let pipeline = args.model.open()?;
-    let settings = args.sampling.settings(&pipeline, args.device.program_dtype()?)?;
-    let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
-    let shape = [targets.len(), pipeline.config.unet.in_channels, height, width];
-    let noise = args.noise.as_ref().map(|path| tensors::read_noise(path, shape)).transpose()?;
-    prepare_output(args, &targets)?;
-    let missing = missing(args, &pipeline, &settings, &noise, targets)?;
-    let reporter = Reporter::new(args.json, args.quiet);
-    warn_of_cut_tokens(args, &pipeline, &missing, &reporter)?;
-    args.sampling.remarks(&pipeline).iter().for_each(|remark| reporter.warn(remark));
-
-    let mut run = Run { args, pipeline: &pipeline, settings, noise, interrupt: machine::catch_interrupt()?, reporter };
-    let latents = run.make(&missing, started)?;
-    if let (Some(path), false) = (&args.latents_out, missing.is_empty()) {
-        tensors::write_latents(path, [missing.len(), shape[1], height, width], &latents)?;
-    }
-    if missing.is_empty() {
-        run.reporter.note("all images are already there");
-    }
-    run.reporter.event(json!({"event": "done", "images": missing.len()}))
-}
-
-/// What stays the same for all images of a command.
-struct Run<'a> {
-    args: &'a Generate,
-    pipeline: &'a Pipeline,
-    settings: Settings,
-    noise: Noise,
-    interrupt: Arc<AtomicBool>,
-    reporter: Reporter,
-}
-
-impl Run<'_> {
-    /// Makes and saves the targets, batch by batch; returns the latents of all.
-    fn make(&mut self, targets: &[Target], started: Instant) -> Result<Vec<f32>> {
-        let mut latents = Vec::new();
-        let mut executor = self.args.device.executor(self.args.check_finite)?;
-        // Whole batches share one set of programs; a smaller last batch gets its own.
-        let whole = targets.len() - targets.len() % self.args.batch;
-        for (part, group) in
-            [&targets[..whole], &targets[whole..]].into_iter().filter(|group| !group.is_empty()).enumerate()
-        {
-            let batch = group.len().min(self.args.batch);
-            executor.clear();
-            let generator = Generator::plan(self.pipeline, &*executor, self.settings.clone(), batch)?;
-            let (footprint, calls) = (generator.footprint(), generator.calls());
-            machine::check_memory(
-                self.args.device.memory_limit,
-                executor.free_memory()?,
-                &footprint,
-                flags::smaller_plan(batch),
-            )?;
-            let before = machine::disk_bytes();
-            let mut generator = generator.load(&mut *executor)?;
-            if part == 0 {
-                let from_disk = machine::disk_bytes().saturating_sub(before);
-                self.report_load(started.elapsed().as_secs_f64(), from_disk, footprint.total())?;
-                self.reporter.start("step", targets.len().div_ceil(self.args.batch) * calls);
-            }
-            for targets in group.chunks(batch) {
-                latents.extend(self.make_batch(&mut generator, targets)?);
-            }
-        }
-        self.reporter.finish();
-        Ok(latents)
-    }
-
-    fn make_batch(&self, generator: &mut Loaded<'_, '_>, targets: &[Target]) -> Result<Vec<f32>> {
-        let started = Instant::now();
-        let job = |target: &Target| Job {
-            prompt: target.prompt.clone(),
-            negative: self.args.sampling.negative.clone(),
-            seed: target.seed,
-            draws: self.noise.iter().map(|rows| rows[target.index].clone()).collect(),
-        };
-        let jobs: Vec<Job> = targets.iter().map(job).collect();
-        let images = generator.run(&jobs, &mut |progress| match progress {
-            Progress::Step { .. } => {
-                self.reporter.step();
-                if self.interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
-            }
-            Progress::Image { index, image } => {
-                self.save(&targets[index], image, started.elapsed().as_secs_f64() / targets.len() as f64)
-            }
-        })?;
-        // Only --latents-out needs them; a long run must not pile them up.
-        let kept = images.into_iter().filter(|_| self.args.latents_out.is_some());
-        Ok(kept.flat_map(|image| image.latents).collect())
-    }
-
-    /// A load is cold when most of the stored weights had to come from the disk, warm when the system still held them.
-    fn report_load(&self, seconds: f64, from_disk: u64, planned: usize) -> Result<()> {
-        let stored: usize = Component::PIPELINE.iter().map(|&c| self.pipeline.model.bytes(c)).sum();
-        let state = if 2 * from_disk > stored as u64 { "cold" } else { "warm" };
-        self.reporter.note(&format!("loaded in {seconds:.2} s ({state}), {} planned", show_bytes(planned)));
-        self.reporter.event(json!({
-            "event": "load", "seconds": seconds, "state": state, "disk_bytes": from_disk, "stored_bytes": stored,
-            "planned_bytes": planned
-        }))
-    }
-
-    fn save(&self, target: &Target, image: &Image, seconds: f64) -> Result<()> {
-        let record = self.args.record(self.pipeline, &self.settings, &self.noise, target);
-        let chunks = (!self.args.no_metadata).then_some(&record);
-        atomic::write(&target.path, |out| metadata::write_png(out, image.width, image.height, &image.rgb, chunks))?;
-        let event =
-            json!({"event": "image", "path": target.path.display().to_string(), "seconds": seconds, "record": record});
-        self.reporter.image(&target.path, event)
-    }
-}
-
-/// Output folders exist and can be written to before the first image is computed.
-fn prepare_output(args: &Generate, targets: &[Target]) -> Result<()> {
-    if let Out::Folder(folder) = args.out() {
-        std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
-    }
-    for target in targets {
-        if target.path.is_dir() {
-            return Err(Error::Usage(format!("{}: is a folder, not a file to write", target.path.display())));
-        }
-        if args.latents_out.as_ref() == Some(&target.path) {
-            return Err(Error::Usage(format!("{}: --latents-out would overwrite the image", target.path.display())));
-        }
-    }
-    targets.iter().map(|t| &t.path).take(1).chain(&args.latents_out).try_for_each(|path| atomic::probe(path))
-}
-
-/// Targets that are not made yet; without a prompt file every image is made.
-fn missing(
-    args: &Generate,
-    pipeline: &Pipeline,
-    settings: &Settings,
-    noise: &Noise,
-    targets: Vec<Target>,
-) -> Result<Vec<Target>> {
-    if args.prompts.is_none() || args.overwrite {
-        return Ok(targets);
-    }
-    let mut missing = Vec::new();
-    for target in targets {
-        if !prompts::is_finished(&target.path, &args.record(pipeline, settings, noise, &target))? {
-            missing.push(target);
-        }
-    }
-    Ok(missing)
-}
-
-fn warn_of_cut_tokens(args: &Generate, pipeline: &Pipeline, targets: &[Target], reporter: &Reporter) -> Result<()> {
-    let mut prompts: Vec<&str> =
-        targets.iter().map(|t| t.prompt.as_str()).chain(args.sampling.negative.as_deref()).collect();
-    prompts.dedup();
-    for prompt in prompts {
-        let cut = pipeline.tokenize(prompt)?.swap_remove(0).cut;
-        if !cut.is_empty() {
-            let kept = pipeline.tokens() - 2;
-            reporter.warn(&format!("'{prompt}': only {kept} tokens fit, cut: {}", cut.join(" ")));
-            reporter.event(json!({"event": "cut", "prompt": prompt, "tokens": cut}))?;
-        }
-    }
-    Ok(())
+    let method = args.method()?;
+    let pipeline = args.images.open()?;
+    make::run(&args.images, &pipeline, &method, &Extras::default())
 }

@@ -13,6 +13,9 @@ pub const RECORD: &str = "rarebit";
 pub struct Record {
     pub version: String,
     pub method: String,
+    /// What the method was asked for; null where there is nothing to say.
+    #[serde(default)]
+    pub options: serde_json::Value,
     pub model: String,
     /// [`Model::fingerprint`](crate::weights::Model::fingerprint).
     pub model_hash: String,
@@ -143,6 +146,7 @@ mod tests {
         Record {
             version: "0.1.0".into(),
             method: "generate".into(),
+            options: serde_json::Value::Null,
             model: "shapes".into(),
             model_hash: "0123456789abcdef".into(),
             prompt: prompt.into(),

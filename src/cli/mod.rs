@@ -6,7 +6,10 @@ mod generate;
 mod images;
 mod inspect;
 mod machine;
+mod make;
 pub mod metadata;
+mod method;
+mod minority;
 mod progress;
 mod prompts;
 mod report;
@@ -30,6 +33,8 @@ struct Cli {
 enum Command {
     /// Make images from prompts.
     Generate(Box<generate::Generate>),
+    /// Make images of a prompt that the model finds unlikely, by optimising a token while sampling (MinorityPrompt).
+    Minority(Box<minority::Minority>),
     /// Show what a model holds and needs, or how an image was made.
     Inspect(Box<inspect::Inspect>),
     /// Measure images.
@@ -43,7 +48,8 @@ pub fn main() -> ExitCode {
         Err(error) => return usage(error),
     };
     let outcome = match cli.command {
-        Command::Generate(args) => in_pool(args.threads(), || generate::run(&args)),
+        Command::Generate(args) => in_pool(args.images.threads(), || generate::run(&args)),
+        Command::Minority(args) => in_pool(args.images.threads(), || minority::run(&args)),
         Command::Inspect(args) => in_pool(None, || inspect::run(&args)),
         Command::Score(args) => in_pool(args.threads(), || score::run(&args)),
     };

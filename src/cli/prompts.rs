@@ -53,6 +53,18 @@ pub fn for_file(prompts: &[(usize, String)], seed: u64, count: usize, out: &Path
         .collect()
 }
 
+/// `dir/token.safetensors` for the image `00002-7.png` → `dir/token-00002-7.safetensors`.
+pub fn beside(path: &Path, image: &Path) -> PathBuf {
+    let mut name = path.file_stem().unwrap_or_default().to_owned();
+    name.push("-");
+    name.push(image.file_stem().unwrap_or_default());
+    if let Some(extension) = path.extension() {
+        name.push(".");
+        name.push(extension);
+    }
+    path.with_file_name(name)
+}
+
 /// `dir/name.png` → `dir/name-SEED.png`.
 fn with_suffix(path: &Path, seed: u64) -> PathBuf {
     let mut name = path.file_stem().unwrap_or_default().to_owned();

@@ -1,8 +1,9 @@
 //! Text to image: encode the prompts, sample a batch of latents, decode image by image.
 
 use crate::exec::{Data, DataMut, Executor, ProgramId};
+use crate::methods::minority::Iteration;
 use crate::methods::pipeline::Pipeline;
-use crate::methods::programs::{Programs, Sizes, buffer, rows};
+use crate::methods::programs::{Programs, Sizes, buffer};
 use crate::methods::text::{self, Text};
 use crate::plan::Footprint;
 use crate::program::DType;
@@ -57,6 +58,8 @@ pub enum Progress<'a> {
     Step { done: usize, steps: usize },
     /// The image of job `index` is finished.
     Image { index: usize, image: &'a Image },
+    /// An iteration of an optimiser is finished; told what came of it where a trace is kept.
+    Iteration(Option<&'a Iteration>),
 }
 
 pub type Observer<'a> = dyn FnMut(Progress<'_>) -> Result<()> + 'a;
@@ -77,8 +80,19 @@ impl<'p> Generator<'p> {
         settings: Settings,
         batch: usize,
     ) -> Result<Generator<'p>> {
-        let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
         let schedule = sampler::schedule(&pipeline.config.scheduler, &settings.sampler)?;
+        Generator::with_schedule(pipeline, executor, settings, batch, schedule)
+    }
+
+    /// With tables that are not those of `settings.sampler`.
+    pub(super) fn with_schedule(
+        pipeline: &'p Pipeline,
+        executor: &dyn Executor,
+        settings: Settings,
+        batch: usize,
+        schedule: Schedule,
+    ) -> Result<Generator<'p>> {
+        let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
         let sizes = Sizes { batch, height, width, tokens: pipeline.tokens() };
         let programs = Programs::plan(pipeline, executor, settings.dtype, sizes, &schedule)?;
         Ok(Generator { pipeline, settings, schedule, sizes, programs })
@@ -93,8 +107,25 @@ impl<'p> Generator<'p> {
         self.schedule.steps.len()
     }
 
+    /// UNet calls of one batch, each on one image's latents.
+    pub fn passes(&self) -> usize {
+        self.calls() * if self.schedule.needs.uncond { 2 } else { 1 } * self.sizes.batch
+    }
+
     pub fn programs(&self) -> &Programs {
         &self.programs
+    }
+
+    pub(super) fn pipeline(&self) -> &'p Pipeline {
+        self.pipeline
+    }
+
+    pub(super) fn schedule(&self) -> &Schedule {
+        &self.schedule
+    }
+
+    pub(super) fn sizes(&self) -> Sizes {
+        self.sizes
     }
 
     /// Loads the weights that are not held yet.
@@ -111,89 +142,150 @@ impl<'p> Generator<'p> {
             settings: self.settings,
             schedule: self.schedule,
             sizes: self.sizes,
-            texts: HashMap::new(),
+            encoded: HashMap::new(),
+            texts: vec![],
+            jobs: vec![],
+            noises: vec![],
         })
     }
 }
 
-/// A generator with its programs on an executor.
+/// A generator with its programs on an executor. [`Loaded::run`] makes images; methods that act between the steps call its parts
+/// themselves.
 pub struct Loaded<'p, 'e> {
-    pipeline: &'p Pipeline,
+    pub(super) pipeline: &'p Pipeline,
+    pub(super) executor: &'e mut dyn Executor,
+    pub(super) schedule: Schedule,
+    pub(super) sizes: Sizes,
     settings: Settings,
-    schedule: Schedule,
-    sizes: Sizes,
-    executor: &'e mut dyn Executor,
     text: ProgramId,
     condition: ProgramId,
     step: ProgramId,
     decode: ProgramId,
     /// Prompts encoded so far.
-    texts: HashMap<String, Text>,
+    encoded: HashMap<String, Text>,
+    /// What the rows of the batch are told, under guidance the unconditional ones first.
+    texts: Vec<Text>,
+    jobs: Vec<Job>,
+    /// Per job.
+    noises: Vec<Noise>,
 }
 
 impl Loaded<'_, '_> {
     /// Gives the states of a prompt, which is then not encoded: embeddings that come from elsewhere.
     pub fn set_text(&mut self, prompt: &str, text: Text) {
-        self.texts.insert(prompt.to_string(), text);
+        self.encoded.insert(prompt.to_string(), text);
     }
 
     /// Makes one full batch of images.
     pub fn run(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
-        if jobs.len() != self.sizes.batch {
-            return Err(Error::Usage(format!("{} jobs for a batch of {}", jobs.len(), self.sizes.batch)));
-        }
-        self.condition(jobs)?;
-        let mut noises: Vec<Noise> = jobs.iter().map(|job| Noise::new(self.settings.rng, job.seed)).collect();
-        self.start(jobs, &mut noises)?;
+        self.begin(jobs)?;
         for step in 0..self.schedule.steps.len() {
-            self.sample(step, jobs, &mut noises)?;
-            observe(Progress::Step { done: step + 1, steps: self.schedule.steps.len() })?;
+            self.step(step, observe)?;
         }
         self.finish(observe)
     }
 
-    /// Encodes the prompts and computes what all steps share.
-    fn condition(&mut self, jobs: &[Job]) -> Result<()> {
+    /// Encodes the prompts, computes what all steps share and draws the starting latents.
+    pub(super) fn begin(&mut self, jobs: &[Job]) -> Result<()> {
+        if jobs.len() != self.sizes.batch {
+            return Err(Error::Usage(format!("{} jobs for a batch of {}", jobs.len(), self.sizes.batch)));
+        }
+        self.jobs = jobs.to_vec();
         // A long prompt file must not pile up its states.
-        self.texts.retain(|text, _| jobs.iter().any(|job| job.prompt == *text || job.negative() == text));
-        let zero = self.pipeline.config.zero_empty_negative;
-        let mut texts = Vec::with_capacity(rows(self.sizes, &self.schedule));
-        if self.schedule.needs.uncond {
-            for job in jobs {
-                let mut text = self.encode(job.negative())?;
-                if zero && job.negative.is_none() {
-                    text.context.fill(0.0);
-                    text.pooled.fill(0.0);
-                }
-                texts.push(text);
-            }
-        }
+        self.encoded.retain(|text, _| jobs.iter().any(|job| job.prompt == *text || job.negative() == text));
+        let negatives = if self.schedule.needs.uncond { jobs } else { &[] };
+        self.texts = negatives.iter().map(|job| self.negative(job)).collect::<Result<_>>()?;
         for job in jobs {
-            texts.push(self.encode(&job.prompt)?);
+            let text = self.encode(&job.prompt)?;
+            self.texts.push(text);
         }
+        self.condition()?;
 
-        let Text { context, pooled } = text::stacked(&texts);
+        self.noises = jobs.iter().map(|job| Noise::new(self.settings.rng, job.seed)).collect();
+        let scale = self.schedule.initial_scale as f32;
+        let latents: Vec<f32> = self.draw(0).into_iter().map(|x| x * scale).collect();
+        self.executor.write(sampler::LATENTS, Data::F32(&latents))
+    }
+
+    /// What the prompts' branch is told, per image.
+    pub(super) fn prompts(&self) -> &[Text] {
+        &self.texts[self.texts.len() - self.sizes.batch..]
+    }
+
+    /// What the unconditional branch is told, per image; empty where there is none.
+    pub(super) fn negatives(&self) -> &[Text] {
+        &self.texts[..self.texts.len() - self.sizes.batch]
+    }
+
+    pub(super) fn guidance(&self) -> f64 {
+        self.settings.sampler.guidance
+    }
+
+    pub(super) fn is_cfg_pp(&self) -> bool {
+        self.settings.sampler.cfg_pp
+    }
+
+    /// Gives one step another guidance weight, where there is guidance.
+    pub(super) fn guide(&mut self, step: usize, weight: f64) {
+        if self.schedule.needs.uncond {
+            self.schedule.steps[step] = self.schedule.steps[step].guided(weight);
+        }
+    }
+
+    pub(super) fn loss_scale(&self) -> f64 {
+        super::minority::loss_scale(self.settings.dtype)
+    }
+
+    /// Tells the prompts' branch something else from now on.
+    pub(super) fn tell(&mut self, prompts: Vec<Text>) -> Result<()> {
+        self.texts.truncate(self.texts.len() - self.sizes.batch);
+        self.texts.extend(prompts);
+        self.condition()
+    }
+
+    /// Tells the unconditional branch, where there is one, something else from now on.
+    pub(super) fn tell_negatives(&mut self, negatives: Vec<Text>) -> Result<()> {
+        if self.schedule.needs.uncond {
+            self.texts.splice(..self.sizes.batch, negatives);
+            self.condition()?;
+        }
+        Ok(())
+    }
+
+    fn condition(&mut self) -> Result<()> {
+        let Text { context, pooled } = text::stacked(&self.texts);
         let data = [Data::F32(&context), Data::F32(&pooled)];
         text::condition(self.pipeline, &mut *self.executor, self.condition, self.sizes, &self.schedule, data)
     }
 
+    /// What the unconditional branch of an image is told.
+    pub(super) fn negative(&mut self, job: &Job) -> Result<Text> {
+        let mut text = self.encode(job.negative())?;
+        if self.pipeline.config.zero_empty_negative && job.negative.is_none() {
+            text.context.fill(0.0);
+            text.pooled.fill(0.0);
+        }
+        Ok(text)
+    }
+
     /// One prompt's text states; each prompt is encoded once.
     fn encode(&mut self, prompt: &str) -> Result<Text> {
-        if let Some(text) = self.texts.get(prompt) {
+        if let Some(text) = self.encoded.get(prompt) {
             return Ok(text.clone());
         }
         let text = text::encode(self.pipeline, &mut *self.executor, self.text, prompt)?;
-        self.texts.insert(prompt.to_string(), text.clone());
+        self.encoded.insert(prompt.to_string(), text.clone());
         Ok(text)
     }
 
     /// Draw `index` of every image, channels last: 0 is the starting noise, `k + 1` belongs to step `k`.
-    fn draw(&self, index: usize, jobs: &[Job], noises: &mut [Noise]) -> Vec<f32> {
+    fn draw(&mut self, index: usize) -> Vec<f32> {
         let Sizes { height, width, .. } = self.sizes;
         let channels = self.pipeline.config.unet.in_channels;
         let mut unit = vec![0.0; channels * height * width];
-        let mut all = Vec::with_capacity(jobs.len() * unit.len());
-        for (job, noise) in jobs.iter().zip(noises) {
+        let mut all = Vec::with_capacity(self.jobs.len() * unit.len());
+        for (job, noise) in self.jobs.iter().zip(&mut self.noises) {
             // The generator draws even where a given draw replaces its own, so that later draws do not depend on it.
             noise.normal(&mut unit);
             all.extend(to_channels_last(job.draws.get(index).unwrap_or(&unit), channels));
@@ -201,32 +293,33 @@ impl Loaded<'_, '_> {
         all
     }
 
-    /// Writes the initial latents: unit noise times the sampler's initial sigma.
-    fn start(&mut self, jobs: &[Job], noises: &mut [Noise]) -> Result<()> {
-        let scale = self.schedule.initial_scale as f32;
-        let latents: Vec<f32> = self.draw(0, jobs, noises).into_iter().map(|x| x * scale).collect();
-        self.executor.write(sampler::LATENTS, Data::F32(&latents))
-    }
-
-    fn sample(&mut self, index: usize, jobs: &[Job], noises: &mut [Noise]) -> Result<()> {
-        let step = &self.schedule.steps[index];
+    /// One sampling step: latents in, latents out.
+    pub(super) fn step(&mut self, index: usize, observe: &mut Observer<'_>) -> Result<()> {
         self.executor.write(buffer::STEP, Data::I32(&[index as i32]))?;
-        for (name, coefficients) in step.buffers() {
+        for (name, coefficients) in self.schedule.steps[index].buffers() {
             self.executor.write(name, Data::F64(coefficients))?;
         }
         if self.schedule.needs.noise {
-            let noise = self.draw(index + 1, jobs, noises);
+            let noise = self.draw(index + 1);
             self.executor.write(sampler::NOISE, Data::F32(&noise))?;
         }
-        self.executor.run(self.step)
+        self.executor.run(self.step)?;
+        observe(Progress::Step { done: index + 1, steps: self.schedule.steps.len() })
+    }
+
+    /// The latents as they are now, `[B, h, w, C]`.
+    pub(super) fn latents(&self) -> Result<Vec<f32>> {
+        let Sizes { batch, height, width, .. } = self.sizes;
+        let mut latents = vec![0.0; batch * height * width * self.pipeline.config.unet.in_channels];
+        self.executor.read(sampler::LATENTS, DataMut::F32(&mut latents))?;
+        Ok(latents)
     }
 
     /// Decodes the batch image by image: the decoder needs more memory than the UNet.
-    fn finish(&mut self, observe: &mut Observer<'_>) -> Result<Vec<Image>> {
+    pub(super) fn finish(&mut self, observe: &mut Observer<'_>) -> Result<Vec<Image>> {
         let Sizes { batch, height, width, .. } = self.sizes;
         let channels = self.pipeline.config.unet.in_channels;
-        let mut latents = vec![0.0; batch * height * width * channels];
-        self.executor.read(sampler::LATENTS, DataMut::F32(&mut latents))?;
+        let latents = self.latents()?;
         if latents.iter().any(|x| !x.is_finite()) {
             let what = "the final latents are not finite; --check-finite names the op where it begins";
             return Err(Error::Numeric(what.into()));

@@ -1,8 +1,8 @@
 //! A pipeline: an opened model, its configuration and its tokenizers; nothing is loaded yet.
 
-use crate::models::config::{Family, PipelineConfig, Prediction};
+use crate::models::config::{ClipTextConfig, Family, PipelineConfig, Prediction};
 use crate::models::detect;
-use crate::text::{self, Encoded, Tokenizer};
+use crate::text::{self, Encoded, Place, Token, Tokenizer};
 use crate::weights::Model;
 use crate::{Error, Result};
 
@@ -11,6 +11,19 @@ pub struct Pipeline {
     pub config: PipelineConfig,
     /// One per text tower.
     pub tokenizers: Vec<Tokenizer>,
+    /// Tokens that were learned elsewhere; see [`Pipeline::learn`].
+    pub learned: Vec<LearnedToken>,
+}
+
+/// A word whose embeddings come from outside the model (textual inversion).
+#[derive(Clone, Debug, PartialEq)]
+pub struct LearnedToken {
+    /// What stands for it in a prompt.
+    pub word: String,
+    /// Tokens it takes up.
+    pub rows: usize,
+    /// Per text tower, `[rows, C]`.
+    pub embeddings: Vec<Vec<f32>>,
 }
 
 impl Pipeline {
@@ -19,12 +32,64 @@ impl Pipeline {
         let config = detect::pipeline_config(&model, prediction)?;
         let tokenizers =
             (0..config.text.len()).map(|tower| tokenizer(&model, &config, tower)).collect::<Result<Vec<_>>>()?;
-        Ok(Pipeline { model, config, tokenizers })
+        Ok(Pipeline { model, config, tokenizers, learned: vec![] })
+    }
+
+    /// Lets a word in prompts stand for learned embeddings. `Error::Usage` where they do not fit this model's towers or the word
+    /// is taken.
+    pub fn learn(&mut self, token: LearnedToken) -> Result<()> {
+        let usage = |what: String| Err(Error::Usage(format!("token '{}': {what}", token.word)));
+        if token.embeddings.len() != self.config.text.len() {
+            let (found, towers) = (token.embeddings.len(), self.config.text.len());
+            return usage(format!("was learned for {found} text towers, this model has {towers}"));
+        }
+        for (embeddings, tower) in token.embeddings.iter().zip(&self.config.text) {
+            if token.rows == 0 || embeddings.len() != token.rows * tower.width {
+                let found = embeddings.len() as f64 / token.rows as f64;
+                return usage(format!("has rows of {found} numbers, the model's text tower takes {}", tower.width));
+            }
+        }
+        for tokenizer in &mut self.tokenizers {
+            tokenizer.add_placeholder(&token.word)?;
+        }
+        self.learned.push(token);
+        Ok(())
     }
 
     /// The prompt's token ids for every tower.
     pub fn tokenize(&self, prompt: &str) -> Result<Vec<Encoded>> {
-        self.tokenizers.iter().map(|tokenizer| tokenizer.encode(prompt)).collect()
+        self.frame(prompt, 0, Place::End).map(|framed| framed.into_iter().map(|(encoded, _)| encoded).collect())
+    }
+
+    /// The prompt's token ids for every tower, with `learnable` tokens at its start or end whose ids follow those of the vocabulary
+    /// and of all learned tokens, and the index of the first of them. Room for them is made before the prompt is cut.
+    pub fn frame(&self, prompt: &str, learnable: usize, place: Place) -> Result<Vec<(Encoded, usize)>> {
+        let learned: usize = self.learned.iter().map(|token| token.rows).sum();
+        let frame = |(tokenizer, tower): (&Tokenizer, &ClipTextConfig)| {
+            let tokens = self.expanded(tokenizer.tokens(prompt)?, tokenizer.vocab_size(), tower.vocab_size);
+            let first = (tower.vocab_size + learned) as i32;
+            let ids: Vec<i32> = (first..).take(learnable).collect();
+            Ok(tokenizer.frame(&tokens, &ids, place))
+        };
+        self.tokenizers.iter().zip(&self.config.text).map(frame).collect()
+    }
+
+    /// Learned words as the rows they stand for: tokenizers number words after the `known` last ones of their vocabulary, the towers
+    /// rows after `table`.
+    fn expanded(&self, tokens: Vec<Token>, known: usize, table: usize) -> Vec<Token> {
+        let first_word = known - self.learned.len();
+        let mut expanded = Vec::with_capacity(tokens.len());
+        for token in tokens {
+            let Some(word) = (token.id as usize).checked_sub(first_word) else {
+                expanded.push(token);
+                continue;
+            };
+            let before: usize = self.learned[..word].iter().map(|token| token.rows).sum();
+            let first = table + before;
+            expanded
+                .extend((first..first + self.learned[word].rows).map(|id| Token { id: id as i32, ..token.clone() }));
+        }
+        expanded
     }
 
     /// Tokens per prompt, the same for every tower.

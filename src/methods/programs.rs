@@ -2,8 +2,9 @@
 
 use crate::exec::Executor;
 use crate::methods::pipeline::Pipeline;
+use crate::models::clip_text::{self, Prompt};
 use crate::models::unet::{Added, Unet};
-use crate::models::{clip_text, vae};
+use crate::models::vae;
 use crate::plan::{Footprint, Planned, plan};
 use crate::program::{Builder, DType, Program, ValueId};
 use crate::sampler::{LATENTS, Needs, Schedule, append_update};
@@ -32,6 +33,8 @@ pub struct Programs {
 pub mod buffer {
     /// Token ids per tower, `[1, T]`.
     pub const IDS: [&str; 2] = ["text.ids", "text.ids_2"];
+    /// Rows of the learned tokens per tower, `[R, C]`.
+    pub const LEARNED: [&str; 2] = ["text.learned", "text.learned_2"];
     /// End-of-text position in the second tower's ids, `[1]`.
     pub const EOS: &str = "text.eos_2";
     pub const TEXT_CONTEXT: &str = "text.context";
@@ -91,13 +94,24 @@ pub fn text(pipeline: &Pipeline, dtype: DType) -> Result<Program> {
     let towers = &pipeline.config.text;
     let tokens = pipeline.tokens();
     let ids: Vec<_> = buffer::IDS.iter().take(towers.len()).map(|name| b.input_i32(*name, &[1, tokens])).collect();
-    let eos = (towers.len() > 1).then(|| b.input_i32(buffer::EOS, &[1]));
-    let states = clip_text::encode(&mut b, towers, &ids, eos);
+    let pool_at = (towers.len() > 1).then(|| b.input_i32(buffer::EOS, &[1]));
+    let rows: usize = pipeline.learned.iter().map(|token| token.rows).sum();
+    let tables = buffer::LEARNED.iter().zip(towers).filter(|_| rows > 0);
+    let learnable: Vec<_> = tables.map(|(name, tower)| b.wide_input(*name, &[rows, tower.width])).collect();
+    let prompt = Prompt { ids: &ids, learnable: &learnable, pool_at, past: None };
+    let states = clip_text::encode(&mut b, towers, &prompt);
     b.output(buffer::TEXT_CONTEXT, states.context);
     if let Some(pooled) = states.pooled {
         b.output(buffer::TEXT_POOLED, pooled);
     }
     b.finish()
+}
+
+/// Width of the pooled text that SDXL's UNets are conditioned on; `None` for the others.
+pub fn pooled_width(pipeline: &Pipeline) -> Result<Option<usize>> {
+    let Some(added) = &pipeline.config.unet.added else { return Ok(None) };
+    let width = added.input_width.checked_sub(6 * added.time_dim);
+    width.map(Some).ok_or_else(|| Error::Model("the UNet's added conditions leave no room for the pooled text".into()))
 }
 
 /// Text states of all rows and the timesteps of all steps → what every step reads.
@@ -107,17 +121,10 @@ pub fn condition(pipeline: &Pipeline, dtype: DType, sizes: Sizes, schedule: &Sch
     let mut b = Builder::new("condition", dtype);
     let context = b.input(buffer::CONTEXT, &[rows, sizes.tokens, config.unet.context_width]);
     let timesteps = b.wide_input(buffer::TIMESTEPS, &[schedule.steps.len()]);
-    let added = match &config.unet.added {
-        None => None,
-        Some(added) => {
-            let pooled_width = added
-                .input_width
-                .checked_sub(6 * added.time_dim)
-                .ok_or_else(|| Error::Model("the UNet's added conditions leave no room for the pooled text".into()))?;
-            let pooled = b.input(buffer::POOLED, &[rows, pooled_width]);
-            Some(Added { pooled, size_ids: b.wide_input(buffer::SIZE_IDS, &[rows, 6]) })
-        }
-    };
+    let added = pooled_width(pipeline)?.map(|width| Added {
+        pooled: b.input(buffer::POOLED, &[rows, width]),
+        size_ids: b.wide_input(buffer::SIZE_IDS, &[rows, 6]),
+    });
     let kv = unet.context_kv(&mut b, context);
     let time = unet.time(&mut b, timesteps, added);
     b.output(buffer::KV, kv);

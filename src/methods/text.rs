@@ -28,6 +28,12 @@ pub(super) fn encode(
     if let Some(tokens) = encoded.get(1) {
         executor.write(buffer::EOS, Data::I32(&[tokens.eos as i32]))?;
     }
+    if !pipeline.learned.is_empty() {
+        for (tower, name) in buffer::LEARNED.iter().take(encoded.len()).enumerate() {
+            let rows: Vec<f32> = pipeline.learned.iter().flat_map(|token| &token.embeddings[tower]).copied().collect();
+            executor.write(name, Data::F32(&rows))?;
+        }
+    }
     executor.run(program)?;
     let mut text = Text { context: vec![0.0; pipeline.tokens() * config.unet.context_width], pooled: vec![] };
     executor.read(buffer::TEXT_CONTEXT, DataMut::F32(&mut text.context))?;

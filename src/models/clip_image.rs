@@ -26,7 +26,7 @@ pub fn features(b: &mut Builder, config: &ClipImageConfig, image: ValueId) -> Va
         causal: false,
     };
     for i in 0..config.layers {
-        x = net.clip_layer(&format!("vision_model.encoder.layers.{i}"), x, &layer);
+        (x, _) = net.clip_layer(&format!("vision_model.encoder.layers.{i}"), x, &layer, None);
     }
     let class = net.b.row(x, 0);
     let class = net.layer_norm("vision_model.post_layernorm", class, eps);

@@ -193,21 +193,27 @@ pub struct ClipLayer {
 }
 
 impl Layers<'_> {
-    /// Attention and MLP, each normalised before and added to the residual stream (`CLIPEncoderLayer`).
+    /// Attention and MLP, each normalised before and added to the residual stream (`CLIPEncoderLayer`). Its tokens also attend to
+    /// `past [B, P, 2C]`, the keys and values of tokens before them. Also gives their own keys and values, `2C` columns.
     #[track_caller]
-    pub fn clip_layer(&mut self, path: &str, x: ValueId, layer: &ClipLayer) -> ValueId {
+    pub fn clip_layer(&mut self, path: &str, x: ValueId, layer: &ClipLayer, past: Option<ValueId>) -> (ValueId, Cols) {
         let &ClipLayer { heads, mlp_width, activation, norm_eps: eps, causal } = layer;
         let width = self.b.channels(x);
         let add_to = |x| Linear { residual: Some(x), ..Linear::default() };
         let h = self.layer_norm(&format!("{path}.layer_norm1"), x, eps);
         let paths = ["q_proj", "k_proj", "v_proj"].map(|p| format!("{path}.self_attn.{p}"));
         let qkv = self.fused_linear(&paths, h, 3 * width, Linear::default());
-        let [q, k, v] = [0, 1, 2].map(|i| Cols { value: qkv, at: i * width });
-        let h = self.b.attention(Attention { q, k, v, heads, head_dim: width / heads, causal });
+        let own = Cols { value: qkv, at: width };
+        let kv = past.map_or(own, |past| {
+            let own = self.b.columns(own, 2 * width);
+            self.b.concat_tokens(past, own).into()
+        });
+        let [k, v] = [0, width].map(|at| Cols { at: kv.at + at, ..kv });
+        let h = self.b.attention(Attention { q: qkv.into(), k, v, heads, head_dim: width / heads, causal });
         let x = self.linear(&format!("{path}.self_attn.out_proj"), h, width, add_to(x));
 
         let h = self.layer_norm(&format!("{path}.layer_norm2"), x, eps);
         let h = self.linear(&format!("{path}.mlp.fc1"), h, mlp_width, Linear { activation, ..Linear::default() });
-        self.linear(&format!("{path}.mlp.fc2"), h, width, add_to(x))
+        (self.linear(&format!("{path}.mlp.fc2"), h, width, add_to(x)), own)
     }
 }

@@ -1,6 +1,6 @@
 //! DDIM (Song et al. 2020, eq. 12 and 16), with CFG++ renoising where asked.
 
-use super::schedule::{Level, spaced};
+use super::schedule::spaced;
 use super::*;
 
 pub fn schedule(config: &SchedulerConfig, table: &Table, spacing: Spacing, guide: Guide) -> Schedule {

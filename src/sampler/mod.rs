@@ -4,21 +4,26 @@
 //! Latents of every sampler live in variance-preserving space, `x = α x₀ + σ ε` with `α² + σ² = 1`: what the network reads
 //! are the latents themselves. Samplers that other engines run on `x / α` (Euler) give the same images, the last `α` being 1.
 
+mod cads;
 mod ddim;
 mod dpmpp;
 mod euler;
 mod fragment;
 mod noise;
 mod pndm;
+mod renoise;
 mod schedule;
 mod torch;
 
+pub use cads::Cads;
 pub use fragment::{HISTORY, LATENTS, NOISE, PUSH, STORE, State, UPDATE, append_update, update};
-pub use noise::{Noise, Rng};
+pub use noise::{Noise, Rng, counters, draw, normal, uniform};
+pub use renoise::{Convention, Renoise, released, renoise};
+pub use schedule::Level;
 
 use crate::models::config::{Prediction, SchedulerConfig, Spacing};
 use crate::{Error, Result};
-use schedule::{Level, Table};
+use schedule::Table;
 
 /// Which sampler; `Display` and `FromStr` use the names of the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

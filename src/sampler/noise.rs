@@ -44,6 +44,38 @@ impl std::str::FromStr for Rng {
     }
 }
 
+/// Numbers of draws: each use of a seed begins at one of these, far from the others.
+pub mod draw {
+    /// Starting latents, and one draw per sampler step.
+    pub const SAMPLER: u64 = 0;
+    /// Fresh noise of objectives, one draw per look.
+    pub const LOOK: u64 = 1 << 63;
+    /// First embeddings of learnable tokens.
+    pub const TOKEN: u64 = LOOK + (1 << 60);
+    /// Noise on the text states, one draw per sampler step.
+    pub const TEXT: u64 = LOOK + (2 << 60);
+    /// Fresh noise of scores.
+    pub const SCORE: u64 = LOOK + (3 << 60);
+}
+
+/// Draw `draw` under a seed, of our own generator.
+pub fn normal(seed: u64, draw: u64, out: &mut [f32]) {
+    philox::normal(philox::halves(seed), draw, out);
+}
+
+/// A whole number below `below`, a pure function of seed and draw.
+pub fn uniform(seed: u64, draw: u64, below: usize) -> usize {
+    let [low, high] = philox::halves(draw);
+    let word = philox::philox([0, 0, low, high], philox::halves(seed))[0];
+    ((u128::from(word) * below as u128) >> 32) as usize
+}
+
+/// What [`crate::program::Update::Noise`] reads to make a draw under each seed.
+pub fn counters(seeds: &[u64], draw: u64) -> Vec<i32> {
+    let words = |v: u64| philox::halves(v).map(|word| word as i32);
+    seeds.iter().flat_map(|seed| [words(*seed), words(draw)]).flatten().collect()
+}
+
 /// The noise of one image, drawn in order: draw 0 is the initial latents, draw `k + 1` belongs to sampler step `k`.
 pub struct Noise(Source);
 
@@ -56,7 +88,7 @@ enum Source {
 impl Noise {
     pub fn new(rng: Rng, seed: u64) -> Noise {
         Noise(match rng {
-            Rng::Philox => Source::Philox { key: philox::halves(seed), draw: 0 },
+            Rng::Philox => Source::Philox { key: philox::halves(seed), draw: draw::SAMPLER },
             Rng::TorchCpu => Source::TorchCpu(Box::new(TorchCpu::new(seed))),
             Rng::TorchCuda => Source::TorchCuda(TorchCuda::new(seed)),
         })

@@ -30,6 +30,22 @@ pub struct Tokenizer {
     pad: i32,
 }
 
+/// A token of a prompt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Token {
+    pub id: i32,
+    /// What it was in the prompt.
+    pub text: String,
+}
+
+/// Where learnable tokens stand: after the start of the prompt, or before its end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Place {
+    Start,
+    #[default]
+    End,
+}
+
 /// A prompt as an encoder reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Encoded {
@@ -156,17 +172,28 @@ impl Tokenizer {
 
     /// Tokens of a prompt, start and end not counted, however long it is.
     pub fn token_count(&self, prompt: &str) -> Result<usize> {
-        Ok(self.tokenize(prompt)?.len())
+        Ok(self.tokens(prompt)?.len())
     }
 
     /// The prompt between start and end, cut or padded to [`Tokenizer::max_length`].
     pub fn encode(&self, prompt: &str) -> Result<Encoded> {
-        let tokens = self.tokenize(prompt)?;
-        let (kept, cut) = tokens.split_at(tokens.len().min(self.max_length - 2));
-        let mut ids: Vec<i32> = std::iter::once(self.start).chain(kept.iter().map(|t| t.0)).chain([self.end]).collect();
+        Ok(self.frame(&self.tokens(prompt)?, &[], Place::End).0)
+    }
+
+    /// Tokens between start and end, cut or padded to [`Tokenizer::max_length`], with the ids `learnable` before or after them,
+    /// for which room is always made; and the index of the first of those.
+    pub fn frame(&self, tokens: &[Token], learnable: &[i32], place: Place) -> (Encoded, usize) {
+        let room = (self.max_length - 2).saturating_sub(learnable.len());
+        let (kept, cut) = tokens.split_at(tokens.len().min(room));
+        let kept: Vec<i32> = kept.iter().map(|token| token.id).collect();
+        let (parts, at) = match place {
+            Place::Start => ([learnable, &kept], 1),
+            Place::End => ([&kept[..], learnable], 1 + kept.len()),
+        };
+        let mut ids = [&[self.start][..], parts[0], parts[1], &[self.end]].concat();
         let eos = ids.iter().position(|&id| id == self.end).unwrap_or(0);
         ids.resize(self.max_length, self.pad);
-        Ok(Encoded { ids, eos, cut: cut.iter().map(|t| prompt.get(t.1.0..t.1.1).unwrap_or("").to_string()).collect() })
+        (Encoded { ids, eos, cut: cut.iter().map(|token| token.text.clone()).collect() }, at)
     }
 
     /// Adds a word that stands for a learnable token and returns its id, the first free one. Matched anywhere in a prompt, in
@@ -190,13 +217,14 @@ impl Tokenizer {
         }
     }
 
-    /// Ids and byte ranges in the prompt.
-    fn tokenize(&self, prompt: &str) -> Result<Vec<(i32, (usize, usize))>> {
+    /// Tokens of a prompt, without start and end.
+    pub fn tokens(&self, prompt: &str) -> Result<Vec<Token>> {
         let failed =
             |e: tokenizers::Error| Error::Usage(format!("cannot tokenize the prompt: {}", one_line(&e.to_string())));
         let encoding = self.inner.encode(prompt, false).map_err(failed)?;
-        let ids = encoding.get_ids().iter().map(|&id| id as i32);
-        Ok(ids.zip(encoding.get_offsets().iter().copied()).collect())
+        let text = |range: &(usize, usize)| prompt.get(range.0..range.1).unwrap_or("").to_string();
+        let tokens = encoding.get_ids().iter().zip(encoding.get_offsets());
+        Ok(tokens.map(|(&id, range)| Token { id: id as i32, text: text(range) }).collect())
     }
 }
 

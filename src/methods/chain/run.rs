@@ -4,7 +4,7 @@ use super::programs::{Run, loss_name, of_step};
 use super::{Chain, Leaf};
 use crate::exec::{Data, Executor, HostFloat, ProgramId};
 use crate::methods::pipeline::Pipeline;
-use crate::methods::programs::{Sizes, buffer, gradient_of, rows};
+use crate::methods::programs::{Sizes, buffer, gradient_of, pooled_width, rows};
 use crate::methods::text::{self, Text};
 use crate::program::Origin;
 use crate::sampler::{HISTORY, LATENTS, NOISE, Schedule};
@@ -245,8 +245,7 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
                 self.read(&gradient_of(buffer::CONTEXT), rows * self.sizes.tokens * config.unet.context_width)
             }
             Leaf::Pooled => {
-                let added = config.unet.added.as_ref();
-                let width = added.map_or(0, |added| added.input_width.saturating_sub(6 * added.time_dim));
+                let width = pooled_width(self.pipeline)?.unwrap_or(0);
                 self.read(&gradient_of(buffer::POOLED), rows * width)
             }
         };

@@ -3,7 +3,8 @@
 
 use rarebit::models::parse::{self, Fields};
 use rarebit::models::unet::Unet;
-use rarebit::models::{clip_text, vae};
+use rarebit::models::clip_text::{self, Prompt};
+use rarebit::models::vae;
 use rarebit::program::{Builder, DType};
 use std::path::{Path, PathBuf};
 
@@ -41,7 +42,8 @@ fn check(bytes: &[u8]) -> Option<()> {
                 return None;
             }
             let ids = b.input_i32("ids", &[1, config.max_positions.min(77)]);
-            let states = clip_text::encode(&mut b, &[config], &[ids], None);
+            let (towers, prompt) = ([config], Prompt { ids: &[ids], ..Prompt::default() });
+            let states = clip_text::encode(&mut b, &towers, &prompt);
             b.output("out", states.context);
         }
         _ => {

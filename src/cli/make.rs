@@ -1,0 +1,408 @@
+//! Making images from prompts by any method: the flags, targets and files that `generate` and `minority` share.
+
+use crate::cli::flags::{self, DeviceFlags, ModelFlags, SamplingFlags};
+use crate::cli::metadata::{self, Record};
+use crate::cli::method::{Loaded, Method};
+use crate::cli::progress::Reporter;
+use crate::cli::prompts::{self, Target};
+use crate::cli::{atomic, machine, tensors};
+use crate::methods::generate::{Image, Job, Progress, Settings};
+use crate::methods::inversion;
+use crate::methods::minority::Iteration;
+use crate::methods::pipeline::Pipeline;
+use crate::plan::show_bytes;
+use crate::text::Place;
+use crate::weights::{Component, fingerprint};
+use crate::{Error, Result};
+use serde_json::json;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// Prompts, model, sampling and output.
+#[derive(clap::Args)]
+pub struct ImageFlags {
+    /// What the image should show
+    #[arg(required_unless_present = "prompts", conflicts_with = "prompts")]
+    pub prompt: Option<String>,
+    /// Prompts from a file, one per line; images that are already in --out are not made again
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    #[command(flatten)]
+    pub model: ModelFlags,
+    #[command(flatten)]
+    pub device: DeviceFlags,
+    #[command(flatten)]
+    pub sampling: SamplingFlags,
+    /// A learned token (textual inversion): safetensors; prompts name it by the word in the file, else by <FILE>
+    #[arg(long, value_name = "FILE")]
+    pub token: Vec<PathBuf>,
+    /// Starting noise: safetensors, tensor `noise`, f32 [B, C, H/f, W/f], unit variance, one row per image
+    #[arg(long, value_name = "FILE")]
+    noise: Option<PathBuf>,
+    /// Images per prompt
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = flags::count)]
+    pub count: usize,
+    /// Images sampled together
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = flags::count)]
+    pub batch: usize,
+    /// The PNG to write, or a folder [default: image.png; images/ for --prompts]
+    #[arg(long, value_name = "PATH")]
+    pub out: Option<PathBuf>,
+    /// Write the final latents of the images made: safetensors, tensor `latents`
+    #[arg(long, value_name = "FILE")]
+    latents_out: Option<PathBuf>,
+    /// Make images again that --prompts finds already made
+    #[arg(long)]
+    overwrite: bool,
+    /// Write no text chunks into the PNGs
+    #[arg(long)]
+    no_metadata: bool,
+    /// Stop at the first op whose output is not finite
+    #[arg(long)]
+    check_finite: bool,
+    /// Worker threads, at most 1024 [default: one per core]
+    #[arg(long, allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// No progress; warnings stay
+    #[arg(long)]
+    pub quiet: bool,
+    /// Events as JSON lines on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl ImageFlags {
+    pub fn threads(&self) -> Option<usize> {
+        self.threads.map(usize::from)
+    }
+
+    /// The model, with its learned tokens.
+    pub fn open(&self) -> Result<Pipeline> {
+        let mut pipeline = self.model.open()?;
+        for path in &self.token {
+            pipeline.learn(inversion::read(path)?)?;
+        }
+        Ok(pipeline)
+    }
+
+    /// The record images of this run carry; prompt, seed and row of `noise` are the target's.
+    fn record(&self, job: &Work<'_>, noise: &Noise, target: &Target) -> Record {
+        let Work { pipeline, settings, method } = job;
+        let scheduler = &pipeline.config.scheduler;
+        let row = noise.as_ref().map(|rows| &rows[target.index]);
+        let hash = |row: &Vec<f32>| format!("{:016x}", fingerprint(row.iter().flat_map(|x| x.to_le_bytes())));
+        Record {
+            version: env!("CARGO_PKG_VERSION").into(),
+            method: method.name().into(),
+            options: method.options(),
+            model: self.model.name(),
+            model_hash: pipeline.model.fingerprint().to_string(),
+            prompt: target.prompt.clone(),
+            negative: self.sampling.negative.clone(),
+            seed: target.seed,
+            rng: settings.rng.to_string(),
+            noise: row.map(hash),
+            steps: settings.sampler.steps,
+            sampler: settings.sampler.method.to_string(),
+            spacing: settings.sampler.spacing(scheduler).to_string(),
+            eta: settings.sampler.eta,
+            guidance: settings.sampler.guidance,
+            cfg_pp: settings.sampler.cfg_pp,
+            prediction: format!("{:?}", scheduler.prediction).to_lowercase(),
+            width: settings.width,
+            height: settings.height,
+            dtype: settings.dtype.to_string(),
+        }
+    }
+
+    fn out(&self) -> Out {
+        let is_png = |path: &Path| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("png"));
+        match (&self.out, &self.prompts) {
+            (Some(path), None) if is_png(path) => Out::File(path.clone()),
+            (Some(path), _) => Out::Folder(path.clone()),
+            (None, None) => Out::File("image.png".into()),
+            (None, Some(_)) => Out::Folder("images".into()),
+        }
+    }
+
+    fn targets(&self) -> Result<Vec<Target>> {
+        let (seed, count) = (self.sampling.seed, self.count);
+        Ok(match (&self.prompts, self.out()) {
+            (Some(file), Out::Folder(out) | Out::File(out)) => {
+                let prompts = prompts::read_file(file)?;
+                if prompts.len() * count > MOST_IMAGES {
+                    return Err(Error::Usage(format!("--count {count}: more than {MOST_IMAGES} images in all")));
+                }
+                prompts::for_file(&prompts, seed, count, &out)
+            }
+            (None, out) => {
+                let prompt = self.prompt.as_deref().unwrap_or_default();
+                let file = match out {
+                    Out::File(file) => file,
+                    Out::Folder(folder) => folder.join("image.png"),
+                };
+                prompts::for_prompt(prompt, seed, count, &file)
+            }
+        })
+    }
+}
+
+/// Most images of one command: each has a path and a prompt in memory.
+const MOST_IMAGES: usize = 10_000_000;
+
+/// Rows of `--noise`, one per image.
+type Noise = Option<Vec<Vec<f32>>>;
+
+/// What `--out` names: a PNG, or a folder that is made where there is none.
+enum Out {
+    File(PathBuf),
+    Folder(PathBuf),
+}
+
+/// What stays the same for all images of a command.
+pub struct Work<'a> {
+    pub pipeline: &'a Pipeline,
+    pub settings: &'a Settings,
+    pub method: &'a Method,
+}
+
+/// Makes what the flags ask for by `method`; `also` sees every image with what was learned for it.
+pub fn run(args: &ImageFlags, pipeline: &Pipeline, method: &Method, extras: &Extras) -> Result<()> {
+    let started = Instant::now();
+    let targets = args.targets()?;
+    let settings = args.sampling.settings(pipeline, args.device.program_dtype()?)?;
+    let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
+    let shape = [targets.len(), pipeline.config.unet.in_channels, height, width];
+    let noise = args.noise.as_ref().map(|path| tensors::read_noise(path, shape)).transpose()?;
+    prepare_output(args, extras, &targets)?;
+    let work = Work { pipeline, settings: &settings, method };
+    let missing = missing(args, &work, &noise, targets)?;
+    let reporter = Reporter::new(args.json, args.quiet);
+    warn_of_cut_tokens(args, &work, &missing, &reporter)?;
+    args.sampling.remarks(pipeline).iter().for_each(|remark| reporter.warn(remark));
+
+    let trace = extras.trace.as_ref().map(|path| Trace::create(path)).transpose()?;
+    let interrupt = machine::catch_interrupt()?;
+    let mut run = Run { args, work, extras, noise, interrupt, reporter, trace };
+    let latents = run.make(&missing, started)?;
+    if let (Some(path), false) = (&args.latents_out, missing.is_empty()) {
+        tensors::write_latents(path, [missing.len(), shape[1], height, width], &latents)?;
+    }
+    if missing.is_empty() {
+        run.reporter.note("all images are already there");
+    }
+    run.trace.map_or(Ok(()), Trace::finish)?;
+    run.reporter.event(json!({"event": "done", "images": missing.len()}))
+}
+
+/// What only some methods write.
+#[derive(Default)]
+pub struct Extras {
+    /// Learned tokens, one file per image.
+    pub save_token: Option<PathBuf>,
+    /// JSON lines, one per iteration.
+    pub trace: Option<PathBuf>,
+}
+
+struct Run<'a> {
+    args: &'a ImageFlags,
+    work: Work<'a>,
+    extras: &'a Extras,
+    noise: Noise,
+    interrupt: Arc<AtomicBool>,
+    reporter: Reporter,
+    trace: Option<Trace>,
+}
+
+impl Run<'_> {
+    /// Makes and saves the targets, batch by batch; returns the latents of all.
+    fn make(&mut self, targets: &[Target], started: Instant) -> Result<Vec<f32>> {
+        let mut latents = Vec::new();
+        let mut executor = self.args.device.executor(self.args.check_finite)?;
+        // Whole batches share one set of programs; a smaller last batch gets its own.
+        let whole = targets.len() - targets.len() % self.args.batch;
+        for (part, group) in
+            [&targets[..whole], &targets[whole..]].into_iter().filter(|group| !group.is_empty()).enumerate()
+        {
+            let batch = group.len().min(self.args.batch);
+            executor.clear();
+            let prompts: Vec<&str> = group[..batch].iter().map(|target| target.prompt.as_str()).collect();
+            let (limit, free) = (self.args.device.memory_limit, executor.free_memory()?);
+            let Work { pipeline, settings, method } = self.work;
+            let planned = method.plan(pipeline, &*executor, settings, &prompts, limit.or(free))?;
+            let (footprint, ticks) = (planned.footprint(), planned.ticks());
+            machine::check_memory(limit, free, &footprint, flags::smaller_plan(batch))?;
+            let before = machine::disk_bytes();
+            let mut loaded = planned.load(&mut *executor)?;
+            if part == 0 {
+                let from_disk = machine::disk_bytes().saturating_sub(before);
+                self.report_load(started.elapsed().as_secs_f64(), from_disk, footprint.total())?;
+                self.reporter.start("step", targets.len().div_ceil(self.args.batch) * ticks);
+            }
+            for targets in group.chunks(batch) {
+                latents.extend(self.make_batch(&mut loaded, targets)?);
+            }
+        }
+        self.reporter.finish();
+        Ok(latents)
+    }
+
+    fn make_batch(&mut self, loaded: &mut Loaded<'_, '_>, targets: &[Target]) -> Result<Vec<f32>> {
+        let started = Instant::now();
+        let job = |target: &Target| Job {
+            prompt: target.prompt.clone(),
+            negative: self.args.sampling.negative.clone(),
+            seed: target.seed,
+            draws: self.noise.iter().map(|rows| rows[target.index].clone()).collect(),
+        };
+        let jobs: Vec<Job> = targets.iter().map(job).collect();
+        let mut trace = self.trace.take();
+        let images = loaded.run(&jobs, &mut |progress| {
+            match progress {
+                Progress::Step { .. } => self.reporter.step(),
+                Progress::Iteration(report) => {
+                    self.reporter.step();
+                    if let (Some(trace), Some(report)) = (trace.as_mut(), report) {
+                        trace.write(targets, report)?;
+                    }
+                }
+                Progress::Image { index, image } => {
+                    let seconds = started.elapsed().as_secs_f64() / targets.len() as f64;
+                    return self.save(&targets[index], image, seconds);
+                }
+            }
+            if self.interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+        })?;
+        self.trace = trace;
+        for (index, target) in targets.iter().enumerate() {
+            if let Some(path) = &self.extras.save_token {
+                let alone = self.args.prompts.is_none() && self.args.count == 1;
+                inversion_file(path, target, alone, loaded, index)?;
+            }
+            if let Some(chosen) = loaded.chosen(index) {
+                let path = target.path.display().to_string();
+                self.reporter.note(&format!("{path}: seed {}, score {:.4}", chosen.seed, chosen.score));
+                self.reporter
+                    .event(json!({"event": "chosen", "path": path, "seed": chosen.seed, "score": chosen.score}))?;
+            }
+        }
+        // Only --latents-out needs them; a long run must not pile them up.
+        let kept = images.into_iter().filter(|_| self.args.latents_out.is_some());
+        Ok(kept.flat_map(|image| image.latents).collect())
+    }
+
+    /// A load is cold when most of the stored weights had to come from the disk, warm when the system still held them.
+    fn report_load(&self, seconds: f64, from_disk: u64, planned: usize) -> Result<()> {
+        let stored: usize = Component::PIPELINE.iter().map(|&c| self.work.pipeline.model.bytes(c)).sum();
+        let state = if 2 * from_disk > stored as u64 { "cold" } else { "warm" };
+        self.reporter.note(&format!("loaded in {seconds:.2} s ({state}), {} planned", show_bytes(planned)));
+        self.reporter.event(json!({
+            "event": "load", "seconds": seconds, "state": state, "disk_bytes": from_disk, "stored_bytes": stored,
+            "planned_bytes": planned
+        }))
+    }
+
+    fn save(&self, target: &Target, image: &Image, seconds: f64) -> Result<()> {
+        let record = self.args.record(&self.work, &self.noise, target);
+        let chunks = (!self.args.no_metadata).then_some(&record);
+        atomic::write(&target.path, |out| metadata::write_png(out, image.width, image.height, &image.rgb, chunks))?;
+        let event =
+            json!({"event": "image", "path": target.path.display().to_string(), "seconds": seconds, "record": record});
+        self.reporter.image(&target.path, event)
+    }
+}
+
+/// Writes what was learned for one image; several images get their seed before the extension, those of a prompt file the image's
+/// name.
+fn inversion_file(path: &Path, target: &Target, alone: bool, loaded: &Loaded<'_, '_>, index: usize) -> Result<()> {
+    let path = if alone { path.to_path_buf() } else { prompts::beside(path, &target.path) };
+    let token = loaded.learned(index, &inversion::word_of(&path))?;
+    let bytes = inversion::bytes(&token)?;
+    atomic::write(&path, |out| out.write_all(&bytes))
+}
+
+/// A file of JSON lines that grows while images are made, and is whole lines at any time.
+struct Trace {
+    path: PathBuf,
+    out: std::io::LineWriter<std::fs::File>,
+}
+
+impl Trace {
+    fn create(path: &Path) -> Result<Trace> {
+        let out = std::fs::File::create(path).map_err(Error::io("create", path))?;
+        Ok(Trace { path: path.to_path_buf(), out: std::io::LineWriter::new(out) })
+    }
+
+    fn write(&mut self, targets: &[Target], report: &Iteration) -> Result<()> {
+        let mut line = json!(report);
+        line["seeds"] = json!(targets.iter().map(|target| target.seed).collect::<Vec<_>>());
+        line["images"] = json!(targets.iter().map(|target| target.index).collect::<Vec<_>>());
+        writeln!(self.out, "{line}").map_err(Error::io("write", &self.path))
+    }
+
+    fn finish(mut self) -> Result<()> {
+        self.out.flush().map_err(Error::io("write", &self.path))
+    }
+}
+
+/// Output folders exist and can be written to before the first image is computed.
+fn prepare_output(args: &ImageFlags, extras: &Extras, targets: &[Target]) -> Result<()> {
+    let format = args.out.as_ref().and_then(|out| out.extension()).and_then(|e| e.to_str()).unwrap_or_default();
+    if ["jpg", "jpeg", "webp"].contains(&format.to_ascii_lowercase().as_str()) {
+        return Err(Error::Usage(format!("--out: images are written as .png, not .{format}")));
+    }
+    if let Out::Folder(folder) = args.out() {
+        std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+    }
+    for target in targets {
+        if target.path.is_dir() {
+            return Err(Error::Usage(format!("{}: is a folder, not a file to write", target.path.display())));
+        }
+        if args.latents_out.as_ref() == Some(&target.path) {
+            return Err(Error::Usage(format!("{}: --latents-out would overwrite the image", target.path.display())));
+        }
+    }
+    targets
+        .iter()
+        .map(|t| &t.path)
+        .take(1)
+        .chain(&args.latents_out)
+        .chain(&extras.save_token)
+        .try_for_each(|path| atomic::probe(path))
+}
+
+/// Targets that are not made yet; without a prompt file every image is made.
+fn missing(args: &ImageFlags, work: &Work<'_>, noise: &Noise, targets: Vec<Target>) -> Result<Vec<Target>> {
+    if args.prompts.is_none() || args.overwrite {
+        return Ok(targets);
+    }
+    let mut missing = Vec::new();
+    for target in targets {
+        if !prompts::is_finished(&target.path, &args.record(work, noise, &target))? {
+            missing.push(target);
+        }
+    }
+    Ok(missing)
+}
+
+fn warn_of_cut_tokens(args: &ImageFlags, work: &Work<'_>, targets: &[Target], reporter: &Reporter) -> Result<()> {
+    let pipeline = work.pipeline;
+    let reserved = work.method.reserved_tokens();
+    let mut prompts: Vec<&str> =
+        targets.iter().map(|t| t.prompt.as_str()).chain(args.sampling.negative.as_deref()).collect();
+    prompts.dedup();
+    for prompt in prompts {
+        // The unconditional branch holds no learnable token.
+        let reserved = if Some(prompt) == args.sampling.negative.as_deref() { 0 } else { reserved };
+        let cut = pipeline.frame(prompt, reserved, Place::End)?.swap_remove(0).0.cut;
+        if !cut.is_empty() {
+            let kept = (pipeline.tokens() - 2).saturating_sub(reserved);
+            reporter.warn(&format!("'{prompt}': only {kept} tokens fit, cut: {}", cut.join(" ")));
+            reporter.event(json!({"event": "cut", "prompt": prompt, "tokens": cut}))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,437 @@
+//! MinorityPrompt (Um & Ye 2025, algorithm 1): while an image is sampled, what the network is told is optimised towards what the
+//! model finds unlikely, at some of the steps.
+//!
+//! The variable (a learnable token, all text states, the unconditional ones) and the objective (minority, repulsion, or one of your
+//! own) are chosen apart. The default mode follows the paper where the released code differs from it; see [`Schedule`].
+
+mod programs;
+
+use crate::exec::{Data, DataMut, Executor, ProgramId};
+use crate::methods::generate::{self, Generator, Image, Job, Observer, Progress};
+use crate::methods::objective::{self, Ask, Look, Objective, Objectives, Passes, scene, score_name};
+use crate::methods::pipeline::{LearnedToken, Pipeline};
+use crate::methods::programs::gradient_of;
+use crate::methods::text::{self, Text};
+use crate::methods::token::Placed;
+use crate::methods::variable::{ADAM, Names, Parameter, Variable, moments_of};
+use crate::plan::{Footprint, Planned, plan};
+use crate::program::DType;
+use crate::sampler::{Convention, Level, Renoise, draw, renoise};
+use crate::{Error, Result};
+use programs::OfPrefix;
+use std::collections::HashMap;
+
+/// When and how hard is optimised.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Schedule {
+    /// Adam steps at every optimised sampling step.
+    pub iterations: usize,
+    /// Adam's learning rate, in the units of what is optimised.
+    pub rate: f64,
+    /// The rate at sampling step `i` is `rate (1 − i · decay)`.
+    pub decay: f64,
+    /// Steps are optimised while their timestep is above this share of the training steps …
+    pub t_lo: f64,
+    /// … and their number is a multiple of this.
+    pub every: usize,
+    /// Steps that are not optimised read the prompt as it was, not as it was last optimised.
+    pub base_prompt_after: bool,
+    pub renoise: Renoise,
+    pub convention: Convention,
+}
+
+/// Everything that holds for a whole run.
+pub struct Settings {
+    pub images: generate::Settings,
+    pub schedule: Schedule,
+    pub variable: Variable,
+    /// Each gets `iterations` of its own, in this order.
+    pub objectives: Vec<Objective>,
+    /// Report every iteration.
+    pub trace: bool,
+    /// Gradients are computed times this power of two, which keeps those of f16 above its smallest numbers.
+    pub loss_scale: f64,
+    /// Bytes of arena the run may take; `None`: as many as the fastest way wants.
+    pub budget: Option<usize>,
+}
+
+/// One iteration, as `--trace` writes it. Numbers are per image.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Iteration {
+    pub step: usize,
+    pub timestep: f64,
+    pub second_timestep: f64,
+    pub objective: &'static str,
+    /// Among those of this step and objective.
+    pub iteration: usize,
+    pub rate: f64,
+    /// What the objective reports before the update.
+    pub score: Vec<f32>,
+    /// Length of the gradient of what is optimised.
+    pub gradient: Vec<f64>,
+    /// Distance from where it began, before the update.
+    pub moved: Vec<f64>,
+}
+
+/// An optimised step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Visit {
+    look: Look,
+    rate: f64,
+}
+
+/// A run, planned but not loaded.
+pub struct Minority<'p> {
+    generator: Generator<'p>,
+    settings: Settings,
+    visits: Vec<Option<Visit>>,
+    objectives: Objectives,
+    update: Planned,
+    of_prefix: OfPrefix,
+    prefix: usize,
+}
+
+impl<'p> Minority<'p> {
+    /// Plans for batches of as many prompts as `prompts`, which may be the first of them.
+    pub fn plan(
+        pipeline: &'p Pipeline,
+        executor: &dyn Executor,
+        settings: Settings,
+        prompts: &[&str],
+    ) -> Result<Minority<'p>> {
+        let generator = programs::generator(pipeline, executor, &settings, prompts.len())?;
+        let visits = visits(pipeline, &settings, &generator)?;
+        let design = programs::design(&generator, pipeline, &settings);
+        let prefix = match &settings.variable {
+            Variable::Token(token) => token.place(pipeline, prompts)?.prefix,
+            Variable::Text | Variable::Null => 0,
+        };
+        let ask = Ask {
+            pipeline,
+            dtype: settings.images.dtype,
+            sizes: generator.sizes(),
+            guidance: settings.images.sampler.guidance,
+            varies: settings.variable.varies(),
+            loss_scale: settings.loss_scale,
+            budget: settings.budget,
+        };
+        let objectives = Objectives::plan(&ask, executor, &settings.objectives)?;
+        let update = plan(design.update(settings.loss_scale)?, |program, node| executor.workspace(program, node));
+        let of_prefix = OfPrefix::plan(&design, executor, prefix)?;
+        Ok(Minority { generator, settings, visits, objectives, update, of_prefix, prefix })
+    }
+
+    pub fn footprint(&self) -> Footprint {
+        Footprint::of(&self.programs())
+    }
+
+    /// Every planned program.
+    pub fn programs(&self) -> Vec<&Planned> {
+        let mut all = self.generator.programs().all().to_vec();
+        all.extend(self.objectives.all());
+        all.push(&self.update);
+        all.extend(self.of_prefix.all());
+        all
+    }
+
+    /// Sampling steps and iterations of one batch.
+    pub fn ticks(&self) -> usize {
+        let iterations = self.settings.schedule.iterations * self.settings.objectives.len();
+        self.generator.calls() + self.optimised().len() * iterations
+    }
+
+    /// UNet calls of one batch, sampling included.
+    pub fn passes(&self) -> Passes {
+        let sampling = self.generator.passes();
+        let iterations = self.optimised().len() * self.settings.schedule.iterations;
+        let Passes { forward, backward } = self.objectives.passes();
+        Passes { forward: sampling + iterations * forward, backward: iterations * backward }
+    }
+
+    /// Numbers of the sampling steps that are optimised.
+    pub fn optimised(&self) -> Vec<usize> {
+        (0..self.visits.len()).filter(|step| self.visits[*step].is_some()).collect()
+    }
+
+    /// The optimised steps, each with the two noise levels it looks at.
+    pub(crate) fn looks(&self) -> impl Iterator<Item = (usize, Look)> {
+        self.visits.iter().enumerate().filter_map(|(step, visit)| Some((step, visit.as_ref()?.look)))
+    }
+
+    /// Loads weights and programs.
+    pub fn load<'e>(self, executor: &'e mut dyn Executor) -> Result<Loaded<'p, 'e>> {
+        let pipeline = self.generator.pipeline();
+        let parameters = programs::design(&self.generator, pipeline, &self.settings).parameters();
+        let images = self.generator.load(executor)?;
+        let objectives = self.objectives.load(&mut *images.executor, &pipeline.model)?;
+        let update = images.executor.load(self.update, &pipeline.model)?;
+        let of_prefix = self.of_prefix.load(&mut *images.executor, &pipeline.model)?;
+        Ok(Loaded {
+            rows: parameters.iter().map(|p| vec![0.0; p.shape.iter().product()]).collect(),
+            images,
+            settings: self.settings,
+            visits: self.visits,
+            objectives,
+            update,
+            parameters,
+            prefix: self.prefix,
+            prefixes: HashMap::from([(self.prefix, of_prefix)]),
+            seeds: vec![],
+            drawn: 0,
+        })
+    }
+}
+
+/// The steps that are optimised, and the two noise levels of each.
+fn visits(pipeline: &Pipeline, settings: &Settings, generator: &Generator<'_>) -> Result<Vec<Option<Visit>>> {
+    let (config, s) = (&pipeline.config.scheduler, &settings.schedule);
+    if s.every == 0 || !(s.rate >= 0.0 && s.rate.is_finite()) {
+        let what = format!("a learning rate of {} every {} steps: must be 0 or more, and 1 or more", s.rate, s.every);
+        return Err(Error::Usage(what));
+    }
+    let steps = &generator.schedule().steps;
+    let gate = s.t_lo * config.train_timesteps as f64;
+    let visit = |(index, step): (usize, &crate::sampler::Step)| {
+        if step.timestep <= gate || !index.is_multiple_of(s.every) {
+            return Ok(None);
+        }
+        let rate = s.rate * (1.0 - index as f64 * s.decay);
+        if rate < 0.0 {
+            let what = format!("a decay of {} makes the learning rate negative at step {index}", s.decay);
+            return Err(Error::Usage(what));
+        }
+        let (again, again_level) = renoise(config, steps.len(), s.convention, s.renoise, step.timestep)?;
+        let level = Level { alpha: step.alpha, sigma: step.sigma };
+        Ok(Some(Visit { look: Look { timestep: step.timestep, level, again, again_level }, rate }))
+    };
+    steps.iter().enumerate().map(visit).collect()
+}
+
+/// A run with its programs on an executor.
+pub struct Loaded<'p, 'e> {
+    images: generate::Loaded<'p, 'e>,
+    settings: Settings,
+    visits: Vec<Option<Visit>>,
+    objectives: objective::Loaded,
+    update: ProgramId,
+    parameters: Vec<Parameter>,
+    prefix: usize,
+    /// Programs by the number of tokens before the first learnable one.
+    prefixes: HashMap<usize, programs::LoadedOfPrefix>,
+    /// What the parameters begin as.
+    rows: Vec<Vec<f32>>,
+    /// Per image, of the optimiser.
+    seeds: Vec<u64>,
+    /// Draws of noise so far.
+    drawn: u64,
+}
+
+impl Loaded<'_, '_> {
+    /// Fills an input that an objective of your own declares.
+    pub fn write(&mut self, name: &str, data: Data<'_>) -> Result<()> {
+        self.images.executor.write(name, data)
+    }
+
+    /// Makes one full batch of images; `seeds` are the optimiser's, one per image. Other seeds leave the starting noise as it is.
+    pub fn run(&mut self, jobs: &[Job], seeds: &[u64], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
+        if seeds.len() != jobs.len() {
+            return Err(Error::Usage(format!("{} seeds of the optimiser for {} images", seeds.len(), jobs.len())));
+        }
+        self.images.begin(jobs)?;
+        let base = self.base(jobs)?;
+        self.begin(jobs, seeds, &base)?;
+        let mut learned = false;
+        for step in 0..self.visits.len() {
+            if let Some(visit) = self.visits[step] {
+                self.optimise(step, visit, observe)?;
+                let texts = self.texts(&base)?;
+                self.tell(texts)?;
+                learned = true;
+            } else if self.settings.schedule.base_prompt_after && learned {
+                self.tell(base.clone())?;
+                learned = false;
+            }
+            self.images.step(step, observe)?;
+        }
+        self.images.finish(observe)
+    }
+
+    /// The optimiser's inner loop at one step: Adam begins anew, what is optimised goes on.
+    fn optimise(&mut self, step: usize, visit: Visit, observe: &mut Observer<'_>) -> Result<()> {
+        self.objectives.prepare(&mut self.images, &visit.look)?;
+        for objective in 0..self.settings.objectives.len() {
+            self.forget_moments()?;
+            for iteration in 0..self.settings.schedule.iterations {
+                self.objectives.run(&mut self.images, objective, &self.seeds, draw::LOOK + self.drawn)?;
+                self.drawn += 1;
+                self.images.executor.run(self.prefixes[&self.prefix].backward)?;
+                let report = match self.settings.trace {
+                    true => Some(self.report(step, visit, objective, iteration)?),
+                    false => None,
+                };
+                self.images.executor.write(ADAM, Data::F64(&adam(visit.rate, iteration)))?;
+                self.images.executor.run(self.update)?;
+                self.images.executor.run(self.prefixes[&self.prefix].forward)?;
+                observe(Progress::Iteration(report.as_ref()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the optimised branch is told without optimisation.
+    fn base(&mut self, jobs: &[Job]) -> Result<Vec<Text>> {
+        match self.settings.variable {
+            Variable::Token(_) | Variable::Text => Ok(self.images.prompts().to_vec()),
+            Variable::Null => jobs.iter().map(|job| self.images.negative(job)).collect(),
+        }
+    }
+
+    fn tell(&mut self, texts: Vec<Text>) -> Result<()> {
+        match self.settings.variable {
+            Variable::Token(_) | Variable::Text => self.images.tell(texts),
+            Variable::Null => self.images.tell_negatives(texts),
+        }
+    }
+
+    /// Writes what stays the same for all iterations of a batch, and the parameters as they begin.
+    fn begin(&mut self, jobs: &[Job], seeds: &[u64], base: &[Text]) -> Result<()> {
+        (self.seeds, self.drawn) = (seeds.to_vec(), 0);
+        let stacked = text::stacked(base);
+        if let Variable::Token(token) = &self.settings.variable {
+            let prompts: Vec<&str> = jobs.iter().map(|job| job.prompt.as_str()).collect();
+            let placed = token.place(self.images.pipeline, &prompts)?;
+            self.rows = token.initial(self.images.pipeline, seeds)?;
+            self.place(&placed)?;
+        } else {
+            self.rows = vec![stacked.context];
+            self.objectives.write(&mut self.images, scene::POOLED, Data::F32(&stacked.pooled))?;
+        }
+        for (parameter, rows) in self.parameters.iter().zip(&self.rows) {
+            self.images.executor.write(parameter.name, Data::F32(rows))?;
+        }
+        self.objectives.constants(&mut self.images, jobs)?;
+        self.images.executor.run(self.prefixes[&self.prefix].forward)
+    }
+
+    /// Enters the prompts' ids, and computes what their first tokens hand on to the learnable ones.
+    fn place(&mut self, placed: &Placed) -> Result<()> {
+        self.prefix = placed.prefix;
+        if !self.prefixes.contains_key(&placed.prefix) {
+            let design = self.images.design(&self.settings);
+            let planned = OfPrefix::plan(&design, &*self.images.executor, placed.prefix)?;
+            let loaded = planned.load(&mut *self.images.executor, &self.images.pipeline.model)?;
+            self.prefixes.insert(placed.prefix, loaded);
+        }
+        let (names, tokens) = (Names::of(placed.prefix), self.images.sizes.tokens);
+        for (tower, ids) in placed.ids.iter().enumerate() {
+            let [first, rest] = names.ids(tower);
+            let part = |from: usize, to: usize| -> Vec<i32> {
+                ids.chunks(tokens).flat_map(|ids| &ids[from..to]).copied().collect()
+            };
+            self.images.executor.write(&first, Data::I32(&part(0, placed.prefix)))?;
+            self.images.executor.write(&rest, Data::I32(&part(placed.prefix, tokens)))?;
+        }
+        if placed.ids.len() > 1 {
+            let pool_at: Vec<i32> = placed.pool_at.iter().map(|at| at - placed.prefix as i32).collect();
+            self.images.executor.write(&names.pool_at(), Data::I32(&pool_at))?;
+        }
+        match self.prefixes[&placed.prefix].prefix {
+            Some(program) => self.images.executor.run(program),
+            None => Ok(()),
+        }
+    }
+
+    fn forget_moments(&mut self) -> Result<()> {
+        for Parameter { name, shape } in &self.parameters {
+            let zeros = vec![0.0; shape.iter().product()];
+            for moment in moments_of(name) {
+                self.images.executor.write(&moment, Data::F32(&zeros))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the optimised branch is told now.
+    fn texts(&self, base: &[Text]) -> Result<Vec<Text>> {
+        let mut context = vec![0.0; base.iter().map(|text| text.context.len()).sum()];
+        self.images.executor.read(scene::CONTEXT, DataMut::F32(&mut context))?;
+        let mut pooled: Vec<f32> = base.iter().flat_map(|text| &text.pooled).copied().collect();
+        if matches!(self.settings.variable, Variable::Token(_)) && self.objectives.reads(scene::POOLED) {
+            self.images.executor.read(scene::POOLED, DataMut::F32(&mut pooled))?;
+        }
+        let (rows, width) = (context.len() / base.len(), pooled.len() / base.len());
+        let text = |i: usize| Text {
+            context: context[i * rows..][..rows].to_vec(),
+            pooled: pooled[i * width..][..width].to_vec(),
+        };
+        Ok((0..base.len()).map(text).collect())
+    }
+
+    /// What was optimised, as it is now: per parameter, `[B · rows, C]` of a token's.
+    pub fn learned(&self) -> Result<Vec<Vec<f32>>> {
+        self.parameters.iter().map(|p| self.read(p.name, p.shape.iter().product())).collect()
+    }
+
+    /// The token learned for image `index` of the batch.
+    pub fn token(&self, index: usize, word: &str) -> Result<LearnedToken> {
+        let Variable::Token(settings) = &self.settings.variable else {
+            return Err(Error::Usage("no token is learned where all text states are".into()));
+        };
+        let learned = self.learned()?;
+        let own = |rows: Vec<f32>| {
+            let len = rows.len() / self.seeds.len();
+            rows[index * len..][..len].to_vec()
+        };
+        let embeddings = learned.into_iter().map(own).collect();
+        Ok(LearnedToken { word: word.to_string(), rows: settings.rows, embeddings })
+    }
+
+    fn read(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let mut values = vec![0.0; len];
+        self.images.executor.read(name, DataMut::F32(&mut values))?;
+        Ok(values)
+    }
+
+    fn report(&self, step: usize, visit: Visit, objective: usize, iteration: usize) -> Result<Iteration> {
+        let batch = self.seeds.len();
+        let (mut gradient, mut moved) = (vec![0.0; batch], vec![0.0; batch]);
+        for (parameter, first) in self.parameters.iter().zip(&self.rows) {
+            let now = self.read(parameter.name, first.len())?;
+            let slope = self.read(&gradient_of(parameter.name), first.len())?;
+            for (image, sum) in moved.iter_mut().enumerate() {
+                let own = image * first.len() / batch..(image + 1) * first.len() / batch;
+                *sum += own.clone().map(|i| f64::from(now[i] - first[i]).powi(2)).sum::<f64>();
+                gradient[image] += own.map(|i| f64::from(slope[i]).powi(2)).sum::<f64>();
+            }
+        }
+        gradient.iter_mut().for_each(|sum| *sum = sum.sqrt() / self.settings.loss_scale);
+        moved.iter_mut().for_each(|sum| *sum = sum.sqrt());
+        Ok(Iteration {
+            step,
+            timestep: visit.look.timestep,
+            second_timestep: visit.look.again,
+            objective: self.settings.objectives[objective].name,
+            iteration,
+            rate: visit.rate,
+            score: self.read(&score_name(objective), batch)?,
+            gradient,
+            moved,
+        })
+    }
+}
+
+/// Adam's numbers before update `iteration` since it began anew: torch's defaults, without weight decay.
+fn adam(rate: f64, iteration: usize) -> [f64; 7] {
+    const BETAS: [f64; 2] = [0.9, 0.999];
+    let t = iteration as i32 + 1;
+    let [b1, b2] = BETAS;
+    [rate, 1.0 - b1, 1.0 - b2, 1e-8, 0.0, 1.0 - b1.powi(t), 1.0 - b2.powi(t)]
+}
+
+/// The loss scale a program type wants.
+pub fn loss_scale(dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => 1024.0,
+        DType::BF16 | DType::F32 | DType::F64 | DType::I32 => 1.0,
+    }
+}

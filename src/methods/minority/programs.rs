@@ -1,0 +1,86 @@
+//! The programs of a MinorityPrompt run besides those that make images.
+
+use super::Settings;
+use crate::Result;
+use crate::exec::{Executor, ProgramId};
+use crate::methods::generate::{self, Generator};
+use crate::methods::pipeline::Pipeline;
+use crate::methods::variable::{Design, Variable};
+use crate::plan::{Planned, plan};
+use crate::program::Program;
+use crate::sampler::{Convention, released};
+use crate::weights::Model;
+
+/// The part that makes images, with the tables of the convention.
+pub fn generator<'p>(
+    pipeline: &'p Pipeline,
+    executor: &dyn Executor,
+    settings: &Settings,
+    batch: usize,
+) -> Result<Generator<'p>> {
+    let images = settings.images.clone();
+    match settings.schedule.convention {
+        Convention::Diffusers => Generator::plan(pipeline, executor, images, batch),
+        Convention::Released => {
+            let schedule = released(&pipeline.config.scheduler, &images.sampler)?;
+            Generator::with_schedule(pipeline, executor, images, batch, schedule)
+        }
+    }
+}
+
+pub fn design<'a>(generator: &Generator<'_>, pipeline: &'a Pipeline, settings: &'a Settings) -> Design<'a> {
+    Design { pipeline, dtype: settings.images.dtype, sizes: generator.sizes(), variable: &settings.variable }
+}
+
+impl<'p> generate::Loaded<'p, '_> {
+    pub(super) fn design<'a>(&self, settings: &'a Settings) -> Design<'a>
+    where
+        'p: 'a,
+    {
+        Design {
+            pipeline: self.pipeline,
+            dtype: settings.images.dtype,
+            sizes: self.sizes,
+            variable: &settings.variable,
+        }
+    }
+}
+
+/// The programs of a variable for prompts with this many tokens before the first learnable one.
+pub struct OfPrefix {
+    prefix: Option<Planned>,
+    forward: Planned,
+    backward: Planned,
+}
+
+/// [`OfPrefix`] on an executor.
+pub struct LoadedOfPrefix {
+    pub prefix: Option<ProgramId>,
+    pub forward: ProgramId,
+    pub backward: ProgramId,
+}
+
+impl OfPrefix {
+    pub fn plan(design: &Design<'_>, executor: &dyn Executor, prefix: usize) -> Result<OfPrefix> {
+        let plan = |program: Program| plan(program, |program, node| executor.workspace(program, node));
+        let tokens = matches!(design.variable, Variable::Token(_));
+        Ok(OfPrefix {
+            prefix: tokens.then(|| design.prefix(prefix).map(plan)).transpose()?,
+            forward: plan(design.forward(prefix)?),
+            backward: plan(design.backward(prefix)?),
+        })
+    }
+
+    pub fn all(&self) -> Vec<&Planned> {
+        self.prefix.iter().chain([&self.forward, &self.backward]).collect()
+    }
+
+    pub fn load(self, executor: &mut dyn Executor, model: &Model) -> Result<LoadedOfPrefix> {
+        let mut load = |planned: Planned| executor.load(planned, model);
+        Ok(LoadedOfPrefix {
+            prefix: self.prefix.map(&mut load).transpose()?,
+            forward: load(self.forward)?,
+            backward: load(self.backward)?,
+        })
+    }
+}

@@ -1,0 +1,54 @@
+//! One image of the `shapes` world at a time, read where it was made: what scores and contact sheets say of it.
+
+use super::{Instrument, Reader, World};
+use crate::exec::cpu::Cpu;
+use crate::program::DType;
+use crate::{Error, Result};
+
+/// What is seen in an image.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sight {
+    /// Nats; −∞ for what the world does not hold.
+    pub log_density: f64,
+    /// Attributes the prompt states, and those of them that are otherwise in the image. 0 for a prompt outside the grammar.
+    pub stated: usize,
+    pub wrong: usize,
+}
+
+impl Sight {
+    /// Share of what the prompt states that is in the image; 1 where it states nothing.
+    pub fn agreement(&self) -> f64 {
+        if self.stated == 0 { 1.0 } else { 1.0 - self.wrong as f64 / self.stated as f64 }
+    }
+}
+
+/// The embedded reader on the CPU.
+pub struct Eye {
+    world: World,
+    reader: Reader,
+}
+
+impl Eye {
+    pub fn open() -> Result<Eye> {
+        let world = World::embedded()?;
+        let instrument = Instrument::embedded(&world)?;
+        let cpu = Box::new(Cpu::<f32>::new());
+        let planned = instrument.plan(&*cpu, DType::F32, 1)?;
+        Ok(Eye { reader: instrument.load(cpu, planned)?, world })
+    }
+
+    /// Of an image `[H, W, 3]`; `Error::Usage` where it has not the world's size.
+    pub fn look(&mut self, prompt: &str, rgb: &[u8]) -> Result<Sight> {
+        let side = self.world.image_size;
+        if rgb.len() != 3 * side * side {
+            return Err(Error::Usage(format!("images of the `shapes` world are {side}x{side}; this one is not")));
+        }
+        let reading = self.reader.read(rgb)?.swap_remove(0);
+        let stated: Vec<(usize, usize)> = match self.world.parse(prompt) {
+            Ok(statement) => statement.iter().enumerate().filter_map(|(i, value)| Some((i, (*value)?))).collect(),
+            Err(_) => vec![],
+        };
+        let wrong = stated.iter().filter(|(index, value)| reading.cell[*index] != *value).count();
+        Ok(Sight { log_density: self.world.log_density(&reading.cell), stated: stated.len(), wrong })
+    }
+}
