@@ -202,9 +202,10 @@ fn every_iteration_is_the_references() {
         let pipeline = case.pipeline();
         let found = run(&case, &pipeline);
         let expected = case.tensor("j").unwrap();
-        let scores: Vec<f32> = found.iterations.iter().flat_map(|i| &i.score).copied().collect();
+        let scores: Vec<f64> = found.iterations.iter().flat_map(|i| &i.score).copied().collect();
         assert_eq!(scores.len(), expected.len(), "{}", case.name);
-        let j = scores.iter().zip(&expected).map(|(a, b)| f64::from((a - b).abs() / b.abs())).fold(0.0, f64::max);
+        let relative_to = |(a, b): (&f64, &f32)| (a - f64::from(*b)).abs() / f64::from(b.abs());
+        let j = scores.iter().zip(&expected).map(relative_to).fold(0.0, f64::max);
         let mut least = 1.0f64;
         for (tower, learned) in found.learned.iter().enumerate() {
             let name = if matches!(case.text("variable"), "token") { format!("final.{tower}") } else { "final".into() };

@@ -66,7 +66,7 @@ pub struct Iteration {
     pub iteration: usize,
     pub rate: f64,
     /// What the objective reports before the update.
-    pub score: Vec<f32>,
+    pub score: Vec<f64>,
     /// Length of the gradient of what is optimised.
     pub gradient: Vec<f64>,
     /// Distance from where it began, before the update.
@@ -369,7 +369,12 @@ impl Loaded<'_, '_> {
 
     /// What was optimised, as it is now: per parameter, `[B · rows, C]` of a token's.
     pub fn learned(&self) -> Result<Vec<Vec<f32>>> {
-        self.parameters.iter().map(|p| self.read(p.name, p.shape.iter().product())).collect()
+        let own = |p: &Parameter| {
+            let mut values = vec![0.0; p.shape.iter().product()];
+            self.images.executor.read(p.name, DataMut::F32(&mut values))?;
+            Ok(values)
+        };
+        self.parameters.iter().map(own).collect()
     }
 
     /// The token learned for image `index` of the batch.
@@ -386,26 +391,34 @@ impl Loaded<'_, '_> {
         Ok(LearnedToken { word: word.to_string(), rows: settings.rows, embeddings })
     }
 
-    fn read(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+    /// The gradient of what was last raised, per parameter as [`Loaded::learned`] has them.
+    pub fn gradient(&self) -> Result<Vec<Vec<f64>>> {
+        let own = |p: &Parameter| {
+            let loss = self.read(&gradient_of(p.name), p.shape.iter().product())?;
+            Ok(loss.into_iter().map(|x| -x / self.settings.loss_scale).collect())
+        };
+        self.parameters.iter().map(own).collect()
+    }
+
+    fn read(&self, name: &str, len: usize) -> Result<Vec<f64>> {
         let mut values = vec![0.0; len];
-        self.images.executor.read(name, DataMut::F32(&mut values))?;
+        self.images.executor.read(name, DataMut::F64(&mut values))?;
         Ok(values)
     }
 
     fn report(&self, step: usize, visit: Visit, objective: usize, iteration: usize) -> Result<Iteration> {
         let batch = self.seeds.len();
         let (mut gradient, mut moved) = (vec![0.0; batch], vec![0.0; batch]);
-        for (parameter, first) in self.parameters.iter().zip(&self.rows) {
+        for (index, slope) in self.gradient()?.iter().enumerate() {
+            let (first, parameter) = (&self.rows[index], &self.parameters[index]);
             let now = self.read(parameter.name, first.len())?;
-            let slope = self.read(&gradient_of(parameter.name), first.len())?;
-            for (image, sum) in moved.iter_mut().enumerate() {
+            for image in 0..batch {
                 let own = image * first.len() / batch..(image + 1) * first.len() / batch;
-                *sum += own.clone().map(|i| f64::from(now[i] - first[i]).powi(2)).sum::<f64>();
-                gradient[image] += own.map(|i| f64::from(slope[i]).powi(2)).sum::<f64>();
+                moved[image] += own.clone().map(|i| (now[i] - f64::from(first[i])).powi(2)).sum::<f64>();
+                gradient[image] += own.map(|i| slope[i].powi(2)).sum::<f64>();
             }
         }
-        gradient.iter_mut().for_each(|sum| *sum = sum.sqrt() / self.settings.loss_scale);
-        moved.iter_mut().for_each(|sum| *sum = sum.sqrt());
+        gradient.iter_mut().chain(&mut moved).for_each(|sum| *sum = sum.sqrt());
         Ok(Iteration {
             step,
             timestep: visit.look.timestep,

@@ -9,6 +9,7 @@ pub mod feed;
 pub mod golden;
 pub mod gradients;
 pub mod layouts;
+pub mod minority;
 pub mod naive;
 pub mod products;
 pub mod rounded;

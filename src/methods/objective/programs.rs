@@ -119,18 +119,19 @@ impl Objectives {
     }
 }
 
-/// How often a program runs the UNet's last layer, forward and backward.
+/// How often a program runs the UNet: forward, by its first layer, which is also computed again where activations are; backward, by
+/// its last.
 fn calls(program: &Program) -> Passes {
-    let is_last = |id: ValueId| match &program.value(id).origin {
-        Origin::Weight(weight) => weight.component == Component::Unet && weight.keys == ["conv_out.weight"],
+    let is = |id: ValueId, key: &str| match &program.value(id).origin {
+        Origin::Weight(weight) => weight.component == Component::Unet && weight.keys == [key],
         Origin::Input(_) | Origin::Op(_) => false,
     };
     let mut passes = Passes::default();
     for node in &program.nodes {
         if let Op::Conv2d(conv) = &node.op {
-            passes.forward += usize::from(is_last(conv.w));
+            passes.forward += usize::from(is(conv.w, "conv_in.weight"));
         } else if let Op::Conv2dBackward(conv) = &node.op {
-            passes.backward += usize::from(is_last(conv.w));
+            passes.backward += usize::from(is(conv.w, "conv_out.weight"));
         }
     }
     passes
