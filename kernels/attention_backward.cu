@@ -116,22 +116,17 @@ template <bool TO_KV, int WIDE>
 DEVICE void differentiate(float (&s)[1][WIDE][4], float (&d)[1][WIDE][4], const Statistics<TO_KV, WIDE>& statistics,
                           const BackwardParams& p, int own, int other) {
   int g = threadIdx.x % WARP_SIZE / 4, t = threadIdx.x % 4 * 2;
-  // The others that each of the thread's own rows goes with: queries that see a key, or keys that a query sees.
-  int low[2], high[2];
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    int row = own + 8 * h + g;
-    low[h] = TO_KV ? row - p.ahead : 0;
-    high[h] = TO_KV ? p.queries : min(row + 1 + p.ahead, p.keys);
-    if (row >= (TO_KV ? p.keys : p.queries)) high[h] = 0;
-  }
+  // From the thread's first pair on: how many others there are, and by how much a key may go further than a query. Own rows
+  // beyond the last are not stored, whatever becomes of them.
+  int count = (TO_KV ? p.queries : p.keys) - (other + t), ahead = (other + t) - (own + g);
+  ahead = p.ahead + (TO_KV ? ahead : -ahead);
   float scale = p.scale * LOG2_E;
 #pragma unroll
   for (int j = 0; j < WIDE; j++) {
 #pragma unroll
     for (int n = 0; n < 4; n++) {
-      int i = TO_KV ? 2 * j + n % 2 : n / 2, across = other + 8 * j + t + n % 2;
-      bool seen = low[n / 2] <= across && across < high[n / 2];
+      int i = TO_KV ? 2 * j + n % 2 : n / 2, down = n / 2 * 8, across = 8 * j + n % 2;
+      bool seen = across < count && (TO_KV ? down - across : across - down) <= ahead;
       s[0][j][n] = seen ? exp2_approx(s[0][j][n] * scale - statistics.lse[i]) : 0.0f;
       d[0][j][n] = s[0][j][n] * (d[0][j][n] - statistics.delta[i]);
     }
