@@ -181,13 +181,13 @@ DEVICE void attention_backward(const BackwardParams& p) {
     __syncthreads();  // this tile is here for all, and all are done with the one before it
     fetch(tile + 1);
     int other = tile * OTHER + s_column;
-    if (TO_KV) statistics.load(p, other);
     unsigned char* stage = stages + tile % 2 * (2 * TILE);
     float s[1][S_WIDE][4], d[1][S_WIDE][4];
     clear(s);
     clear(d);
     warp_product<DIM / STEP>(s, own_first, row, 0, Operand<T, Lines::Reduced, LINE>{stage}, s_column, 0);
     warp_product<DIM / STEP>(d, own_second, row, 0, Operand<T, Lines::Reduced, LINE>{stage + TILE}, s_column, 0);
+    if (TO_KV) statistics.load(p, other);  // not before: no registers are left while the products run
     differentiate<TO_KV>(s, d, statistics, p, sides.own + row, other);
     Operand<T, Lines::Across, LINE> first = {stage}, second = {stage + TILE};
     if constexpr (B::IN_REGISTERS) {
