@@ -172,7 +172,8 @@ fn later_steps_read_the_prompt_or_what_was_learned() {
         let schedule = Schedule { t_lo: 0.7, base_prompt_after, ..s.schedule };
         one(&pipeline, Settings { schedule, ..s }).images.remove(0)
     };
-    let always = &plain(&pipeline, &mut cpu(), images(&pipeline, 4, 3.0, DType::F32), &[job(&format!("{PROMPT} green"), 3)])[0];
+    let always =
+        &plain(&pipeline, &mut cpu(), images(&pipeline, 4, 3.0, DType::F32), &[job(&format!("{PROMPT} green"), 3)])[0];
     assert!(distance(&worded(false), always) < 1e-5);
     assert!(distance(&worded(true), always) > 1e-4 && distance(&worded(true), expected) > 1e-5);
 }

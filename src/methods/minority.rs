@@ -12,7 +12,7 @@ use crate::methods::objective::{self, Ask, Look, Objective, Objectives, Passes, 
 use crate::methods::pipeline::{LearnedToken, Pipeline};
 use crate::methods::programs::gradient_of;
 use crate::methods::text::{self, Text};
-use crate::methods::token::Placed;
+use crate::methods::token::{self, Placed, TokenSettings};
 use crate::methods::variable::{ADAM, Names, Parameter, Variable, moments_of};
 use crate::plan::{Footprint, Planned, plan};
 use crate::program::DType;
@@ -40,6 +40,34 @@ pub struct Schedule {
     pub convention: Convention,
 }
 
+/// The default learning rate over the spread of the token embeddings: about 1e-3 for CLIP-L, where the released scripts have that.
+const SHARE_OF_SPREAD: f64 = 0.07;
+
+impl Schedule {
+    /// The defaults for a model, or those of the released code.
+    pub fn of(pipeline: &Pipeline, convention: Convention) -> Result<Schedule> {
+        let shared = Schedule {
+            iterations: 10,
+            rate: 1e-2,
+            decay: 0.0,
+            t_lo: 0.9,
+            every: 1,
+            base_prompt_after: false,
+            renoise: Renoise::Fixed(0.75),
+            convention,
+        };
+        Ok(match convention {
+            Convention::Released => shared,
+            Convention::Diffusers => Schedule {
+                rate: SHARE_OF_SPREAD * token::spread(pipeline, 0)?,
+                base_prompt_after: true,
+                renoise: Renoise::Annealed,
+                ..shared
+            },
+        })
+    }
+}
+
 /// Everything that holds for a whole run.
 pub struct Settings {
     pub images: generate::Settings,
@@ -53,6 +81,21 @@ pub struct Settings {
     pub loss_scale: f64,
     /// Bytes of arena the run may take; `None`: as many as the fastest way wants.
     pub budget: Option<usize>,
+}
+
+impl Settings {
+    /// The method with its defaults for a model.
+    pub fn of(pipeline: &Pipeline, images: generate::Settings) -> Result<Settings> {
+        Ok(Settings {
+            schedule: Schedule::of(pipeline, Convention::Diffusers)?,
+            variable: Variable::Token(TokenSettings::of(pipeline, Convention::Diffusers)?),
+            objectives: vec![objective::minority(objective::Minority::default())],
+            trace: false,
+            loss_scale: loss_scale(images.dtype),
+            budget: None,
+            images,
+        })
+    }
 }
 
 /// One iteration, as `--trace` writes it. Numbers are per image.
@@ -188,6 +231,11 @@ fn visits(pipeline: &Pipeline, settings: &Settings, generator: &Generator<'_>) -
     if s.every == 0 || !(s.rate >= 0.0 && s.rate.is_finite()) {
         let what = format!("a learning rate of {} every {} steps: must be 0 or more, and 1 or more", s.rate, s.every);
         return Err(Error::Usage(what));
+    }
+    if settings.variable == Variable::Null && !generator.schedule().needs.uncond {
+        return Err(Error::Usage(
+            "the unconditional branch cannot be optimised at guidance 1, which leaves it out".into(),
+        ));
     }
     let steps = &generator.schedule().steps;
     let gate = s.t_lo * config.train_timesteps as f64;

@@ -1,4 +1,41 @@
 //! Objectives of optimisation while sampling: functions that append ops from the latents of a step to one number per image.
+//!
+//! [`minority`] and [`repulsion`] are two. A third, away from an image that was seen before, and a run that raises it:
+//!
+//! ```
+//! use rarebit::exec::{Data, cpu::Cpu};
+//! use rarebit::methods::{generate, minority::{Minority, Settings}, pipeline::Pipeline};
+//! use rarebit::methods::objective::{At, Objective, Scene, Told};
+//! use rarebit::program::DType;
+//! use rarebit::sampler::{self, Method, Rng};
+//!
+//! # fn main() -> rarebit::Result<()> {
+//! let pipeline = Pipeline::open(rarebit::assets::shapes()?, None)?;
+//! let novelty = Objective::new("novelty", |s: &mut Scene<'_>| {
+//!     let look = s.predict(s.latents, At::Now, Told::Learned);
+//!     let estimate = s.clean(look);
+//!     let shape = s.b.shape(estimate);
+//!     let seen = s.b.wide_input("seen", &shape);
+//!     s.distance(estimate, seen)
+//! });
+//! let sampler = sampler::Settings { method: Method::Ddim, spacing: None, steps: 20, eta: 0.0, guidance: 4.0, cfg_pp: false };
+//! let images = generate::Settings { width: 64, height: 64, sampler, rng: Rng::Philox, dtype: DType::F32 };
+//! let settings = Settings { objectives: vec![novelty], trace: true, ..Settings::of(&pipeline, images)? };
+//! let mut cpu = Cpu::<f32>::new();
+//! let mut run = Minority::plan(&pipeline, &cpu, settings, &["a red heart"])?.load(&mut cpu)?;
+//! run.write("seen", Data::F32(&vec![0.5; 16 * 16 * 4]))?;
+//! let job = generate::Job { prompt: "a red heart".into(), negative: None, seed: 7, draws: vec![] };
+//! let mut scores = vec![];
+//! let made = run.run(&[job], &[7], &mut |progress| {
+//!     if let generate::Progress::Iteration(Some(iteration)) = progress {
+//!         scores.push(iteration.score[0]);
+//!     }
+//!     Ok(())
+//! })?;
+//! println!("{} pixels, {} times optimised, from {:.2} to {:.2}", made[0].rgb.len() / 3, scores.len(), scores[0], scores[9]);
+//! # assert!(scores[9] > scores[0]);
+//! # Ok(()) }
+//! ```
 
 mod programs;
 
@@ -221,6 +258,14 @@ impl<'s> Scene<'s> {
         self.b.combine(&[x, y], coefficients)
     }
 
+    /// `‖x − y‖₂` per image, with gradient 0 where they are equal.
+    pub fn distance(&mut self, x: ValueId, y: ValueId) -> ValueId {
+        let minus = self.b.affine(y, -1.0, 0.0);
+        let difference = self.b.add(x, minus);
+        let squares = self.squares(difference);
+        self.root(squares)
+    }
+
     /// `‖x‖₂²` per image; [`Scene::root`] of it has gradient 0 at 0.
     pub fn squares(&mut self, x: ValueId) -> ValueId {
         self.b.dot(x, x)
@@ -262,8 +307,7 @@ pub fn minority(o: Minority) -> Objective {
     Objective::new("minority", move |s: &mut Scene<'_>| {
         let look =
             |s: &mut Scene<'_>, x, at, told| if o.guided { s.guided(x, at, told) } else { s.predict(x, at, told) };
-        let latents = s.latents;
-        let first = look(s, latents, At::Now, Told::Learned);
+        let first = look(s, s.latents, At::Now, Told::Learned);
         let f = s.clean(first);
         let n = s.draw();
         let noised = s.renoise(f, n);
@@ -309,10 +353,7 @@ pub fn repulsion() -> Objective {
         let mut sum: Option<ValueId> = None;
         for shift in 1..batch {
             let other = s.b.slice(twice, shift, batch);
-            let minus = s.b.affine(other, -1.0, 0.0);
-            let difference = s.b.add(f, minus);
-            let squares = s.squares(difference);
-            let distance = s.root(squares);
+            let distance = s.distance(f, other);
             sum = Some(sum.map_or(distance, |sum| s.b.add(sum, distance)));
         }
         sum.unwrap_or(f)

@@ -1,7 +1,7 @@
 //! The learnable token of MinorityPrompt: where it stands in a prompt, and what its embeddings begin as (Um & Ye 2025).
 
 use crate::methods::pipeline::Pipeline;
-use crate::sampler::{self, draw};
+use crate::sampler::{self, Convention, draw};
 use crate::text::Place;
 use crate::weights::{Component, Pack, Rows, Weight};
 use crate::{Error, Result};
@@ -30,7 +30,7 @@ pub enum Init {
     White { scale: f64 },
     /// Standard normal: what the released code's default leaves, far longer than the rows of a table.
     Unit,
-    /// Per tower, `[B · rows, C]`.
+    /// Per tower, `[B · rows, C]`, or `[rows, C]` for every image.
     Given(Vec<Vec<f32>>),
 }
 
@@ -57,7 +57,25 @@ pub struct Placed {
     pub cut: Vec<Vec<String>>,
 }
 
+/// The word the scripts of the paper begin with.
+const FIRST_WORD: &str = "cool";
+
 impl TokenSettings {
+    /// The defaults for a model. The released code's are one token of unit variance, pooled where it stands; ours begins at a word,
+    /// or where the vocabulary lacks it, anywhere in the cloud of words.
+    pub fn of(pipeline: &Pipeline, convention: Convention) -> Result<TokenSettings> {
+        let (init, pool_at) = match convention {
+            Convention::Released => (Init::Unit, PoolAt::Placeholder),
+            Convention::Diffusers => {
+                let counts = pipeline.tokenizers.iter().map(|tokenizer| tokenizer.token_count(FIRST_WORD));
+                let is_one = counts.collect::<Result<Vec<_>>>()?.iter().all(|count| *count == 1);
+                let init = if is_one { Init::Word(FIRST_WORD.into()) } else { Init::White { scale: 1.0 } };
+                (init, PoolAt::Eos)
+            }
+        };
+        Ok(TokenSettings { rows: 1, place: Place::End, init, pool_at })
+    }
+
     pub fn place(&self, pipeline: &Pipeline, prompts: &[&str]) -> Result<Placed> {
         if !pipeline.learned.is_empty() {
             return Err(Error::Usage("a prompt with learned tokens takes no learnable one".into()));
@@ -109,11 +127,14 @@ impl TokenSettings {
         let mut values = vec![0.0; rows * width];
         match &self.init {
             Init::Given(given) => {
-                let given = given.get(tower).filter(|given| given.len() == values.len());
-                let Some(given) = given else {
-                    return Err(Error::Usage(format!("the token's first embeddings are not [{rows}, {width}]")));
+                let fits = |given: &&Vec<f32>| given.len() == values.len() || given.len() == self.rows * width;
+                let Some(given) = given.get(tower).filter(fits) else {
+                    let (tokens, tower) = (self.rows, tower + 1);
+                    let what =
+                        format!("the first embeddings do not fit {tokens} tokens {width} wide of text tower {tower}");
+                    return Err(Error::Usage(what));
                 };
-                values.copy_from_slice(given);
+                values.chunks_mut(given.len()).for_each(|values| values.copy_from_slice(given));
             }
             Init::Word(word) => {
                 let id = self.word(pipeline, tower, word, &table)?;

@@ -171,6 +171,27 @@ mod tests {
         close(level.alpha.powi(2), 0.05616985);
     }
 
+    /// CFG++ at weight 1: x₀ from the prompt's branch, renoised with the other; plain DDIM where the branches agree.
+    #[test]
+    fn cfg_pp_renoises_with_the_unconditional_branch() {
+        let settings = |guidance, cfg_pp| Settings { guidance, cfg_pp, ..settings(50) };
+        let plus = released(&config(Spacing::Leading), &settings(1.0, true)).unwrap();
+        let plain = released(&config(Spacing::Leading), &settings(1.0, false)).unwrap();
+        let plain_steps = &plain.steps;
+        for (index, (plus, plain)) in plus.steps.iter().zip(plain_steps).enumerate() {
+            // The last step leads to the estimate itself.
+            let next = plain_steps.get(index + 1).map_or(1.0, |next| next.alpha.powi(2));
+            let next = Level::from_alpha_bar(next);
+            let [x, with, without] = plus.update[..] else { panic!("three coefficients") };
+            close(x, next.alpha / plus.alpha);
+            close(with, -next.alpha * plus.sigma / plus.alpha);
+            close(without, next.sigma);
+            assert_eq!(plain.update.len(), 2);
+            close(with + without, plain.update[1]);
+            close(x, plain.update[0]);
+        }
+    }
+
     #[test]
     fn second_levels_stay_in_the_table() {
         let at = |t: f64| renoise(&config(Spacing::Leading), 50, Convention::Diffusers, Renoise::Annealed, t).unwrap();

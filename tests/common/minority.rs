@@ -65,7 +65,13 @@ pub struct Outcome {
     pub gradient: Vec<Vec<f64>>,
 }
 
-pub fn run(pipeline: &Pipeline, executor: &mut dyn Executor, settings: Settings, jobs: &[Job], seeds: &[u64]) -> Outcome {
+pub fn run(
+    pipeline: &Pipeline,
+    executor: &mut dyn Executor,
+    settings: Settings,
+    jobs: &[Job],
+    seeds: &[u64],
+) -> Outcome {
     run_with(pipeline, executor, settings, jobs, seeds, |_| {})
 }
 
@@ -96,7 +102,12 @@ pub fn run_with(
 }
 
 /// Plain sampling.
-pub fn plain(pipeline: &Pipeline, executor: &mut dyn Executor, settings: generate::Settings, jobs: &[Job]) -> Vec<Image> {
+pub fn plain(
+    pipeline: &Pipeline,
+    executor: &mut dyn Executor,
+    settings: generate::Settings,
+    jobs: &[Job],
+) -> Vec<Image> {
     executor.clear();
     let generator = Generator::plan(pipeline, executor, settings, jobs.len()).unwrap();
     generator.load(executor).unwrap().run(jobs, &mut |_| Ok(())).unwrap()
