@@ -1,4 +1,5 @@
-//! What a method costs beside plain sampling, against the UNet passes it was planned to make: `cargo bench --bench methods [-- MODEL SIDE]`.
+//! What a method costs beside plain sampling, against the UNet passes it was planned to make: `cargo bench --bench methods [-- MODEL
+//! SIDE STEPS]`.
 //!
 //! One run measures all in turn: a UNet pass forward, forward and backward to the text states, forward and backward to the latents,
 //! plain DDIM and MinorityPrompt with their defaults. The prediction is DDIM's time and that of the passes of every iteration.
@@ -8,18 +9,20 @@ use rarebit::exec::{Data, Executor, ProgramId, cpu::Cpu};
 use rarebit::methods::generate::{self, Generator, Job};
 use rarebit::methods::minority::{Minority, Settings};
 use rarebit::methods::pipeline::Pipeline;
+use rarebit::methods::programs::Sizes;
+use rarebit::methods::token::TokenSettings;
+use rarebit::methods::variable::{Design, Variable};
 use rarebit::models::unet::Unet;
 use rarebit::plan::plan;
 use rarebit::program::{Builder, DType, Program};
-use rarebit::sampler::{self, Method, Rng};
+use rarebit::sampler::{self, Convention, Method, Rng};
 use rarebit::weights::Model;
 use rarebit::{Error, Result};
 use std::path::Path;
 use std::time::Instant;
 
 const PROMPT: &str = "a red star on a dark blue background";
-const ROUNDS: usize = 7;
-const STEPS: usize = 50;
+const ROUNDS: usize = 5;
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
@@ -31,13 +34,16 @@ fn main() -> Result<()> {
     if pipeline.config.unet.added.is_some() {
         return Err(Error::Usage("this measurement is for models without pooled text".into()));
     }
-    let side = match args.get(1).map(|side| side.parse()) {
-        None => pipeline.config.image_size,
-        Some(Ok(side)) => side,
-        Some(Err(_)) => return Err(Error::Usage("the second argument is the side of the images in pixels".into())),
+    let number = |index: usize, usual: usize| match args.get(index).map(|text| text.parse::<usize>()) {
+        None => Ok(usual),
+        Some(Ok(number)) => Ok(number),
+        Some(Err(_)) => {
+            Err(Error::Usage("the arguments are a model, the side of its images in pixels, and steps".into()))
+        }
     };
+    let (side, steps) = (number(1, pipeline.config.image_size)?, number(2, 50)?);
     let sampler =
-        sampler::Settings { method: Method::Ddim, spacing: None, steps: STEPS, eta: 0.0, guidance: 7.5, cfg_pp: false };
+        sampler::Settings { method: Method::Ddim, spacing: None, steps, eta: 0.0, guidance: 7.5, cfg_pp: false };
     let images = generate::Settings { width: side, height: side, sampler, rng: Rng::Philox, dtype: DType::F32 };
     let job = || Job { prompt: PROMPT.into(), negative: None, seed: 1, draws: vec![] };
 
@@ -56,22 +62,34 @@ fn main() -> Result<()> {
     let iterations = planned.backward / 2;
     let mut minority = minority.load(&mut guided)?;
 
-    let mut seconds: [Vec<f64>; 5] = Default::default();
+    // The text side of an iteration, which the prediction leaves out.
+    let variable = Variable::Token(TokenSettings::of(&pipeline, Convention::Diffusers)?);
+    let Variable::Token(token) = &variable else { return Ok(()) };
+    let prefix = token.place(&pipeline, &[PROMPT])?.prefix;
+    let sizes = Sizes { batch: 1, height, width, tokens: pipeline.tokens() };
+    let design = Design { pipeline: &pipeline, dtype: DType::F32, sizes, variable: &variable };
+    let mut towers = Cpu::<f32>::new();
+    let text = [design.forward(prefix)?, design.backward(prefix)?, design.update(1.0)?];
+    let text = text.into_iter().map(|program| load(&mut towers, program, &pipeline)).collect::<Result<Vec<_>>>()?;
+
+    let mut seconds: [Vec<f64>; 6] = Default::default();
     for _ in 0..ROUNDS {
+        let calls = 10;
         for (program, seconds) in passes.iter().zip(&mut seconds) {
-            // As often as an image calls it, but for long ones.
-            let calls = 20;
             seconds.push(time(|| (0..calls).try_for_each(|_| bare.run(*program)))? / f64::from(calls));
         }
         seconds[3].push(time(|| generator.run(&[job()], &mut |_| Ok(())))?);
         seconds[4].push(time(|| minority.run(&[job()], &[1], &mut |_| Ok(())))?);
+        let mut iteration = || text.iter().try_for_each(|program| towers.run(*program));
+        seconds[5].push(time(|| (0..calls).try_for_each(|_| iteration()))? / f64::from(calls));
     }
-    let [forward, to_context, to_latents, ddim, found] = seconds.map(median);
+    let [forward, to_context, to_latents, ddim, found, text] = seconds.map(median);
     let predicted = ddim + iterations as f64 * (to_context + to_latents);
     println!("UNet forward                        {:9.3} ms", 1e3 * forward);
     println!("  and backward to the text states   {:9.3} ms", 1e3 * to_context);
     println!("  and backward to the latents       {:9.3} ms", 1e3 * to_latents);
-    println!("DDIM, {STEPS} steps                      {:9.3} ms", 1e3 * ddim);
+    println!("text towers both ways, and Adam     {:9.3} ms", 1e3 * text);
+    println!("DDIM, {steps:3} steps                      {:9.3} ms", 1e3 * ddim);
     println!("MinorityPrompt, {} forwards, {} backwards", planned.forward, planned.backward);
     println!("  predicted                         {:9.3} ms, {:.3} of DDIM", 1e3 * predicted, predicted / ddim);
     println!("  found                             {:9.3} ms, {:.3} of DDIM", 1e3 * found, found / ddim);

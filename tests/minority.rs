@@ -391,11 +391,11 @@ fn a_batch_has_the_bits_of_its_images() {
                 assert!(*rows == of_batch[index * rows.len()..][..rows.len()], "{name} {index}");
             }
         }
-        // Of other lengths, the same up to rounding.
+        // Of other lengths too, although the batch then encodes rows again that an image alone would not.
         let mixed = [("a red star", 5), (PROMPT, 6)];
         let together = make(&mixed);
         for (index, alone) in mixed.iter().map(|one| make(&[*one])).enumerate() {
-            assert!(distance(&together.images[index], &alone.images[0]) < 1e-3, "{name} {index}");
+            assert!(alone.images[0].latents == together.images[index].latents, "{name} {index}");
         }
     }
 }
