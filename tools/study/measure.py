@@ -72,7 +72,7 @@ class Readings:
             "impossible": _mean(self.impossible),
             "agreement": _mean(self.right),
             "rare_share": float(self.rare.sum() / self.open.sum()),
-            "rare_share_right": float(self.rare[good].sum() / self.open[good].sum()),
+            "rare_share_right": float(self.rare[good].sum() / max(self.open[good].sum(), 1)),
             "in_tail": _mean(self.in_tail),
             "in_tail_and_right": _mean(self.in_tail * self.good),
             "confidence": _mean(self.confidence),

@@ -27,7 +27,7 @@ def words(method: str) -> list[str]:
         # `mp lr=1` is a flag with a value, `sgms 5` the value of the method's own flag, `mp after` a flag alone.
         prefix = "cads-" if first == "cads" else "sgms-" if first == "sgms" else ""
         prefix = "" if key == "guidance" else prefix
-        out += [f"--{prefix}{key}", value] if equals else [key] if key[0].isdigit() else [f"--{prefix}{key}"]
+        out += [f"--{prefix}{key}={value}"] if equals else [key] if key[0].isdigit() else [f"--{prefix}{key}"]
     return out
 
 

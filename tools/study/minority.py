@@ -48,13 +48,13 @@ def seed(name: str, chunk: int) -> int:
 
 def command(args, method: str) -> list[str]:
     words = methods.words(method)
-    model = MODEL if "--guidance" not in words else MODEL[2:]
+    model = MODEL[2:] if any(word.startswith("--guidance") for word in words) else MODEL
     return [str(args.rarebit), words[0], *model, *words[1:], "--threads", "1", "--quiet", "--json"]
 
 
-def run(words: list[str], log: Path | None = None) -> tuple[str, float]:
+def run(words: list[str]) -> tuple[str, float]:
     """Standard output and seconds of processor time; stops the study where the program fails."""
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=None, text=True)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -63,29 +63,25 @@ def run(words: list[str], log: Path | None = None) -> tuple[str, float]:
     return output, usage.ru_utime + usage.ru_stime
 
 
-def make(args, name: str, method: str) -> None:
-    """The images of a method that are not there yet, and the reading of each."""
-    count, each, share = SETS[name]
-    texts = caption_sets()[name]
-    for chunk in range(min(count, args.captions or count) // share):
-        folder = args.work / name / method / f"{chunk:03}"
-        if (folder / "score.jsonl").exists():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "prompts.txt").write_text("".join(t + "\n" for t in texts[chunk * share : (chunk + 1) * share]), encoding="utf-8")
-        many = ["--count", str(each), "--batch", str(each)] if each > 1 else []
-        words = command(args, method) + many + ["--seed", str(seed(name, chunk)), "--prompts", str(folder / "prompts.txt")]
-        started = time.monotonic()
-        made = len(list(folder.glob("*.png")))
-        _, processor = run(words + ["--out", str(folder)])
-        images = len(list(folder.glob("*.png")))
-        seconds = {"images": images - made, "processor": processor, "wall": time.monotonic() - started}
-        (folder / "seconds.json").write_text(json.dumps(seconds))
-        read, _ = run([str(args.rarebit), "score", "--shapes", "--json", "--threads", "1", "--quiet", str(folder)])
-        (folder / "score.jsonl.part").write_text("".join(line + "\n" for line in read.splitlines() if '"event":"image"' in line))
-        (folder / "score.jsonl.part").rename(folder / "score.jsonl")
-    line = glance(args, name, method)
-    print(f"{name:12} {method:28} {line}", flush=True)
+def make(args, name: str, method: str, chunk: int) -> None:
+    """The images of a method and a seed that are not there yet, and the reading of each."""
+    _, each, share = SETS[name]
+    folder = args.work / name / method / f"{chunk:03}"
+    if (folder / "score.jsonl").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = caption_sets()[name][chunk * share : (chunk + 1) * share]
+    (folder / "prompts.txt").write_text("".join(text + "\n" for text in texts), encoding="utf-8")
+    many = ["--count", str(each), "--batch", str(each)] if each > 1 else []
+    words = command(args, method) + many + ["--seed", str(seed(name, chunk)), "--prompts", str(folder / "prompts.txt")]
+    started = time.monotonic()
+    made = len(list(folder.glob("*.png")))
+    _, processor = run(words + ["--out", str(folder)])
+    seconds = {"images": len(list(folder.glob("*.png"))) - made, "processor": processor, "wall": time.monotonic() - started}
+    (folder / "seconds.json").write_text(json.dumps(seconds))
+    read, _ = run([str(args.rarebit), "score", "--shapes", "--json", "--threads", "1", "--quiet", str(folder)])
+    (folder / "score.jsonl.part").write_text("".join(line + "\n" for line in read.splitlines() if '"event":"image"' in line))
+    (folder / "score.jsonl.part").rename(folder / "score.jsonl")
 
 
 def load(args, name: str, method: str, limit: int | None = None) -> list[dict]:
@@ -133,12 +129,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the report goes")
     args = parser.parse_args()
     if args.what == "make":
-        for method in args.methods or methods.CHOSEN[args.set]:
-            make(args, args.set, method)
+        count, _, share = SETS[args.set]
+        names = args.methods or methods.CHOSEN[args.set]
+        # Method by method within a seed: whenever it is cut, all have the same captions but for the last few.
+        for chunk in range(min(count, args.captions or count) // share):
+            for method in names:
+                make(args, args.set, method, chunk)
+        for method in names:
+            print(f"{args.set:12} {method:28} {glance(args, args.set, method)}", flush=True)
     else:
-        import report
+        import tables
 
-        report.write(args)
+        tables.write(args)
 
 
 if __name__ == "__main__":
