@@ -6,6 +6,7 @@ log-density of what was read. Which values are rare under a caption comes from `
 
 import functools
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -114,11 +115,14 @@ def interval(statistic, *columns: np.ndarray) -> list[float]:
     rng = np.random.default_rng(0)
     n = len(columns[0])
     values = []
-    for _ in range(10):
-        rows = rng.integers(n, size=(RESAMPLES // 10, n))
-        values.append(statistic(*(column[rows] for column in columns)))
-    low, high = np.quantile(np.concatenate(values), [0.025, 0.975])
-    return [float(statistic(*(column[None] for column in columns))[0]), float(low), float(high)]
+    # A resample of few captions can hold nothing to divide by: it is left out.
+    with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
+        for _ in range(10):
+            rows = rng.integers(n, size=(RESAMPLES // 10, n))
+            values.append(statistic(*(column[rows] for column in columns)))
+        value = float(statistic(*(column[None] for column in columns))[0])
+        low, high = np.nanquantile(np.concatenate(values), [0.025, 0.975])
+    return [value, float(low), float(high)]
 
 
 def difference(method: Readings, base: Readings) -> dict:

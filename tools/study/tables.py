@@ -83,12 +83,12 @@ def main_table(results: dict) -> str:
 
 
 def difference_table(results: dict) -> str:
-    head = ["method − DDIM", "log-density", "where both are right", "rare share, ratio", "ratio of right images", "in tail, points", "agreement, points"]
+    head = ["method − DDIM", "captions", "log-density", "where both are right", "rare share, ratio", "ratio of right images", "in tail, points", "agreement, points"]
     body = []
     for method, r in results.items():
         if d := r.get("against_ddim"):
             cells = [_with(d["log_density"]), _with(d["log_density_both_right"]), _ratio(d["rare_ratio"]), _ratio(d["rare_ratio_right"])]
-            body.append([method, *cells, _with(d["in_tail"], 1, 100), _with(d["agreement"], 1, 100)])
+            body.append([method, r["images"], *cells, _with(d["in_tail"], 1, 100), _with(d["agreement"], 1, 100)])
     return table(head, body)
 
 
