@@ -31,4 +31,21 @@ def words(method: str) -> list[str]:
     return out
 
 
-CHOSEN = {"tune": ["ddim", "mp"], "report": [], "batch-tune": [], "batch-report": []}
+# What is reported, by what the tuning captions showed: two strengths of MinorityPrompt and of CADS.
+# A negative decay makes the learning rate grow from step to step.
+RAMP = "lr=1e-5 lr-decay=-20 t-lo=0.4 every=2 iterations=4 init=word:a"
+CHOSEN = {
+    "tune": ["ddim", "mp"],
+    "report": [
+        "ddim",
+        f"mp {RAMP}",
+        "mp lr=4.5e-3 t-lo=0.5 every=2 iterations=5 init=word:a",
+        "ddim guidance=1.5",
+        "cads times=0.3,0.7",
+        "cads times=0.3,0.8",
+        "sgms 0.4",
+        "null a flat circle on a flat background",
+    ],
+    "batch-tune": ["ddim", f"repulsion {RAMP}"],
+    "batch-report": ["ddim", f"repulsion {RAMP}"],
+}

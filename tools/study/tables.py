@@ -118,6 +118,19 @@ def batch_table(results: dict) -> str:
     return table(head, body)
 
 
+def rivals_table(args, name: str) -> str:
+    """MinorityPrompt against everything but DDIM, paired on the captions both have."""
+    head = ["difference", "captions", "log-density", "agreement, points", "rare share, ratio"]
+    everything = {method: minority.load(args, name, method) for method in tried(args, name)}
+    body = []
+    for ours in (m for m in everything if m.startswith("mp")):
+        for rival in (m for m in everything if not m.startswith("mp") and m != "ddim"):
+            n = min(len(everything[ours]), len(everything[rival]))
+            d = measure.difference(measure.Readings(everything[ours][:n]), measure.Readings(everything[rival][:n]))
+            body.append([f"{ours} − {rival}", n, _with(d["log_density"]), _with(d["agreement"], 1, 100), _ratio(d["rare_ratio"])])
+    return table(head, body)
+
+
 def write(args) -> None:
     of = machine(args)
     results = {name: measured(args, name) for name in minority.SETS if (args.work / name).exists()}
@@ -134,7 +147,7 @@ def write(args) -> None:
         w = worlds[name]
         words.append(f"Draws from the world under the same {len(sets[name])} captions: log-density {w['log_density']:.2f}, rare share {100 * w['rare_share']:.1f} %.\n")
         if name == "report":
-            words += [main_table(r), difference_table(r), "Right, %, where stated:\n", attribute_table(r, "right", list(measure.captions.MENTION))]
+            words += [main_table(r), difference_table(r), rivals_table(args, name), "Right, %, where stated:\n", attribute_table(r, "right", list(measure.captions.MENTION))]
             words += ["Rare values, %, where not stated:\n", attribute_table(r, "rare", names)]
             words.append(table(["method", "command"], [[m, f"`rarebit {v['command']}`"] for m, v in r.items()]))
         else:
