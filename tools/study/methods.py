@@ -34,6 +34,7 @@ def words(method: str) -> list[str]:
 # What is reported, by what the tuning captions showed: two strengths of MinorityPrompt and of CADS.
 # A negative decay makes the learning rate grow from step to step.
 RAMP = "lr=1e-5 lr-decay=-20 t-lo=0.4 every=2 iterations=4 init=word:a"
+SOFT = RAMP.replace("1e-5", "4e-6")
 CHOSEN = {
     "tune": ["ddim", "mp"],
     "report": [
@@ -46,6 +47,6 @@ CHOSEN = {
         "sgms 0.4",
         "null a flat circle on a flat background",
     ],
-    "batch-tune": ["ddim", f"repulsion {RAMP}"],
-    "batch-report": ["ddim", f"repulsion {RAMP}"],
+    "batch-tune": ["ddim", f"repulsion {RAMP}", f"repulsion {SOFT}"],
+    "batch-report": ["ddim", f"repulsion {RAMP}", f"repulsion {SOFT}"],
 }

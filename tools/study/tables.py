@@ -135,7 +135,8 @@ def write(args) -> None:
     of = machine(args)
     results = {name: measured(args, name) for name in minority.SETS if (args.work / name).exists()}
     sets = minority.caption_sets()
-    worlds = {name: measure.world_itself(texts) for name, texts in sets.items()}
+    used = {name: max(r["images"] for r in results[name].values()) // minority.SETS[name][1] for name in results}
+    worlds = {name: measure.world_itself(sets[name][:count]) for name, count in used.items()}
     names = measure.world.NAMES
     words = [f"{of['cpu']}, {of['cores']} cores, one thread per process; {of['rarebit']}, Python {of['python']}, numpy {of['numpy']}.\n"]
     words.append("Made by `python tools/study/minority.py report`; what the columns are: `tools/study/README.md`.\n")
@@ -145,7 +146,7 @@ def write(args) -> None:
         r = results[name]
         words.append(f"## {title}\n")
         w = worlds[name]
-        words.append(f"Draws from the world under the same {len(sets[name])} captions: log-density {w['log_density']:.2f}, rare share {100 * w['rare_share']:.1f} %.\n")
+        words.append(f"Draws from the world under the same {used[name]} captions: log-density {w['log_density']:.2f}, rare share {100 * w['rare_share']:.1f} %.\n")
         if name == "report":
             words += [main_table(r), difference_table(r), rivals_table(args, name), "Right, %, where stated:\n", attribute_table(r, "right", list(measure.captions.MENTION))]
             words += ["Rare values, %, where not stated:\n", attribute_table(r, "rare", names)]
