@@ -44,6 +44,10 @@ pub enum PoolAt {
     Placeholder,
 }
 
+/// Sums over the tokens behind the prefix are made in groups of so many on a GPU. With prefixes that are whole groups apart a token
+/// is always in the same place of its group: a prompt has the same bits alone and beside shorter ones.
+pub const GROUP: usize = 16;
+
 /// The prompts of a batch with their tokens in place.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placed {
@@ -51,7 +55,8 @@ pub struct Placed {
     pub ids: Vec<Vec<i32>>,
     /// Index in the last tower's tokens, per image.
     pub pool_at: Vec<i32>,
-    /// Tokens that no learnable one stands before, in any image and tower.
+    /// Tokens that no learnable one stands before, in any image and tower; as many of them as is one more than a multiple of
+    /// [`GROUP`].
     pub prefix: usize,
     /// Text of each prompt that was cut to make room.
     pub cut: Vec<Vec<String>>,
@@ -106,6 +111,7 @@ impl TokenSettings {
                 placed.cut.push(encoded.cut.clone());
             }
         }
+        placed.prefix -= placed.prefix.saturating_sub(1) % GROUP;
         Ok(placed)
     }
 

@@ -11,7 +11,9 @@ mod common {
     pub mod feed;
     pub mod golden;
     pub mod gradients;
+    pub mod minority;
     pub mod naive;
+    pub mod optimised;
     pub mod products;
     pub mod rounded;
     pub mod storage;

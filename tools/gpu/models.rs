@@ -4,10 +4,14 @@
 //! and bf16 it may be twice that of exact arithmetic in which every op rounds its outputs to the same storage, and those 1e-4: the
 //! rule of single ops (`tests/common/storage.rs`), carried through a network. What is allowed so comes from the network itself.
 //!
+//! MinorityPrompt on all of them against the CPU in f64, by the rule of `tests/common/optimised.rs`.
+//!
 //! The embedded model's image against the CPU's in f32: at least 40 dB.
 
 use crate::common::golden::{Golden, relative_error};
+use crate::common::optimised::{Distance, optimise};
 use crate::common::rounded::Rounded;
+use crate::common::storage::TYPES;
 use crate::device::Device;
 use crate::section::{Item, Row};
 use rarebit::exec::Executor;
@@ -22,6 +26,7 @@ use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
 
 const MODELS: [&str; 3] = ["tiny-sd1", "tiny-sd2", "tiny-sdxl"];
+const EMBEDDED: &str = "shapes";
 /// Of f32, and what f32 sums may add in 16-bit networks.
 const LIMIT: f64 = 1e-4;
 /// A 16-bit network may be this many times as far off as exact arithmetic with the same storage.
@@ -34,7 +39,7 @@ type Part = fn(&Golden, &Pipeline, &mut Networks) -> Result<Results>;
 const PARTS: [(&str, Part); 5] =
     [("text", text), ("unet", unet), ("vae", vae), ("unet gradient", unet_gradient), ("vae gradient", vae_gradient)];
 
-/// Every part of every model in every type; of a subset each part once, types and models taking turns.
+/// Every part of every model in every type, and of a subset each part once, types and models taking turns; and MinorityPrompt.
 pub fn networks(data: &Path, subset: bool) -> Vec<Item> {
     let mut items = vec![];
     for (m, model) in MODELS.into_iter().enumerate() {
@@ -48,7 +53,45 @@ pub fn networks(data: &Path, subset: bool) -> Vec<Item> {
             }
         }
     }
+    items.extend(prompts(data, subset));
     items
+}
+
+/// MinorityPrompt, which reaches from the token through text encoder and network, on every model; of a subset on one.
+fn prompts(data: &Path, subset: bool) -> Vec<Item> {
+    let mut items = vec![];
+    for model in MODELS.into_iter().chain([EMBEDDED]) {
+        for dtype in TYPES {
+            if subset && (model, dtype) != (MODELS[1], DType::F32) {
+                continue;
+            }
+            let folder = data.join(model);
+            items.push(Item::new(format!("{model} optimised"), dtype, move || prompt(folder.clone(), model, dtype)));
+        }
+    }
+    items
+}
+
+fn prompt(folder: PathBuf, model: &'static str, dtype: DType) -> impl FnOnce(&Device) -> Result<Vec<Row>> + Send {
+    let run = move |executor: &mut dyn Executor, dtype| {
+        let pipeline = match model {
+            EMBEDDED => Pipeline::open(rarebit::assets::shapes()?, None)?,
+            _ => Golden::at(folder.clone()).pipeline(),
+        };
+        let job = Job { prompt: PROMPT.into(), negative: None, seed: 1, draws: vec![] };
+        optimise(&pipeline, executor, dtype, &[job])
+    };
+    let exact = run(&mut Cpu::<f64>::new(), DType::F64);
+    let honest = (dtype != DType::F32).then(|| run(&mut Rounded::default(), dtype));
+    move |device: &Device| {
+        let (exact, honest) = (exact?, honest.transpose()?);
+        let storage = honest.map(|honest| honest.distance(&exact));
+        let found = run(&mut device.cuda(false), dtype)?.distance(&exact);
+        let allowed = Distance::allowed(dtype, storage).parts();
+        let rows = found.parts().into_iter().zip(allowed);
+        let row = |((what, error), (_, allowed))| Row::new(format!("{model} optimised"), dtype, error, allowed, what);
+        Ok(rows.map(row).collect())
+    }
 }
 
 fn network(
