@@ -1,5 +1,6 @@
 //! `rarebit generate`: prompts to PNG files, by plain sampling or one of the samplers that methods are compared with.
 
+use crate::cli::flags;
 use crate::cli::make::{self, Extras, ImageFlags};
 use crate::cli::method::{Method, Score};
 use crate::methods::sgms::Sgms;
@@ -13,7 +14,13 @@ pub struct Generate {
     #[command(flatten)]
     rivals: RivalFlags,
     /// Keep the best of N images, each from a seed of its own (SEED * N + 0, 1, ...)
-    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..), conflicts_with_all = ["cads", "sgms"])]
+    #[arg(
+        long,
+        value_name = "N",
+        allow_negative_numbers = true,
+        value_parser = clap::value_parser!(u16).range(1..),
+        conflicts_with_all = ["cads", "sgms"]
+    )]
     best_of: Option<u16>,
     /// What it is the best in
     #[arg(long, value_enum, value_name = "SCORE", requires = "best_of", default_value = "elbo")]
@@ -30,10 +37,22 @@ pub struct RivalFlags {
     #[arg(long, value_name = "LOW,HIGH", value_parser = pair, default_value = "0.6,0.9")]
     pub cads_times: (f64, f64),
     /// CADS: standard deviation of the noise
-    #[arg(long, value_name = "S", allow_negative_numbers = true, default_value_t = Cads::default().scale)]
+    #[arg(
+        long,
+        value_name = "S",
+        value_parser = flags::amount,
+        allow_negative_numbers = true,
+        default_value_t = Cads::default().scale
+    )]
     pub cads_scale: f64,
     /// CADS: how far noisy states are brought back to the mean and deviation of the clean ones, 0 to 1
-    #[arg(long, value_name = "PSI", allow_negative_numbers = true, default_value_t = Cads::default().psi)]
+    #[arg(
+        long,
+        value_name = "PSI",
+        value_parser = flags::share,
+        allow_negative_numbers = true,
+        default_value_t = Cads::default().psi
+    )]
     pub cads_mix: f64,
     /// CADS: corrupt the negative prompt too
     #[arg(long)]
@@ -42,16 +61,34 @@ pub struct RivalFlags {
     #[arg(long)]
     pub cads_guidance: bool,
     /// SGMS (Um & Ye 2024), our version on latents: length of its steps; 0 is plain sampling
-    #[arg(long, value_name = "ETA", allow_negative_numbers = true)]
+    #[arg(long, value_name = "ETA", value_parser = flags::number, allow_negative_numbers = true)]
     pub sgms: Option<f64>,
     /// SGMS: noise level of the second estimate, as a share of the training steps
-    #[arg(long, value_name = "SHARE", allow_negative_numbers = true, default_value_t = Sgms::default().ratio)]
+    #[arg(
+        long,
+        value_name = "SHARE",
+        value_parser = flags::share,
+        allow_negative_numbers = true,
+        default_value_t = Sgms::default().ratio
+    )]
     pub sgms_ratio: f64,
     /// SGMS: guide every so many steps
-    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = Sgms::default().every)]
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = flags::count,
+        allow_negative_numbers = true,
+        default_value_t = Sgms::default().every
+    )]
     pub sgms_every: usize,
     /// SGMS: guide while the timestep is above this share of the training steps
-    #[arg(long, value_name = "SHARE", allow_negative_numbers = true, default_value_t = Sgms::default().t_mid)]
+    #[arg(
+        long,
+        value_name = "SHARE",
+        value_parser = flags::number,
+        allow_negative_numbers = true,
+        default_value_t = Sgms::default().t_mid
+    )]
     pub sgms_above: f64,
     /// SGMS: do not divide the gradient by its largest number
     #[arg(long)]

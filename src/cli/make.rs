@@ -2,10 +2,11 @@
 
 use crate::cli::flags::{self, DeviceFlags, ModelFlags, SamplingFlags};
 use crate::cli::metadata::{self, Record};
-use crate::cli::method::{Loaded, Method};
+use crate::cli::method::{Loaded, Method, Planned};
 use crate::cli::progress::Reporter;
 use crate::cli::prompts::{self, Target};
 use crate::cli::{atomic, machine, tensors};
+use crate::exec::Executor;
 use crate::methods::generate::{Image, Job, Progress, Settings};
 use crate::methods::inversion;
 use crate::methods::minority::Iteration;
@@ -42,9 +43,9 @@ pub struct ImageFlags {
     /// Starting noise: safetensors, tensor `noise`, f32 [B, C, H/f, W/f], unit variance, one row per image
     #[arg(long, value_name = "FILE")]
     noise: Option<PathBuf>,
-    /// Images per prompt
-    #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = flags::count)]
-    pub count: usize,
+    /// Images per prompt [default: 1]
+    #[arg(long, allow_negative_numbers = true, value_parser = flags::count)]
+    pub count: Option<usize>,
     /// Images sampled together
     #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = flags::count)]
     pub batch: usize,
@@ -53,16 +54,16 @@ pub struct ImageFlags {
     pub out: Option<PathBuf>,
     /// Write the final latents of the images made: safetensors, tensor `latents`
     #[arg(long, value_name = "FILE")]
-    latents_out: Option<PathBuf>,
+    pub latents_out: Option<PathBuf>,
     /// Make images again that --prompts finds already made
     #[arg(long)]
-    overwrite: bool,
+    pub overwrite: bool,
     /// Write no text chunks into the PNGs
     #[arg(long)]
     no_metadata: bool,
     /// Stop at the first op whose output is not finite
     #[arg(long)]
-    check_finite: bool,
+    pub check_finite: bool,
     /// Worker threads, at most 1024 [default: one per core]
     #[arg(long, allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -86,6 +87,17 @@ impl ImageFlags {
             pipeline.learn(inversion::read(path)?)?;
         }
         Ok(pipeline)
+    }
+
+    /// Rows of `--noise`, one per image.
+    pub fn noise(&self, pipeline: &Pipeline, settings: &Settings, images: usize) -> Result<Noise> {
+        let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
+        let shape = [images, pipeline.config.unet.in_channels, height, width];
+        self.noise.as_ref().map(|path| tensors::read_noise(path, shape)).transpose()
+    }
+
+    fn count(&self) -> usize {
+        self.count.unwrap_or(1)
     }
 
     /// The record images of this run carry; prompt, seed and row of `noise` are the target's.
@@ -129,7 +141,7 @@ impl ImageFlags {
     }
 
     fn targets(&self) -> Result<Vec<Target>> {
-        let (seed, count) = (self.sampling.seed, self.count);
+        let (seed, count) = (self.sampling.seed, self.count());
         Ok(match (&self.prompts, self.out()) {
             (Some(file), Out::Folder(out) | Out::File(out)) => {
                 let prompts = prompts::read_file(file)?;
@@ -153,8 +165,8 @@ impl ImageFlags {
 /// Most images of one command: each has a path and a prompt in memory.
 const MOST_IMAGES: usize = 10_000_000;
 
-/// Rows of `--noise`, one per image.
-type Noise = Option<Vec<Vec<f32>>>;
+/// Starting noise from a file, a row per image.
+pub type Noise = Option<Vec<Vec<f32>>>;
 
 /// What `--out` names: a PNG, or a folder that is made where there is none.
 enum Out {
@@ -169,19 +181,47 @@ pub struct Work<'a> {
     pub method: &'a Method,
 }
 
+impl<'a> Work<'a> {
+    /// Plans what makes batches like these targets, and refuses what does not fit the memory.
+    pub fn plan(&self, device: &DeviceFlags, executor: &dyn Executor, batch: &[Target]) -> Result<Planned<'a>> {
+        let prompts: Vec<&str> = batch.iter().map(|target| target.prompt.as_str()).collect();
+        let (limit, free) = (device.memory_limit, executor.free_memory()?);
+        let planned = self.method.plan(self.pipeline, executor, self.settings, &prompts, limit.or(free))?;
+        machine::check_memory(limit, free, &planned.footprint(), flags::smaller_plan(batch.len()))?;
+        Ok(planned)
+    }
+}
+
+/// Whole batches share one set of programs; a smaller last batch gets its own. None is empty.
+pub fn groups(targets: &[Target], batch: usize) -> impl Iterator<Item = std::slice::Chunks<'_, Target>> {
+    let whole = targets.len() - targets.len() % batch;
+    let groups = [&targets[..whole], &targets[whole..]].into_iter().filter(|group| !group.is_empty());
+    groups.map(move |group| group.chunks(batch))
+}
+
+/// What a method is asked for.
+pub fn job(target: &Target, negative: Option<&str>, noise: &Noise) -> Job {
+    Job {
+        prompt: target.prompt.clone(),
+        negative: negative.map(str::to_string),
+        seed: target.seed,
+        draws: noise.iter().map(|rows| rows[target.index].clone()).collect(),
+    }
+}
+
 /// Makes what the flags ask for by `method`; `also` sees every image with what was learned for it.
 pub fn run(args: &ImageFlags, pipeline: &Pipeline, method: &Method, extras: &Extras) -> Result<()> {
     let started = Instant::now();
     let targets = args.targets()?;
     let settings = args.sampling.settings(pipeline, args.device.program_dtype()?)?;
-    let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
-    let shape = [targets.len(), pipeline.config.unet.in_channels, height, width];
-    let noise = args.noise.as_ref().map(|path| tensors::read_noise(path, shape)).transpose()?;
+    let noise = args.noise(pipeline, &settings, targets.len())?;
     prepare_output(args, extras, &targets)?;
     let work = Work { pipeline, settings: &settings, method };
     let missing = missing(args, &work, &noise, targets)?;
     let reporter = Reporter::new(args.json, args.quiet);
-    warn_of_cut_tokens(args, &work, &missing, &reporter)?;
+    groups(&missing, args.batch).flatten().try_for_each(|batch| method.check(batch.len()))?;
+    let prompts = missing.iter().map(|target| target.prompt.as_str());
+    warn_of_cut_tokens(&work, prompts, args.sampling.negative.as_deref(), &reporter)?;
     args.sampling.remarks(pipeline).iter().for_each(|remark| reporter.warn(remark));
 
     let trace = extras.trace.as_ref().map(|path| Trace::create(path)).transpose()?;
@@ -189,7 +229,9 @@ pub fn run(args: &ImageFlags, pipeline: &Pipeline, method: &Method, extras: &Ext
     let mut run = Run { args, work, extras, noise, interrupt, reporter, trace };
     let latents = run.make(&missing, started)?;
     if let (Some(path), false) = (&args.latents_out, missing.is_empty()) {
-        tensors::write_latents(path, [missing.len(), shape[1], height, width], &latents)?;
+        let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
+        let shape = [missing.len(), pipeline.config.unet.in_channels, height, width];
+        tensors::write_latents(path, shape, &latents)?;
     }
     if missing.is_empty() {
         run.reporter.note("all images are already there");
@@ -222,19 +264,11 @@ impl Run<'_> {
     fn make(&mut self, targets: &[Target], started: Instant) -> Result<Vec<f32>> {
         let mut latents = Vec::new();
         let mut executor = self.args.device.executor(self.args.check_finite)?;
-        // Whole batches share one set of programs; a smaller last batch gets its own.
-        let whole = targets.len() - targets.len() % self.args.batch;
-        for (part, group) in
-            [&targets[..whole], &targets[whole..]].into_iter().filter(|group| !group.is_empty()).enumerate()
-        {
-            let batch = group.len().min(self.args.batch);
+        for (part, group) in groups(targets, self.args.batch).enumerate() {
             executor.clear();
-            let prompts: Vec<&str> = group[..batch].iter().map(|target| target.prompt.as_str()).collect();
-            let (limit, free) = (self.args.device.memory_limit, executor.free_memory()?);
-            let Work { pipeline, settings, method } = self.work;
-            let planned = method.plan(pipeline, &*executor, settings, &prompts, limit.or(free))?;
+            let first = group.clone().next().unwrap_or_default();
+            let planned = self.work.plan(&self.args.device, &*executor, first)?;
             let (footprint, ticks) = (planned.footprint(), planned.ticks());
-            machine::check_memory(limit, free, &footprint, flags::smaller_plan(batch))?;
             let before = machine::disk_bytes();
             let mut loaded = planned.load(&mut *executor)?;
             if part == 0 {
@@ -242,7 +276,7 @@ impl Run<'_> {
                 self.report_load(started.elapsed().as_secs_f64(), from_disk, footprint.total())?;
                 self.reporter.start("step", targets.len().div_ceil(self.args.batch) * ticks);
             }
-            for targets in group.chunks(batch) {
+            for targets in group {
                 latents.extend(self.make_batch(&mut loaded, targets)?);
             }
         }
@@ -252,13 +286,8 @@ impl Run<'_> {
 
     fn make_batch(&mut self, loaded: &mut Loaded<'_, '_>, targets: &[Target]) -> Result<Vec<f32>> {
         let started = Instant::now();
-        let job = |target: &Target| Job {
-            prompt: target.prompt.clone(),
-            negative: self.args.sampling.negative.clone(),
-            seed: target.seed,
-            draws: self.noise.iter().map(|rows| rows[target.index].clone()).collect(),
-        };
-        let jobs: Vec<Job> = targets.iter().map(job).collect();
+        let negative = self.args.sampling.negative.as_deref();
+        let jobs: Vec<Job> = targets.iter().map(|target| job(target, negative, &self.noise)).collect();
         let mut trace = self.trace.take();
         let images = loaded.run(&jobs, &mut |progress| {
             match progress {
@@ -279,7 +308,7 @@ impl Run<'_> {
         self.trace = trace;
         for (index, target) in targets.iter().enumerate() {
             if let Some(path) = &self.extras.save_token {
-                let alone = self.args.prompts.is_none() && self.args.count == 1;
+                let alone = self.args.prompts.is_none() && self.args.count() == 1;
                 inversion_file(path, target, alone, loaded, index)?;
             }
             if let Some(chosen) = loaded.chosen(index) {
@@ -350,10 +379,7 @@ impl Trace {
 
 /// Output folders exist and can be written to before the first image is computed.
 fn prepare_output(args: &ImageFlags, extras: &Extras, targets: &[Target]) -> Result<()> {
-    let format = args.out.as_ref().and_then(|out| out.extension()).and_then(|e| e.to_str()).unwrap_or_default();
-    if ["jpg", "jpeg", "webp"].contains(&format.to_ascii_lowercase().as_str()) {
-        return Err(Error::Usage(format!("--out: images are written as .png, not .{format}")));
-    }
+    args.out.iter().try_for_each(|out| metadata::check_name("--out", out))?;
     if let Out::Folder(folder) = args.out() {
         std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
     }
@@ -388,15 +414,18 @@ fn missing(args: &ImageFlags, work: &Work<'_>, noise: &Noise, targets: Vec<Targe
     Ok(missing)
 }
 
-fn warn_of_cut_tokens(args: &ImageFlags, work: &Work<'_>, targets: &[Target], reporter: &Reporter) -> Result<()> {
-    let pipeline = work.pipeline;
-    let reserved = work.method.reserved_tokens();
-    let mut prompts: Vec<&str> =
-        targets.iter().map(|t| t.prompt.as_str()).chain(args.sampling.negative.as_deref()).collect();
-    prompts.dedup();
-    for prompt in prompts {
-        // The unconditional branch holds no learnable token.
-        let reserved = if Some(prompt) == args.sampling.negative.as_deref() { 0 } else { reserved };
+pub fn warn_of_cut_tokens<'a>(
+    work: &Work<'_>,
+    prompts: impl Iterator<Item = &'a str>,
+    negatives: impl IntoIterator<Item = &'a str>,
+    reporter: &Reporter,
+) -> Result<()> {
+    let (pipeline, reserved) = (work.pipeline, work.method.reserved_tokens());
+    // The unconditional branch holds no learnable token.
+    let negatives = negatives.into_iter().map(|negative| (negative, 0));
+    let mut texts: Vec<(&str, usize)> = prompts.map(|prompt| (prompt, reserved)).chain(negatives).collect();
+    texts.dedup();
+    for (prompt, reserved) in texts {
         let cut = pipeline.frame(prompt, reserved, Place::End)?.swap_remove(0).0.cut;
         if !cut.is_empty() {
             let kept = (pipeline.tokens() - 2).saturating_sub(reserved);

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, Seek, Write};
+use std::path::Path;
 
 /// PNG text keywords.
 pub const PARAMETERS: &str = "parameters";
@@ -61,6 +62,15 @@ impl Record {
             self.model,
             self.version
         )
+    }
+}
+
+/// Refuses names of other formats; `flag` gave this one.
+pub fn check_name(flag: &str, path: &Path) -> Result<()> {
+    let format = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    match ["jpg", "jpeg", "webp"].contains(&format.to_ascii_lowercase().as_str()) {
+        true => Err(Error::Usage(format!("{flag}: images are written as .png, not .{format}"))),
+        false => Ok(()),
     }
 }
 

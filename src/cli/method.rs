@@ -70,6 +70,15 @@ impl Method {
         }
     }
 
+    /// `Error::Usage` where it cannot make a batch of so many images.
+    pub fn check(&self, batch: usize) -> Result<()> {
+        match self {
+            Method::Plain | Method::Sgms(_) | Method::BestOf(..) => Ok(()),
+            Method::Cads(cads) => cads.check(),
+            Method::Minority(options) => options.check(batch),
+        }
+    }
+
     /// Plans for batches like these prompts; where the fastest way would not fit `memory` bytes, a way that computes more again.
     pub fn plan<'p>(
         &self,
@@ -80,18 +89,17 @@ impl Method {
         memory: Option<usize>,
     ) -> Result<Planned<'p>> {
         let batch = prompts.len();
+        self.check(batch)?;
         let plain = || Generator::plan(pipeline, executor, settings.clone(), batch);
         Ok(match self {
             Method::Plain => Planned::Plain(plain()?),
-            Method::Cads(cads) => {
-                cads.check()?;
-                Planned::Cads(plain()?, *cads)
-            }
+            Method::Cads(cads) => Planned::Cads(plain()?, *cads),
             Method::Sgms(sgms) => {
                 Planned::Sgms(Box::new(sgms::Planner::plan(pipeline, executor, settings.clone(), *sgms, batch)?))
             }
             Method::BestOf(n, score) => {
                 let generator = plain()?;
+                let eye = || Eye::open(settings.width, settings.height).map(Box::new);
                 let scorer = match score {
                     Score::Elbo => Planner::Elbo(Box::new(elbo::Planner::plan(
                         pipeline,
@@ -100,8 +108,8 @@ impl Method {
                         settings.dtype,
                         LOOKS,
                     )?)),
-                    Score::Rarity => Planner::Shapes(Box::new(Eye::open()?), |sight| -sight.log_density),
-                    Score::Agreement => Planner::Shapes(Box::new(Eye::open()?), Sight::agreement),
+                    Score::Rarity => Planner::Shapes(eye()?, |sight| -sight.log_density),
+                    Score::Agreement => Planner::Shapes(eye()?, Sight::agreement),
                 };
                 Planned::BestOf(generator, *n, scorer)
             }

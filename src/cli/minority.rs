@@ -1,14 +1,15 @@
 //! `rarebit minority`: images of a prompt that the model finds unlikely, by MinorityPrompt (Um & Ye 2025).
 
-use crate::cli::machine;
+use crate::cli::compare::{self, CompareFlags};
 use crate::cli::make::{self, Extras, ImageFlags};
 use crate::cli::method::Method;
+use crate::cli::{flags, machine};
 use crate::methods::generate::Settings;
 use crate::methods::inversion;
 use crate::methods::minority::{self, Schedule, loss_scale};
 use crate::methods::objective::{self, Objective};
 use crate::methods::pipeline::Pipeline;
-use crate::methods::token::{self, Init, PoolAt, TokenSettings};
+use crate::methods::token::{Init, PoolAt, TokenSettings};
 use crate::methods::variable::Variable;
 use crate::plan::show_bytes;
 use crate::sampler::{Convention, Renoise};
@@ -31,32 +32,40 @@ pub struct Minority {
     /// What is optimised: a token beside the prompt, all states of the prompt, or those of the negative prompt
     #[arg(long, value_enum, default_value = "token", help_heading = "Optimisation")]
     variable: What,
-    /// Adam steps at each optimised sampling step
-    #[arg(long, value_name = "K", allow_negative_numbers = true, default_value_t = 10, help_heading = "Optimisation")]
-    iterations: usize,
+    /// Adam steps at each optimised sampling step [default: 10]
+    #[arg(long, value_name = "K", allow_negative_numbers = true, help_heading = "Optimisation")]
+    iterations: Option<usize>,
     /// Learning rate [default: a share of the spread of the model's token embeddings; released 0.01]
-    #[arg(long, allow_negative_numbers = true, help_heading = "Optimisation")]
+    #[arg(long, value_parser = flags::amount, allow_negative_numbers = true, help_heading = "Optimisation")]
     lr: Option<f64>,
     /// The learning rate at step i is LR (1 - i DECAY)
     #[arg(
         long,
         value_name = "DECAY",
+        value_parser = flags::number,
         allow_negative_numbers = true,
         default_value_t = 0.0,
         help_heading = "Optimisation"
     )]
     lr_decay: f64,
-    /// Optimise while the timestep is above this share of the training steps
+    /// Optimise while the timestep is above this share of the training steps [default: 0.9]
     #[arg(
         long,
         value_name = "SHARE",
+        value_parser = flags::number,
         allow_negative_numbers = true,
-        default_value_t = 0.9,
         help_heading = "Optimisation"
     )]
-    t_lo: f64,
+    t_lo: Option<f64>,
     /// Optimise every so many steps
-    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 1, help_heading = "Optimisation")]
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = flags::count,
+        allow_negative_numbers = true,
+        default_value_t = 1,
+        help_heading = "Optimisation"
+    )]
     every: usize,
     /// What steps that are not optimised read [default: prompt; released: learned]
     #[arg(long, value_enum, help_heading = "Optimisation")]
@@ -65,7 +74,14 @@ pub struct Minority {
     #[arg(long, allow_negative_numbers = true, help_heading = "Optimisation")]
     opt_seed: Option<u64>,
     /// Tokens per image
-    #[arg(long, value_name = "M", allow_negative_numbers = true, default_value_t = 1, help_heading = "Token")]
+    #[arg(
+        long,
+        value_name = "M",
+        value_parser = flags::count,
+        allow_negative_numbers = true,
+        default_value_t = 1,
+        help_heading = "Token"
+    )]
     tokens: usize,
     /// Where in the prompt they stand
     #[arg(long, value_enum, default_value = "end", help_heading = "Token")]
@@ -87,7 +103,13 @@ pub struct Minority {
     #[arg(long, value_name = "annealed|SHARE", value_parser = parse_renoise, help_heading = "Objective (ablations)")]
     renoise: Option<Renoise>,
     /// Weight of the term whose second estimate has no gradient
-    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0, help_heading = "Objective (ablations)")]
+    #[arg(
+        long,
+        value_parser = flags::number,
+        allow_negative_numbers = true,
+        default_value_t = 1.0,
+        help_heading = "Objective (ablations)"
+    )]
     lambda: f64,
     /// No gradient through the second estimate
     #[arg(long, help_heading = "Objective (ablations)")]
@@ -107,6 +129,8 @@ pub struct Minority {
     /// Print which steps are optimised, the UNet passes and the memory, and stop
     #[arg(long)]
     explain: bool,
+    #[command(flatten)]
+    rivals: CompareFlags,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -184,33 +208,26 @@ pub struct Options {
     record: Value,
 }
 
-/// The default learning rate over the spread of the token embeddings: about 1e-3 for CLIP-L.
-const SHARE_OF_SPREAD: f64 = 0.07;
-
-/// The word that the paper's scripts begin with.
-const FIRST_WORD: &str = "cool";
-
 impl Options {
     /// The defaults of this method for a model.
     fn new(args: &Minority, pipeline: &Pipeline) -> Result<Options> {
-        let released = args.mode == Mode::Released;
-        let rate = match args.lr {
-            Some(rate) => rate,
-            None if released => 1e-2,
-            None => SHARE_OF_SPREAD * token::spread(pipeline, 0)?,
+        let convention = match args.mode {
+            Mode::Default => Convention::Diffusers,
+            Mode::Released => Convention::Released,
         };
+        let usual = Schedule::of(pipeline, convention)?;
         let schedule = Schedule {
-            iterations: args.iterations,
-            rate,
+            iterations: args.iterations.unwrap_or(usual.iterations),
+            rate: args.lr.unwrap_or(usual.rate),
             decay: args.lr_decay,
-            t_lo: args.t_lo,
+            t_lo: args.t_lo.unwrap_or(usual.t_lo),
             every: args.every,
-            base_prompt_after: args.after.map_or(!released, |after| after == After::Prompt),
-            renoise: args.renoise.unwrap_or(if released { Renoise::Fixed(0.75) } else { Renoise::Annealed }),
-            convention: if released { Convention::Released } else { Convention::Diffusers },
+            base_prompt_after: args.after.map_or(usual.base_prompt_after, |after| after == After::Prompt),
+            renoise: args.renoise.unwrap_or(usual.renoise),
+            convention,
         };
         let variable = match args.variable {
-            What::Token => Variable::Token(args.token(pipeline, released)?),
+            What::Token => Variable::Token(args.token(pipeline, convention)?),
             What::Text => Variable::Text,
             What::Null => Variable::Null,
         };
@@ -250,6 +267,16 @@ impl Options {
             Variable::Token(token) => token.rows,
             Variable::Text | Variable::Null => 0,
         }
+    }
+
+    /// Whether batches of so many images can be optimised.
+    pub fn check(&self, batch: usize) -> Result<()> {
+        if self.kinds.contains(&Kind::Repulsion) && batch < 2 {
+            let what = "--objective repulsion: an image alone in its batch repels nothing; choose --batch 2 or more, and \
+                        a --count that leaves none over";
+            return Err(Error::Usage(what.into()));
+        }
+        Ok(())
     }
 
     /// The optimiser's seed of an image.
@@ -310,7 +337,25 @@ fn variable_record(variable: &Variable) -> Value {
 }
 
 impl Minority {
-    fn token(&self, pipeline: &Pipeline, released: bool) -> Result<TokenSettings> {
+    /// Refuses what a comparison would silently leave out. Not clap's conflicts: those would also lift what needs --compare.
+    fn check_comparison(&self) -> Result<()> {
+        let flags = [
+            ("--prompts", self.images.prompts.is_some()),
+            ("--out", self.images.out.is_some()),
+            ("--latents-out", self.images.latents_out.is_some()),
+            ("--overwrite", self.images.overwrite),
+            ("--save-token", self.save_token.is_some()),
+            ("--trace", self.trace.is_some()),
+            ("--explain", self.explain),
+        ];
+        match flags.iter().find(|(_, given)| *given) {
+            Some((flag, _)) => Err(Error::Usage(format!("--compare writes one sheet of one prompt, without {flag}"))),
+            None => Ok(()),
+        }
+    }
+
+    fn token(&self, pipeline: &Pipeline, convention: Convention) -> Result<TokenSettings> {
+        let usual = TokenSettings::of(pipeline, convention)?;
         let init = match (&self.init, &self.init_token) {
             (Some(init), _) => init.clone(),
             (None, Some(path)) => {
@@ -320,43 +365,42 @@ impl Minority {
                     let what = format!("--init-token {}: has {found} rows; --tokens is {wanted}", path.display());
                     return Err(Error::Usage(what));
                 }
-                Init::Given(token.embeddings.iter().map(|rows| rows.repeat(self.images.batch)).collect())
+                Init::Given(token.embeddings)
             }
-            (None, None) if released => Init::Unit,
-            (None, None) => {
-                let single = pipeline.tokenizers.iter().map(|tokenizer| tokenizer.token_count(FIRST_WORD));
-                let single = single.collect::<Result<Vec<_>>>()?.iter().all(|count| *count == 1);
-                if single { Init::Word(FIRST_WORD.into()) } else { Init::White { scale: 1.0 } }
-            }
+            (None, None) => usual.init,
         };
-        Ok(TokenSettings {
+        let token = TokenSettings {
             rows: self.tokens,
             place: match self.place {
                 PlaceFlag::Start => Place::Start,
                 PlaceFlag::End => Place::End,
             },
             init,
-            pool_at: match (self.pool_at, released) {
-                (Some(PoolFlag::Eos), _) | (None, false) => PoolAt::Eos,
-                (Some(PoolFlag::Placeholder), _) | (None, true) => PoolAt::Placeholder,
+            pool_at: match self.pool_at {
+                Some(PoolFlag::Eos) => PoolAt::Eos,
+                Some(PoolFlag::Placeholder) => PoolAt::Placeholder,
+                None => usual.pool_at,
             },
-        })
+        };
+        token.check(pipeline)?;
+        Ok(token)
     }
 }
 
 pub fn run(args: &Minority) -> Result<()> {
-    if args.objective.contains(&Kind::Repulsion) && args.images.batch < 2 {
-        return Err(Error::Usage(
-            "--objective repulsion: needs --batch 2 or more; images repel their neighbours".into(),
-        ));
-    }
     if args.save_token.is_some() && args.variable != What::Token {
         return Err(Error::Usage("--save-token: there is a token only with --variable token".into()));
+    }
+    if args.rivals.compare.is_some() {
+        args.check_comparison()?;
     }
     let pipeline = args.images.open()?;
     let options = Options::new(args, &pipeline)?;
     if args.explain {
         return explain(args, &pipeline, options);
+    }
+    if let Some(path) = &args.rivals.compare {
+        return compare::run(&args.images, &args.rivals, path, &pipeline, options);
     }
     let extras = Extras { save_token: args.save_token.clone(), trace: args.trace.clone() };
     make::run(&args.images, &pipeline, &Method::Minority(options), &extras)

@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, flags defined once, errors turned into one line and an exit code here.
 
 mod atomic;
+mod compare;
 mod flags;
 mod generate;
 mod images;

@@ -3,7 +3,7 @@
 use crate::cli::flags::{self, DeviceFlags};
 use crate::cli::images::{self, Picture};
 use crate::cli::progress::Reporter;
-use crate::cli::sheet::{self, Ink, Tile};
+use crate::cli::sheet::{self, Grid, Ink, Tile, words};
 use crate::cli::{machine, report};
 use crate::metrics::shapes::{self, Instrument, Judge, Reader, Scored, Statement, World};
 use crate::plan::Footprint;
@@ -67,7 +67,7 @@ pub fn run(args: &Score) -> Result<()> {
         if paths.contains(path) {
             return Err(Error::Usage(format!("{}: --sheet would overwrite an image", path.display())));
         }
-        sheet::probe(path, paths.len())?;
+        sheet::probe(path, "--sheet", [world.image_size; 2], paths.len())?;
     }
     let batch = args.batch.min(paths.len());
     let executor = args.device.executor(false)?;
@@ -92,7 +92,7 @@ pub fn run(args: &Score) -> Result<()> {
     };
     run.read(&paths, batch)?;
     if let Some(path) = &args.sheet {
-        sheet::write(path, world.image_size, &run.tiles)?;
+        sheet::write(path, [world.image_size; 2], &run.tiles, &Grid::Square)?;
     }
     let summary = shapes::report(&world, &run.scored);
     if args.json {
@@ -181,7 +181,6 @@ impl Run<'_> {
 
 /// An image of the sheet: what was read, the log-density, the prompt.
 fn tile(world: &World, rgb: Vec<u8>, prompt: Option<&str>, image: &Scored) -> Tile {
-    let words = |text: &str, ink: Ink| text.split_whitespace().map(|word| (word.to_string(), ink)).collect::<Vec<_>>();
     let read = world.attributes.iter().zip(&image.reading.cell).enumerate().flat_map(|(index, (attribute, &value))| {
         words(&attribute.values[value], if image.is_wrong(index) { Ink::Wrong } else { Ink::Plain })
     });

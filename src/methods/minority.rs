@@ -245,7 +245,7 @@ fn visits(pipeline: &Pipeline, settings: &Settings, generator: &Generator<'_>) -
         }
         let rate = s.rate * (1.0 - index as f64 * s.decay);
         if rate < 0.0 {
-            let what = format!("a decay of {} makes the learning rate negative at step {index}", s.decay);
+            let what = format!("--lr-decay {} makes the learning rate negative at step {index}; choose less", s.decay);
             return Err(Error::Usage(what));
         }
         let (again, again_level) = renoise(config, steps.len(), s.convention, s.renoise, step.timestep)?;

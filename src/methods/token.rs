@@ -30,7 +30,7 @@ pub enum Init {
     White { scale: f64 },
     /// Standard normal: what the released code's default leaves, far longer than the rows of a table.
     Unit,
-    /// Per tower, `[B · rows, C]`, or `[rows, C]` for every image.
+    /// Per tower, `[rows, C]` for every image, or `[B · rows, C]`.
     Given(Vec<Vec<f32>>),
 }
 
@@ -81,15 +81,23 @@ impl TokenSettings {
         Ok(TokenSettings { rows: 1, place: Place::End, init, pool_at })
     }
 
-    pub fn place(&self, pipeline: &Pipeline, prompts: &[&str]) -> Result<Placed> {
+    /// `Error::Usage` where the model has no room for it.
+    pub fn check(&self, pipeline: &Pipeline) -> Result<()> {
         if !pipeline.learned.is_empty() {
-            return Err(Error::Usage("a prompt with learned tokens takes no learnable one".into()));
+            let what =
+                "--token: beside learned tokens no other can be learned; leave it out, or choose --variable text";
+            return Err(Error::Usage(what.into()));
         }
+        let most = pipeline.tokens() - 2;
+        if self.rows == 0 || self.rows > most {
+            return Err(Error::Usage(format!("--tokens {}: this model has room for 1 to {most}", self.rows)));
+        }
+        Ok(())
+    }
+
+    pub fn place(&self, pipeline: &Pipeline, prompts: &[&str]) -> Result<Placed> {
+        self.check(pipeline)?;
         let tokens = pipeline.tokens();
-        if self.rows == 0 || self.rows + 2 > tokens {
-            let most = tokens - 2;
-            return Err(Error::Usage(format!("{} learnable tokens: must be 1 to {most}", self.rows)));
-        }
         let towers = pipeline.config.text.len();
         let mut placed = Placed { ids: vec![vec![]; towers], pool_at: vec![], prefix: tokens, cut: vec![] };
         for (image, prompt) in prompts.iter().enumerate() {
@@ -133,11 +141,9 @@ impl TokenSettings {
         let mut values = vec![0.0; rows * width];
         match &self.init {
             Init::Given(given) => {
-                let fits = |given: &&Vec<f32>| given.len() == values.len() || given.len() == self.rows * width;
+                let fits = |given: &&Vec<f32>| [self.rows * width, values.len()].contains(&given.len());
                 let Some(given) = given.get(tower).filter(fits) else {
-                    let (tokens, tower) = (self.rows, tower + 1);
-                    let what =
-                        format!("the first embeddings do not fit {tokens} tokens {width} wide of text tower {tower}");
+                    let what = format!("the token's first embeddings are not [{}, {width}] for this model", self.rows);
                     return Err(Error::Usage(what));
                 };
                 values.chunks_mut(given.len()).for_each(|values| values.copy_from_slice(given));

@@ -29,19 +29,25 @@ pub struct Eye {
 }
 
 impl Eye {
-    pub fn open() -> Result<Eye> {
+    /// `Error::Usage` where images are to have another size than the world's.
+    pub fn open(width: usize, height: usize) -> Result<Eye> {
         let world = World::embedded()?;
+        let side = world.image_size;
+        if [width, height] != [side; 2] {
+            let what = format!("images of the `shapes` world are {side}x{side}, not {width}x{height}; see --size");
+            return Err(Error::Usage(what));
+        }
         let instrument = Instrument::embedded(&world)?;
         let cpu = Box::new(Cpu::<f32>::new());
         let planned = instrument.plan(&*cpu, DType::F32, 1)?;
         Ok(Eye { reader: instrument.load(cpu, planned)?, world })
     }
 
-    /// Of an image `[H, W, 3]`; `Error::Usage` where it has not the world's size.
+    /// Of an image `[H, W, 3]` of that size.
     pub fn look(&mut self, prompt: &str, rgb: &[u8]) -> Result<Sight> {
-        let side = self.world.image_size;
-        if rgb.len() != 3 * side * side {
-            return Err(Error::Usage(format!("images of the `shapes` world are {side}x{side}; this one is not")));
+        let bytes = 3 * self.world.image_size.pow(2);
+        if rgb.len() != bytes {
+            return Err(Error::Usage(format!("an image of {} bytes where the reader takes {bytes}", rgb.len())));
         }
         let reading = self.reader.read(rgb)?.swap_remove(0);
         let stated: Vec<(usize, usize)> = match self.world.parse(prompt) {
