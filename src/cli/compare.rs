@@ -36,9 +36,6 @@ pub struct CompareFlags {
 /// Seeds where --count does not say.
 const SEEDS: usize = 4;
 
-/// Steps of SGMS where --sgms does not say. The paper's are for pixels and ancestral steps, so this one is ours.
-const SGMS_ETA: f64 = 4.0;
-
 /// What null-prompted images should not show. The paper does not print its words; these are ours.
 const TYPICAL: &str = "a typical, ordinary image";
 
@@ -62,7 +59,7 @@ impl CompareFlags {
             rival("DDIM", Method::Plain, negative()),
             rival("null-prompted", Method::Plain, Some(typical)),
             rival("CADS", Method::Cads(self.rivals.cads()), negative()),
-            rival("SGMS", Method::Sgms(self.rivals.sgms(SGMS_ETA)), negative()),
+            rival("SGMS", Method::Sgms(self.rivals.sgms()), negative()),
             rival("MinorityPrompt", Method::Minority(options), negative()),
         ]
     }

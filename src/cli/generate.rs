@@ -113,10 +113,9 @@ impl RivalFlags {
         }
     }
 
-    /// With steps of `eta` unless the flags say otherwise.
-    pub fn sgms(&self, eta: f64) -> Sgms {
+    pub fn sgms(&self) -> Sgms {
         Sgms {
-            eta: self.sgms.unwrap_or(eta),
+            eta: self.sgms.unwrap_or(Sgms::default().eta),
             ratio: self.sgms_ratio,
             every: self.sgms_every,
             t_mid: self.sgms_above,
@@ -138,7 +137,7 @@ impl Generate {
         Ok(match (self.rivals.cads, self.rivals.sgms, self.best_of) {
             (false, None, None) => Method::Plain,
             (true, None, None) => Method::Cads(self.rivals.cads()),
-            (false, Some(eta), None) => Method::Sgms(self.rivals.sgms(eta)),
+            (false, Some(_), None) => Method::Sgms(self.rivals.sgms()),
             (false, None, Some(n)) => Method::BestOf(n.into(), self.by),
             (_, _, _) => return Err(Error::Usage("--cads, --sgms and --best-of exclude each other".into())),
         })

@@ -33,9 +33,10 @@ pub struct Sgms {
 }
 
 impl Default for Sgms {
-    /// The released code's numbers; η is ours.
+    /// The released code's numbers, but for η, which is for pixels there: ours is about the most that leaves the images of the
+    /// embedded model whole.
     fn default() -> Sgms {
-        Sgms { eta: 1.0, ratio: 0.8, every: 5, t_mid: 0.0, normalised: true, variance: true, guided: false }
+        Sgms { eta: 0.4, ratio: 0.8, every: 5, t_mid: 0.0, normalised: true, variance: true, guided: false }
     }
 }
 
