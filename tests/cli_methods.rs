@@ -212,12 +212,16 @@ fn traces() {
 
 #[test]
 fn explains_without_running() {
-    let flags = ["--steps", "50", "--t-lo", "0.9", "--iterations", "10", "--guidance", "7.5"];
+    let flags = ["--steps", "50", "--t-lo", "0.9", "--t-hi", "1", "--iterations", "10", "--guidance", "7.5"];
     let told = succeeds(&[&["minority", PROMPT, "--explain"][..], &flags].concat());
     let line = |name: &str| told.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{told}"));
     assert!(line("optimised steps").contains(" 5: 0 (t 981"), "{told}");
     assert!(line("UNet forwards").contains(" 200, of them 100 "), "{told}");
     assert!(line("UNet backwards").ends_with(" 100"), "{told}");
+    // A model whose own sampler is another: the released code has DDIM alone.
+    let pndm = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-sd1");
+    let told = succeeds(&["minority", PROMPT, "--model", pndm, "--mode", "released", "--explain"]);
+    assert!(told.contains(" 5: 0 (t 981 s 750)"), "{told}");
     assert!(line("memory").contains("MiB"), "{told}");
 }
 

@@ -124,16 +124,26 @@ fn every_iteration_costs_two_passes_each_way() {
 #[test]
 fn steps_are_optimised_above_the_gate() {
     let pipeline = open("tiny-sd1");
-    let optimised = |steps: usize, t_lo: f64, every: usize| {
+    let between = |steps: usize, t_lo: f64, t_hi: f64, every: usize| {
         let s = settings(&pipeline, DType::F32);
-        let schedule = Schedule { t_lo, every, renoise: Renoise::Annealed, ..s.schedule };
+        let schedule = Schedule { t_lo, t_hi, every, renoise: Renoise::Annealed, ..s.schedule };
         passes(&pipeline, Settings { images: images(&pipeline, steps, 3.0, DType::F32), schedule, ..s }, 1).1
     };
+    let optimised = |steps: usize, t_lo: f64, every: usize| between(steps, t_lo, 1.0, every);
     assert_eq!(optimised(50, 0.9, 1), [0, 1, 2, 3, 4], "timesteps 981 to 901");
+    assert_eq!(between(50, 0.9, 0.941, 1), [2, 3, 4], "timestep 941 is in");
     assert_eq!(optimised(50, 0.901, 1), [0, 1, 2, 3], "strictly above");
     assert_eq!(optimised(4, 0.0, 1), [0, 1, 2, 3]);
     assert_eq!(optimised(50, 0.9, 3), [0, 3]);
     assert_eq!(optimised(4, 1.0, 1), Vec::<usize>::new());
+    // The defaults: Stable Diffusion's window, and where a model with another noise schedule has as much signal.
+    let window = |pipeline: &Pipeline| {
+        let s = Schedule::of(pipeline, Convention::Diffusers).unwrap();
+        [s.t_lo, s.t_hi]
+    };
+    assert_eq!(window(&pipeline), [0.9, 1.0]);
+    let [t_lo, t_hi] = window(&Pipeline::open(rarebit::assets::shapes().unwrap(), None).unwrap());
+    assert!(0.6 < t_lo && t_lo < t_hi && t_hi < 0.85, "{t_lo} to {t_hi}");
 }
 
 #[test]

@@ -103,6 +103,7 @@ impl Case {
                 rate: self.number("lr"),
                 decay: self.number("lr_decay"),
                 t_lo: self.number("t_lo"),
+                t_hi: 1.0,
                 every: self.count("inter_rate"),
                 base_prompt_after: self.is("base_prompt_after"),
                 renoise: self.fields["second_level"].as_f64().map_or(Renoise::Annealed, Renoise::Fixed),

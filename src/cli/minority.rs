@@ -12,7 +12,7 @@ use crate::methods::pipeline::Pipeline;
 use crate::methods::token::{Init, PoolAt, TokenSettings};
 use crate::methods::variable::Variable;
 use crate::plan::show_bytes;
-use crate::sampler::{Convention, Renoise};
+use crate::sampler::{self, Convention, Renoise};
 use crate::text::Place;
 use crate::{Error, Result};
 use clap::ValueEnum;
@@ -48,7 +48,8 @@ pub struct Minority {
         help_heading = "Optimisation"
     )]
     lr_decay: f64,
-    /// Optimise while the timestep is above this share of the training steps [default: 0.9]
+    /// Optimise while the timestep is above this share of the training steps [default: 0.9 for Stable Diffusion, and where other
+    /// models have as much signal left; released 0.9]
     #[arg(
         long,
         value_name = "SHARE",
@@ -57,6 +58,16 @@ pub struct Minority {
         help_heading = "Optimisation"
     )]
     t_lo: Option<f64>,
+    /// Optimise while the timestep is at most this share of the training steps [default: 1 for Stable Diffusion, and where other
+    /// models have as much signal left; released 1]
+    #[arg(
+        long,
+        value_name = "SHARE",
+        value_parser = flags::number,
+        allow_negative_numbers = true,
+        help_heading = "Optimisation"
+    )]
+    t_hi: Option<f64>,
     /// Optimise every so many steps
     #[arg(
         long,
@@ -221,6 +232,7 @@ impl Options {
             rate: args.lr.unwrap_or(usual.rate),
             decay: args.lr_decay,
             t_lo: args.t_lo.unwrap_or(usual.t_lo),
+            t_hi: args.t_hi.unwrap_or(usual.t_hi),
             every: args.every,
             base_prompt_after: args.after.map_or(usual.base_prompt_after, |after| after == After::Prompt),
             renoise: args.renoise.unwrap_or(usual.renoise),
@@ -309,7 +321,7 @@ fn schedule_record(s: &Schedule) -> Value {
         Renoise::Fixed(share) => json!(share),
     };
     json!({
-        "iterations": s.iterations, "lr": s.rate, "lr_decay": s.decay, "t_lo": s.t_lo, "every": s.every,
+        "iterations": s.iterations, "lr": s.rate, "lr_decay": s.decay, "t_lo": s.t_lo, "t_hi": s.t_hi, "every": s.every,
         "after": if s.base_prompt_after { "prompt" } else { "learned" }, "renoise": renoise,
         "released": s.convention == Convention::Released
     })
@@ -387,7 +399,11 @@ impl Minority {
     }
 }
 
-pub fn run(args: &Minority) -> Result<()> {
+pub fn run(mut args: Minority) -> Result<()> {
+    if args.mode == Mode::Released {
+        // The released code has no other.
+        args.images.sampling.sampler.get_or_insert(sampler::Method::Ddim);
+    }
     if args.save_token.is_some() && args.variable != What::Token {
         return Err(Error::Usage("--save-token: there is a token only with --variable token".into()));
     }
@@ -395,9 +411,9 @@ pub fn run(args: &Minority) -> Result<()> {
         args.check_comparison()?;
     }
     let pipeline = args.images.open()?;
-    let options = Options::new(args, &pipeline)?;
+    let options = Options::new(&args, &pipeline)?;
     if args.explain {
-        return explain(args, &pipeline, options);
+        return explain(&args, &pipeline, options);
     }
     if let Some(path) = &args.rivals.compare {
         return compare::run(&args.images, &args.rivals, path, &pipeline, options);

@@ -50,7 +50,7 @@ pub fn main() -> ExitCode {
     };
     let outcome = match cli.command {
         Command::Generate(args) => in_pool(args.images.threads(), || generate::run(&args)),
-        Command::Minority(args) => in_pool(args.images.threads(), || minority::run(&args)),
+        Command::Minority(args) => in_pool(args.images.threads(), move || minority::run(*args)),
         Command::Inspect(args) => in_pool(None, || inspect::run(&args)),
         Command::Score(args) => in_pool(args.threads(), || score::run(&args)),
     };

@@ -16,7 +16,7 @@ use crate::methods::token::{self, Placed, TokenSettings};
 use crate::methods::variable::{ADAM, Names, Parameter, Variable, moments_of};
 use crate::plan::{Footprint, Planned, plan};
 use crate::program::DType;
-use crate::sampler::{Convention, Level, Renoise, draw, renoise};
+use crate::sampler::{Convention, Level, Renoise, draw, renoise, share_with_signal};
 use crate::{Error, Result};
 use programs::OfPrefix;
 use std::collections::HashMap;
@@ -32,13 +32,19 @@ pub struct Schedule {
     pub decay: f64,
     /// Steps are optimised while their timestep is above this share of the training steps …
     pub t_lo: f64,
-    /// … and their number is a multiple of this.
+    /// … and at most at this one, …
+    pub t_hi: f64,
+    /// … and if their number is a multiple of this.
     pub every: usize,
     /// Steps that are not optimised read the prompt as it was, not as it was last optimised.
     pub base_prompt_after: bool,
     pub renoise: Renoise,
     pub convention: Convention,
 }
+
+/// Least and most `ᾱ` of the steps that are optimised by default: those of Stable Diffusion above 0.9 of its training steps, where the
+/// released code optimises. Beyond them its last step has no more noise; models that go further see nothing there.
+const SIGNAL: [f64; 2] = [0.0046, 0.0141512];
 
 /// The default learning rate over the spread of the token embeddings: about 1e-3 for CLIP-L, where the released scripts have that.
 const SHARE_OF_SPREAD: f64 = 0.07;
@@ -51,6 +57,7 @@ impl Schedule {
             rate: 1e-2,
             decay: 0.0,
             t_lo: 0.9,
+            t_hi: 1.0,
             every: 1,
             base_prompt_after: false,
             renoise: Renoise::Fixed(0.75),
@@ -60,6 +67,8 @@ impl Schedule {
             Convention::Released => shared,
             Convention::Diffusers => Schedule {
                 rate: SHARE_OF_SPREAD * token::spread(pipeline, 0)?,
+                t_lo: share_with_signal(&pipeline.config.scheduler, SIGNAL[1])?,
+                t_hi: share_with_signal(&pipeline.config.scheduler, SIGNAL[0])?,
                 base_prompt_after: true,
                 renoise: Renoise::Annealed,
                 ..shared
@@ -238,9 +247,9 @@ fn visits(pipeline: &Pipeline, settings: &Settings, generator: &Generator<'_>) -
         ));
     }
     let steps = &generator.schedule().steps;
-    let gate = s.t_lo * config.train_timesteps as f64;
+    let [above, up_to] = [s.t_lo, s.t_hi].map(|share| share * config.train_timesteps as f64);
     let visit = |(index, step): (usize, &crate::sampler::Step)| {
-        if step.timestep <= gate || !index.is_multiple_of(s.every) {
+        if step.timestep <= above || step.timestep > up_to || !index.is_multiple_of(s.every) {
             return Ok(None);
         }
         let rate = s.rate * (1.0 - index as f64 * s.decay);

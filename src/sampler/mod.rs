@@ -18,7 +18,7 @@ mod torch;
 pub use cads::Cads;
 pub use fragment::{HISTORY, LATENTS, NOISE, PUSH, STORE, State, UPDATE, append_update, update};
 pub use noise::{Noise, Rng, counters, draw, normal, uniform};
-pub use renoise::{Convention, Renoise, released, renoise};
+pub use renoise::{Convention, Renoise, released, renoise, share_with_signal};
 pub use schedule::Level;
 
 use crate::models::config::{Prediction, SchedulerConfig, Spacing};

@@ -86,6 +86,14 @@ pub fn renoise(
     Ok((s, Level::from_alpha_bar(alpha_bar)))
 }
 
+/// The share of the training steps above which `ᾱ` is at most this; 1 where it never is. What one model does at a timestep another
+/// does where it has as much signal.
+pub fn share_with_signal(config: &SchedulerConfig, alpha_bar: f64) -> Result<f64> {
+    let (table, last) = (Table::new(config)?, config.train_timesteps);
+    let above = (0..last).find(|t| table.alpha_bar(*t as i64) <= alpha_bar);
+    Ok(above.unwrap_or(last) as f64 / last as f64)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -190,6 +198,15 @@ mod tests {
             close(with + without, plain.update[1]);
             close(x, plain.update[0]);
         }
+    }
+
+    #[test]
+    fn shares_have_the_signal_asked_for() {
+        let share = |alpha_bar| share_with_signal(&config(Spacing::Leading), alpha_bar).unwrap();
+        assert_eq!([share(0.0141512), share(1.0), share(0.0046)], [0.9, 0.0, 1.0]);
+        let noisier = SchedulerConfig { beta_end: 0.025, ..config(Spacing::Leading) };
+        let share = share_with_signal(&noisier, 0.0141512).unwrap();
+        assert!((0.6..0.8).contains(&share), "{share}");
     }
 
     #[test]

@@ -31,6 +31,7 @@ pub fn settings(pipeline: &Pipeline, dtype: DType) -> Settings {
             rate: 0.002,
             decay: 0.0,
             t_lo: 0.7,
+            t_hi: 1.0,
             every: 1,
             base_prompt_after: true,
             renoise: Renoise::Annealed,
