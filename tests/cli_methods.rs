@@ -48,7 +48,7 @@ fn rivals_of_generate() {
     let plain = image_of(&out, "generate", &[]);
     assert_eq!(record(&path(&out, "image.png"))["options"], Value::Null);
     assert_eq!(image_of(&out, "generate", &["--sgms", "0"]), plain, "SGMS that takes no step");
-    assert_eq!(image_of(&out, "minority", &["--iterations", "0"]), plain, "no iteration");
+    assert_eq!(image_of(&out, "minority", &["--t-lo", "1"]), plain, "no step is optimised");
     let sgms = image_of(&out, "generate", &["--sgms", "30", "--sgms-every", "1"]);
     assert_ne!(sgms, plain);
     let cads = image_of(&out, "generate", &["--cads", "--cads-times", "0.2,0.8"]);
@@ -102,7 +102,7 @@ fn mistakes() {
     minority(&["--init", "word:extraordinarily"], &["'extraordinarily'", "must be one"]);
     minority(&["--init", "cool"], &["--init", "word:WORD"]);
     minority(&["--variable", "text", "--save-token", "t.safetensors"], &["--save-token", "--variable token"]);
-    minority(&["--lr-decay", "0.5", "--t-lo", "0"], &["--lr-decay 0.5", "step 3"]);
+    minority(&["--lr-decay", "0.5", "--t-lo", "0", "--t-hi", "1"], &["--lr-decay 0.5", "step 3"]);
     minority(&["--lr", "-1"], &["--lr", "0 or more"]);
     minority(&["--every", "0"], &["--every"]);
     minority(&["--tokens", "0"], &["--tokens"]);
