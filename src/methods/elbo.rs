@@ -70,8 +70,7 @@ fn elbo() -> Objective {
         let noised = s.renoise(s.latents, n);
         let prediction = s.predict(noised, At::Again, Told::Prompt);
         let e = s.noise(prediction);
-        let minus = s.b.affine(n, -1.0, 0.0);
-        let error = s.b.add(e, minus);
+        let error = s.difference(e, n);
         let numbers = s.b.shape(error)[1..].iter().product::<usize>();
         let squares = s.squares(error);
         s.b.affine(squares, 1.0 / numbers as f64, 0.0)

@@ -260,10 +260,14 @@ impl<'s> Scene<'s> {
 
     /// `‖x − y‖₂` per image, with gradient 0 where they are equal.
     pub fn distance(&mut self, x: ValueId, y: ValueId) -> ValueId {
-        let minus = self.b.affine(y, -1.0, 0.0);
-        let difference = self.b.add(x, minus);
+        let difference = self.difference(x, y);
         let squares = self.squares(difference);
         self.root(squares)
+    }
+
+    pub fn difference(&mut self, x: ValueId, y: ValueId) -> ValueId {
+        let minus = self.b.affine(y, -1.0, 0.0);
+        self.b.add(x, minus)
     }
 
     /// `‖x‖₂²` per image; [`Scene::root`] of it has gradient 0 at 0.

@@ -50,6 +50,13 @@ pub(super) fn stacked(texts: &[Text]) -> Text {
     Text { context: all(|text| &text.context), pooled: all(|text| &text.pooled) }
 }
 
+/// SDXL's size numbers of images that are neither cropped nor scaled, `[rows, 6]` (see [`crate::models::unet::Added`]).
+pub(super) fn size_ids(pipeline: &Pipeline, sizes: Sizes, rows: usize) -> Vec<f32> {
+    let factor = pipeline.config.vae.factor();
+    let (height, width) = ((sizes.height * factor) as f32, (sizes.width * factor) as f32);
+    [height, width, 0.0, 0.0, height, width].repeat(rows)
+}
+
 /// Computes what all steps share by the loaded program `condition`, from context and pooled states of all rows; a model without
 /// added conditions reads no `pooled`.
 pub(super) fn condition(
@@ -63,9 +70,7 @@ pub(super) fn condition(
     executor.write(buffer::CONTEXT, context)?;
     if pipeline.config.unet.added.is_some() {
         executor.write(buffer::POOLED, pooled)?;
-        let factor = pipeline.config.vae.factor();
-        let (height, width) = ((sizes.height * factor) as f32, (sizes.width * factor) as f32);
-        let size_ids = [height, width, 0.0, 0.0, height, width].repeat(rows(sizes, schedule));
+        let size_ids = size_ids(pipeline, sizes, rows(sizes, schedule));
         executor.write(buffer::SIZE_IDS, Data::F32(&size_ids))?;
     }
     let timesteps: Vec<f64> = schedule.steps.iter().map(|step| step.timestep).collect();

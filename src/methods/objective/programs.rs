@@ -215,9 +215,7 @@ impl Loaded {
             images.executor.run(program)?;
             self.write(images, pooled, Data::F32(&texts.pooled))?;
         }
-        let factor = images.pipeline.config.vae.factor();
-        let (height, width) = ((images.sizes.height * factor) as f32, (images.sizes.width * factor) as f32);
-        let size_ids = [height, width, 0.0, 0.0, height, width].repeat(jobs.len());
+        let size_ids = text::size_ids(images.pipeline, images.sizes, jobs.len());
         self.write(images, scene::SIZE_IDS, Data::F32(&size_ids))
     }
 
