@@ -11,7 +11,7 @@ use rarebit::methods::minority::{Minority, Settings};
 use rarebit::methods::pipeline::Pipeline;
 use rarebit::methods::programs::Sizes;
 use rarebit::methods::token::TokenSettings;
-use rarebit::methods::variable::{Design, Variable};
+use rarebit::methods::variable::{Design, Parameter, Variable};
 use rarebit::models::unet::Unet;
 use rarebit::plan::plan;
 use rarebit::program::{Builder, DType, Program};
@@ -69,7 +69,7 @@ fn main() -> Result<()> {
     let sizes = Sizes { batch: 1, height, width, tokens: pipeline.tokens() };
     let design = Design { pipeline: &pipeline, dtype: DType::F32, sizes, variable: &variable };
     let mut towers = Cpu::<f32>::new();
-    let text = [design.forward(prefix)?, design.backward(prefix)?, design.update(1.0)?];
+    let text = [text_gradient(&design, prefix)?, design.update(1.0)?];
     let text = text.into_iter().map(|program| load(&mut towers, program, &pipeline)).collect::<Result<Vec<_>>>()?;
 
     let mut seconds: [Vec<f64>; 6] = Default::default();
@@ -114,6 +114,15 @@ fn pass(pipeline: &Pipeline, side: usize, leaf: Option<&str>) -> Result<Program>
     let Some(leaf) = leaf else { return Ok(program) };
     let leaves = program.input(leaf).map(|id| (id, format!("d.{leaf}"))).into_iter().collect();
     differentiate(&program, &Request { objectives: vec![(squares, Cotangent::Ones)], leaves }, None)
+}
+
+/// The text towers from the token to the text states and back.
+fn text_gradient(design: &Design<'_>, prefix: usize) -> Result<Program> {
+    let program = design.forward(prefix)?;
+    let objectives = program.outputs.iter().map(|(name, id)| (*id, Cotangent::Input(format!("d.{name}")))).collect();
+    let leaf = |p: Parameter| Some((program.input(p.name)?, format!("d.{}", p.name)));
+    let leaves = design.parameters().into_iter().filter_map(leaf).collect();
+    differentiate(&program, &Request { objectives, leaves }, None)
 }
 
 fn load(executor: &mut Cpu<f32>, program: Program, pipeline: &Pipeline) -> Result<ProgramId> {

@@ -4,6 +4,7 @@ mod common;
 
 use common::golden::Golden;
 use common::minority::{Outcome, images, job, looking, plain, run, settings, token};
+use rarebit::autodiff::{Cotangent, Request, differentiate};
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::{Data, DataMut, Executor};
 use rarebit::methods::generate::Image;
@@ -12,9 +13,9 @@ use rarebit::methods::objective::{self, At, Objective, Passes, Scene, Told, mino
 use rarebit::methods::pipeline::{LearnedToken, Pipeline};
 use rarebit::methods::programs::Sizes;
 use rarebit::methods::token::{Init, PoolAt, TokenSettings};
-use rarebit::methods::variable::{Design, Names, ROWS, Variable};
+use rarebit::methods::variable::{Design, Names, Parameter, ROWS, Variable};
 use rarebit::plan::plan;
-use rarebit::program::DType;
+use rarebit::program::{DType, Program};
 use rarebit::sampler::{Convention, Renoise};
 use rarebit::text::Place;
 
@@ -219,9 +220,10 @@ fn towers(pipeline: &Pipeline) -> Towers {
     let sizes = Sizes { batch: 2, height: 8, width: 8, tokens: pipeline.tokens() };
     let design = Design { pipeline, dtype: DType::F32, sizes, variable: &variable };
     let mut executor = cpu();
-    let programs = [design.prefix(placed.prefix), design.forward(placed.prefix), design.backward(placed.prefix)];
-    let [prefix, forward, backward] = programs.map(|program| {
-        let planned = plan(program.unwrap(), |program, node| executor.workspace(program, node));
+    let forward = design.forward(placed.prefix).unwrap();
+    let programs = [design.prefix(placed.prefix).unwrap(), gradient(&forward, &design), forward];
+    let [prefix, backward, forward] = programs.map(|program| {
+        let planned = plan(program, |program, node| executor.workspace(program, node));
         executor.load(planned, &pipeline.model).unwrap()
     });
     let (names, tokens) = (Names::of(placed.prefix), pipeline.tokens());
@@ -240,6 +242,16 @@ fn towers(pipeline: &Pipeline) -> Towers {
     executor.run(prefix).unwrap();
     let widths = pipeline.config.text.iter().map(|tower| tower.width).collect();
     Towers { executor, forward, backward, prefix: placed.prefix, widths }
+}
+
+/// Gradients of the text states → gradients of the rows.
+fn gradient(forward: &Program, design: &Design<'_>) -> Program {
+    let mut program = forward.clone();
+    let outputs = std::mem::take(&mut program.outputs);
+    let objectives = outputs.into_iter().map(|(name, id)| (id, Cotangent::Input(format!("d.{name}")))).collect();
+    let leaf = |p: Parameter| Some((program.input(p.name)?, format!("d.{}", p.name)));
+    let leaves = design.parameters().into_iter().filter_map(leaf).collect();
+    differentiate(&program, &Request { objectives, leaves }, None).unwrap()
 }
 
 impl Towers {

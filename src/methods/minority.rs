@@ -8,12 +8,12 @@ mod programs;
 
 use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::methods::generate::{self, Generator, Image, Job, Observer, Progress};
-use crate::methods::objective::{self, Ask, Look, Objective, Objectives, Passes, scene, score_name};
+use crate::methods::objective::{self, Look, Objective, Passes, score_name};
 use crate::methods::pipeline::{LearnedToken, Pipeline};
 use crate::methods::programs::gradient_of;
 use crate::methods::text::{self, Text};
 use crate::methods::token::{self, Placed, TokenSettings};
-use crate::methods::variable::{ADAM, Names, Parameter, Variable, moments_of};
+use crate::methods::variable::{ADAM, CONTEXT, Names, POOLED, Parameter, Variable, moments_of};
 use crate::plan::{Footprint, Planned, plan};
 use crate::program::DType;
 use crate::sampler::{Convention, Level, Renoise, draw, renoise, share_with_signal};
@@ -137,7 +137,6 @@ pub struct Minority<'p> {
     generator: Generator<'p>,
     settings: Settings,
     visits: Vec<Option<Visit>>,
-    objectives: Objectives,
     update: Planned,
     of_prefix: OfPrefix,
     prefix: usize,
@@ -158,19 +157,9 @@ impl<'p> Minority<'p> {
             Variable::Token(token) => token.place(pipeline, prompts)?.prefix,
             Variable::Text | Variable::Null => 0,
         };
-        let ask = Ask {
-            pipeline,
-            dtype: settings.images.dtype,
-            sizes: generator.sizes(),
-            guidance: settings.images.sampler.guidance,
-            varies: settings.variable.varies(),
-            loss_scale: settings.loss_scale,
-            budget: settings.budget,
-        };
-        let objectives = Objectives::plan(&ask, executor, &settings.objectives)?;
         let update = plan(design.update(settings.loss_scale)?, |program, node| executor.workspace(program, node));
-        let of_prefix = OfPrefix::plan(&design, executor, prefix)?;
-        Ok(Minority { generator, settings, visits, objectives, update, of_prefix, prefix })
+        let of_prefix = OfPrefix::plan(&design, executor, &settings, prefix)?;
+        Ok(Minority { generator, settings, visits, update, of_prefix, prefix })
     }
 
     pub fn footprint(&self) -> Footprint {
@@ -180,7 +169,6 @@ impl<'p> Minority<'p> {
     /// Every planned program.
     pub fn programs(&self) -> Vec<&Planned> {
         let mut all = self.generator.programs().all().to_vec();
-        all.extend(self.objectives.all());
         all.push(&self.update);
         all.extend(self.of_prefix.all());
         all
@@ -196,7 +184,7 @@ impl<'p> Minority<'p> {
     pub fn passes(&self) -> Passes {
         let sampling = self.generator.passes();
         let iterations = self.optimised().len() * self.settings.schedule.iterations;
-        let Passes { forward, backward } = self.objectives.passes();
+        let Passes { forward, backward } = self.of_prefix.objectives.passes();
         Passes { forward: sampling + iterations * forward, backward: iterations * backward }
     }
 
@@ -215,7 +203,6 @@ impl<'p> Minority<'p> {
         let pipeline = self.generator.pipeline();
         let parameters = programs::design(&self.generator, pipeline, &self.settings).parameters();
         let images = self.generator.load(executor)?;
-        let objectives = self.objectives.load(&mut *images.executor, &pipeline.model)?;
         let update = images.executor.load(self.update, &pipeline.model)?;
         let of_prefix = self.of_prefix.load(&mut *images.executor, &pipeline.model)?;
         Ok(Loaded {
@@ -223,7 +210,6 @@ impl<'p> Minority<'p> {
             images,
             settings: self.settings,
             visits: self.visits,
-            objectives,
             update,
             parameters,
             prefix: self.prefix,
@@ -269,7 +255,6 @@ pub struct Loaded<'p, 'e> {
     images: generate::Loaded<'p, 'e>,
     settings: Settings,
     visits: Vec<Option<Visit>>,
-    objectives: objective::Loaded,
     update: ProgramId,
     parameters: Vec<Parameter>,
     prefix: usize,
@@ -315,20 +300,19 @@ impl Loaded<'_, '_> {
 
     /// The optimiser's inner loop at one step: Adam begins anew, what is optimised goes on.
     fn optimise(&mut self, step: usize, visit: Visit, observe: &mut Observer<'_>) -> Result<()> {
-        self.objectives.prepare(&mut self.images, &visit.look)?;
+        self.prefixes[&self.prefix].objectives.prepare(&mut self.images, &visit.look)?;
         for objective in 0..self.settings.objectives.len() {
             self.forget_moments()?;
             for iteration in 0..self.settings.schedule.iterations {
-                self.objectives.run(&mut self.images, objective, &self.seeds, draw::LOOK + self.drawn)?;
+                let of_prefix = &self.prefixes[&self.prefix];
+                of_prefix.objectives.run(&mut self.images, objective, &self.seeds, draw::LOOK + self.drawn)?;
                 self.drawn += 1;
-                self.images.executor.run(self.prefixes[&self.prefix].backward)?;
                 let report = match self.settings.trace {
                     true => Some(self.report(step, visit, objective, iteration)?),
                     false => None,
                 };
                 self.images.executor.write(ADAM, Data::F64(&adam(visit.rate, iteration)))?;
                 self.images.executor.run(self.update)?;
-                self.images.executor.run(self.prefixes[&self.prefix].forward)?;
                 observe(Progress::Iteration(report.as_ref()))?;
             }
         }
@@ -361,13 +345,12 @@ impl Loaded<'_, '_> {
             self.place(&placed)?;
         } else {
             self.rows = vec![stacked.context];
-            self.objectives.write(&mut self.images, scene::POOLED, Data::F32(&stacked.pooled))?;
+            self.prefixes[&self.prefix].objectives.write(&mut self.images, POOLED, Data::F32(&stacked.pooled))?;
         }
         for (parameter, rows) in self.parameters.iter().zip(&self.rows) {
             self.images.executor.write(parameter.name, Data::F32(rows))?;
         }
-        self.objectives.constants(&mut self.images, jobs)?;
-        self.images.executor.run(self.prefixes[&self.prefix].forward)
+        self.prefixes[&self.prefix].objectives.constants(&mut self.images, jobs)
     }
 
     /// Enters the prompts' ids, and computes what their first tokens hand on to the learnable ones.
@@ -375,7 +358,7 @@ impl Loaded<'_, '_> {
         self.prefix = placed.prefix;
         if !self.prefixes.contains_key(&placed.prefix) {
             let design = self.images.design(&self.settings);
-            let planned = OfPrefix::plan(&design, &*self.images.executor, placed.prefix)?;
+            let planned = OfPrefix::plan(&design, &*self.images.executor, &self.settings, placed.prefix)?;
             let loaded = planned.load(&mut *self.images.executor, &self.images.pipeline.model)?;
             self.prefixes.insert(placed.prefix, loaded);
         }
@@ -409,12 +392,13 @@ impl Loaded<'_, '_> {
     }
 
     /// What the optimised branch is told now.
-    fn texts(&self, base: &[Text]) -> Result<Vec<Text>> {
+    fn texts(&mut self, base: &[Text]) -> Result<Vec<Text>> {
+        self.images.executor.run(self.prefixes[&self.prefix].forward)?;
         let mut context = vec![0.0; base.iter().map(|text| text.context.len()).sum()];
-        self.images.executor.read(scene::CONTEXT, DataMut::F32(&mut context))?;
+        self.images.executor.read(CONTEXT, DataMut::F32(&mut context))?;
         let mut pooled: Vec<f32> = base.iter().flat_map(|text| &text.pooled).copied().collect();
-        if matches!(self.settings.variable, Variable::Token(_)) && self.objectives.reads(scene::POOLED) {
-            self.images.executor.read(scene::POOLED, DataMut::F32(&mut pooled))?;
+        if matches!(self.settings.variable, Variable::Token(_)) && self.images.pipeline.config.unet.added.is_some() {
+            self.images.executor.read(POOLED, DataMut::F32(&mut pooled))?;
         }
         let (rows, width) = (context.len() / base.len(), pooled.len() / base.len());
         let text = |i: usize| Text {

@@ -39,11 +39,12 @@
 
 mod programs;
 
-pub(super) use programs::{Ask, Loaded, Objectives, score_name};
+pub(super) use programs::{Ask, Loaded, Objectives, Varies, score_name};
 pub use programs::{Look, Passes};
 
 use crate::methods::pipeline::Pipeline;
 use crate::methods::programs::{Sizes, pooled_width};
+use crate::methods::variable::States;
 use crate::models::unet::{Added, Unet};
 use crate::program::{Builder, Scalar, ValueId};
 use crate::sampler::LATENTS;
@@ -66,19 +67,6 @@ pub enum Told {
     Prompt,
     /// What the unconditional branch is told, as the variable has it.
     Null,
-}
-
-/// What a gradient is taken with respect to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Varies {
-    /// What the prompt's branch is told.
-    Prompt,
-    /// What the unconditional branch is told.
-    Null,
-    /// The latents.
-    Latents,
-    /// Nothing: the objective is a score.
-    Nothing,
 }
 
 /// The network's output for `x`: read by [`Scene::clean`] and [`Scene::noise`].
@@ -120,9 +108,6 @@ impl Objective {
 
 /// Named buffers of a program that holds an objective.
 pub(super) mod scene {
-    /// Text states of the branch that is optimised, `[B, T, D]`, and their pooled text, `[B, P]`.
-    pub const CONTEXT: &str = "learned.context";
-    pub const POOLED: &str = "learned.pooled";
     /// Keys and values, and pooled text, of what stays as it is.
     pub const PROMPT: [&str; 2] = ["prompt.kv", "prompt.pooled"];
     pub const NULL: [&str; 2] = ["null.kv", "null.pooled"];
@@ -151,8 +136,17 @@ pub struct Scene<'s> {
     unet: Unet<'s>,
     sizes: Sizes,
     guidance: f64,
-    varies: Varies,
-    learned_kv: Option<ValueId>,
+    learned: Option<Learned>,
+    looked_at_learned: bool,
+}
+
+/// The branch that is optimised, as the network is told it.
+struct Learned {
+    /// Which: [`Told::Learned`] or [`Told::Null`].
+    told: Told,
+    /// Keys and values of every cross-attention, and pooled text where the network takes it.
+    kv: ValueId,
+    pooled: Option<ValueId>,
 }
 
 impl<'s> Scene<'s> {
@@ -161,12 +155,14 @@ impl<'s> Scene<'s> {
         pipeline: &'s Pipeline,
         sizes: Sizes,
         guidance: f64,
-        varies: Varies,
+        learned: Option<(Told, States)>,
     ) -> Scene<'s> {
         let unet = Unet::new(&pipeline.config.unet);
+        let learned =
+            learned.map(|(told, States { context, pooled })| Learned { told, kv: unet.context_kv(b, context), pooled });
         let Sizes { batch, height, width, .. } = sizes;
         let latents = b.wide_input(LATENTS, &[batch, height, width, pipeline.config.unet.in_channels]);
-        Scene { b, latents, pipeline, unet, sizes, guidance, varies, learned_kv: None }
+        Scene { b, latents, pipeline, unet, sizes, guidance, learned, looked_at_learned: false }
     }
 
     pub fn batch(&self) -> usize {
@@ -175,25 +171,19 @@ impl<'s> Scene<'s> {
 
     /// The network's output for `x`, without guidance.
     pub fn predict(&mut self, x: ValueId, at: At, told: Told) -> Prediction {
-        let varies = match told {
-            Told::Learned => self.varies == Varies::Prompt,
-            Told::Null => self.varies == Varies::Null,
-            Told::Prompt => false,
-        };
         let [kv, pooled] = if told == Told::Null { scene::NULL } else { scene::PROMPT };
-        let Sizes { batch, tokens, .. } = self.sizes;
-        let kv = match (varies, self.learned_kv) {
-            (true, Some(kv)) => kv,
-            (true, None) => {
-                let width = self.pipeline.config.unet.context_width;
-                let context = self.b.input(scene::CONTEXT, &[batch, tokens, width]);
-                let kv = self.unet.context_kv(self.b, context);
-                self.learned_kv = Some(kv);
-                kv
+        let (kv, pooled) = match &self.learned {
+            Some(learned) if learned.told == told => {
+                self.looked_at_learned = true;
+                (learned.kv, learned.pooled)
             }
-            (false, _) => self.b.input(kv, &[batch, tokens, self.unet.kv_width()]),
+            Some(_) | None => {
+                let Sizes { batch, tokens, .. } = self.sizes;
+                let kv = self.b.input(kv, &[batch, tokens, self.unet.kv_width()]);
+                (kv, self.pooled_width().map(|width| self.b.input(pooled, &[batch, width])))
+            }
         };
-        let time = self.time(at, if varies { scene::POOLED } else { pooled });
+        let time = self.time(at, pooled);
         let output = self.unet.forward(self.b, x, kv, time);
         Prediction { x, output: self.b.widen(output), at }
     }
@@ -206,18 +196,17 @@ impl<'s> Scene<'s> {
         Prediction { x, output: self.b.add(with, without), at }
     }
 
+    fn pooled_width(&mut self) -> Option<usize> {
+        pooled_width(self.pipeline).unwrap_or_else(|error| {
+            self.b.fail(error.to_string());
+            None
+        })
+    }
+
     /// Time projections of every residual block at one level, `[1, W]`, or `[B, W]` where pooled text is added.
-    fn time(&mut self, at: At, pooled: &str) -> ValueId {
+    fn time(&mut self, at: At, pooled: Option<ValueId>) -> ValueId {
         let timestep = self.b.wide_input(scene::TIMESTEP[at as usize], &[1]);
-        let width = match pooled_width(self.pipeline) {
-            Ok(Some(width)) => width,
-            Ok(None) => return self.unet.time(self.b, timestep, None),
-            Err(error) => {
-                self.b.fail(error.to_string());
-                0
-            }
-        };
-        let pooled = self.b.input(pooled, &[self.sizes.batch, width]);
+        let Some(pooled) = pooled else { return self.unet.time(self.b, timestep, None) };
         let size_ids = self.b.wide_input(scene::SIZE_IDS, &[self.sizes.batch, 6]);
         let time = self.unet.time(self.b, timestep, Some(Added { pooled, size_ids }));
         let zero = self.b.input_i32(scene::ZERO, &[1]);

@@ -1,8 +1,6 @@
 //! What is optimised while sampling, how it enters the network, and where its gradient comes out.
 
 use crate::Result;
-use crate::autodiff::{Cotangent, Request, differentiate};
-use crate::methods::objective::{Varies, scene};
 use crate::methods::pipeline::Pipeline;
 use crate::methods::programs::{Sizes, gradient_of, pooled_width};
 use crate::methods::token::TokenSettings;
@@ -32,6 +30,9 @@ pub struct Parameter {
 pub const ROWS: [&str; 2] = ["token.rows", "token.rows_2"];
 /// All text states as a parameter.
 pub const STATES: &str = "states.rows";
+/// Text states of the branch that is optimised, `[B, T, D]`, and their pooled text, `[B, P]`.
+pub const CONTEXT: &str = "learned.context";
+pub const POOLED: &str = "learned.pooled";
 /// The optimiser's numbers; see [`crate::program::Update::AdamW`].
 pub const ADAM: &str = "adam.scalars";
 
@@ -82,14 +83,12 @@ pub struct Design<'a> {
     pub variable: &'a Variable,
 }
 
-impl Variable {
-    /// What it varies, as objectives see it.
-    pub fn varies(&self) -> Varies {
-        match self {
-            Variable::Token(_) | Variable::Text => Varies::Prompt,
-            Variable::Null => Varies::Null,
-        }
-    }
+/// The text states that a variable makes of its parameters.
+pub struct States {
+    /// `[B, T, D]`.
+    pub context: ValueId,
+    /// `[B, P]`, where the UNet takes it.
+    pub pooled: Option<ValueId>,
 }
 
 impl Design<'_> {
@@ -127,24 +126,36 @@ impl Design<'_> {
         b.finish()
     }
 
-    /// The parameters → the text states of the branch they belong to. `prefix` counts for tokens alone.
+    /// Appends the way from the parameters to the text states of the branch they belong to. `prefix` counts for tokens alone.
+    pub fn states(&self, b: &mut Builder, prefix: usize) -> Result<States> {
+        let parameters: Vec<ValueId> = self.parameters().iter().map(|p| b.wide_input(p.name, &p.shape)).collect();
+        let pooled_width = pooled_width(self.pipeline)?;
+        Ok(match self.variable {
+            Variable::Token(_) => {
+                let states = self.encode(b, &parameters, prefix);
+                // Two towers: a UNet that takes no pooled text has no use for it.
+                States { context: states.context, pooled: pooled_width.and(states.pooled) }
+            }
+            Variable::Text | Variable::Null => States {
+                context: b.narrow(parameters[0]),
+                pooled: pooled_width.map(|width| b.input(POOLED, &[self.sizes.batch, width])),
+            },
+        })
+    }
+
+    /// The parameters → [`CONTEXT`] and [`POOLED`].
     pub fn forward(&self, prefix: usize) -> Result<Program> {
         let mut b = Builder::new("variable", self.dtype);
-        let parameters: Vec<ValueId> = self.parameters().iter().map(|p| b.wide_input(p.name, &p.shape)).collect();
-        match self.variable {
-            Variable::Token(_) => {
-                let states = self.encode(&mut b, &parameters, prefix);
-                b.output(scene::CONTEXT, states.context);
-                // Two towers: a UNet that takes no pooled text has no use for it.
-                if let (Some(pooled), Some(_)) = (states.pooled, pooled_width(self.pipeline)?) {
-                    b.output(scene::POOLED, pooled);
-                }
+        let states = self.states(&mut b, prefix)?;
+        match (self.variable, states.pooled) {
+            (Variable::Token(_), pooled) => {
+                b.output(CONTEXT, states.context);
+                pooled.into_iter().for_each(|pooled| b.output(POOLED, pooled));
             }
-            Variable::Text | Variable::Null => {
+            (Variable::Text | Variable::Null, _) => {
                 // A copy, which an output must be.
-                let states = b.affine(parameters[0], 1.0, 0.0);
-                let context = b.narrow(states);
-                b.output(scene::CONTEXT, context);
+                let context = b.affine(states.context, 1.0, 0.0);
+                b.output(CONTEXT, context);
             }
         }
         b.finish()
@@ -166,17 +177,6 @@ impl Design<'_> {
         let context = b.input(names.context(), &[batch, prefix, config.unet.context_width]);
         let past = Past { tokens: prefix, kv, context };
         clip_text::encode(b, &config.text, &Prompt { ids: &ids, learnable: rows, pool_at, past: Some(&past) })
-    }
-
-    /// Gradients of the text states → gradients of the parameters.
-    pub fn backward(&self, prefix: usize) -> Result<Program> {
-        let mut program = self.forward(prefix)?;
-        program.name = "variable backward".into();
-        let outputs = std::mem::take(&mut program.outputs);
-        let objectives = outputs.into_iter().map(|(name, id)| (id, Cotangent::Input(gradient_of(&name)))).collect();
-        let leaves = self.parameters();
-        let leaves = leaves.iter().filter_map(|p| Some((program.input(p.name)?, gradient_of(p.name)))).collect();
-        differentiate(&program, &Request { objectives, leaves }, None)
     }
 
     /// One step of Adam; `scale` is what the gradients were multiplied with.

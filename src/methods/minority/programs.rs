@@ -4,6 +4,7 @@ use super::Settings;
 use crate::Result;
 use crate::exec::{Executor, ProgramId};
 use crate::methods::generate::{self, Generator};
+use crate::methods::objective::{self, Ask, Objectives, Varies};
 use crate::methods::pipeline::Pipeline;
 use crate::methods::variable::{Design, Variable};
 use crate::plan::{Planned, plan};
@@ -46,33 +47,45 @@ impl<'p> generate::Loaded<'p, '_> {
     }
 }
 
-/// The programs of a variable for prompts with this many tokens before the first learnable one.
+/// The programs for prompts with this many tokens before the first learnable one.
 pub struct OfPrefix {
+    /// What those tokens hand on to the learnable ones.
     prefix: Option<Planned>,
-    forward: Planned,
-    backward: Planned,
+    /// The parameters to the text states that sampling reads.
+    pub forward: Planned,
+    /// The parameters to scores and gradients.
+    pub objectives: Objectives,
 }
 
 /// [`OfPrefix`] on an executor.
 pub struct LoadedOfPrefix {
     pub prefix: Option<ProgramId>,
     pub forward: ProgramId,
-    pub backward: ProgramId,
+    pub objectives: objective::Loaded,
 }
 
 impl OfPrefix {
-    pub fn plan(design: &Design<'_>, executor: &dyn Executor, prefix: usize) -> Result<OfPrefix> {
+    pub fn plan(design: &Design<'_>, executor: &dyn Executor, settings: &Settings, prefix: usize) -> Result<OfPrefix> {
         let plan = |program: Program| plan(program, |program, node| executor.workspace(program, node));
         let tokens = matches!(design.variable, Variable::Token(_));
+        let ask = Ask {
+            pipeline: design.pipeline,
+            dtype: design.dtype,
+            sizes: design.sizes,
+            guidance: settings.images.sampler.guidance,
+            varies: Varies::Told { variable: design.variable, prefix },
+            loss_scale: settings.loss_scale,
+            budget: settings.budget,
+        };
         Ok(OfPrefix {
             prefix: tokens.then(|| design.prefix(prefix).map(plan)).transpose()?,
             forward: plan(design.forward(prefix)?),
-            backward: plan(design.backward(prefix)?),
+            objectives: Objectives::plan(&ask, executor, &settings.objectives)?,
         })
     }
 
     pub fn all(&self) -> Vec<&Planned> {
-        self.prefix.iter().chain([&self.forward, &self.backward]).collect()
+        self.prefix.iter().chain([&self.forward]).chain(self.objectives.all()).collect()
     }
 
     pub fn load(self, executor: &mut dyn Executor, model: &Model) -> Result<LoadedOfPrefix> {
@@ -80,7 +93,7 @@ impl OfPrefix {
         Ok(LoadedOfPrefix {
             prefix: self.prefix.map(&mut load).transpose()?,
             forward: load(self.forward)?,
-            backward: load(self.backward)?,
+            objectives: self.objectives.load(executor, model)?,
         })
     }
 }

@@ -1,12 +1,13 @@
 //! The programs of a set of objectives, and the host's side of one look at the latents.
 
-use super::{Objective, Scene, Varies, scene};
+use super::{Objective, Scene, Told, scene};
 use crate::autodiff::{Cotangent, Request};
 use crate::exec::{Data, Executor, ProgramId};
 use crate::methods::generate::{self, Job};
 use crate::methods::pipeline::Pipeline;
 use crate::methods::programs::{Sizes, gradient_of};
 use crate::methods::text;
+use crate::methods::variable::{Design, Variable};
 use crate::models::unet::Unet;
 use crate::plan::{Planned, plan, plan_gradient};
 use crate::program::{Builder, DType, Node, Op, Origin, Program, ValueId};
@@ -39,6 +40,17 @@ pub struct Look {
     pub again_level: Level,
 }
 
+/// What a gradient is taken with respect to.
+#[derive(Clone, Copy)]
+pub enum Varies<'a> {
+    /// What the network is told: the parameters of a variable, beside prompts with so many tokens before the first learnable one.
+    Told { variable: &'a Variable, prefix: usize },
+    /// The latents.
+    Latents,
+    /// Nothing: the objective is a score.
+    Nothing,
+}
+
 /// What the programs are planned for.
 pub struct Ask<'a> {
     pub pipeline: &'a Pipeline,
@@ -46,7 +58,7 @@ pub struct Ask<'a> {
     pub sizes: Sizes,
     /// Of [`Scene::guided`].
     pub guidance: f64,
-    pub varies: Varies,
+    pub varies: Varies<'a>,
     /// What gradients are multiplied with.
     pub loss_scale: f64,
     /// Bytes of arena; `None`: as many as the fastest way wants.
@@ -141,8 +153,21 @@ impl Ask<'_> {
     /// One objective and what is to be differentiated: minus what it raises.
     fn look(&self, index: usize, objective: &Objective) -> Result<(Program, Option<Request>)> {
         let mut b = Builder::new(objective.name, self.dtype);
-        let mut scene = Scene::new(&mut b, self.pipeline, self.sizes, self.guidance, self.varies);
+        let (learned, parameters) = match self.varies {
+            Varies::Told { variable, prefix } => {
+                let Ask { pipeline, dtype, sizes, .. } = *self;
+                let design = Design { pipeline, dtype, sizes, variable };
+                let told = match variable {
+                    Variable::Token(_) | Variable::Text => Told::Learned,
+                    Variable::Null => Told::Null,
+                };
+                (Some((told, design.states(&mut b, prefix)?)), design.parameters())
+            }
+            Varies::Latents | Varies::Nothing => (None, vec![]),
+        };
+        let mut scene = Scene::new(&mut b, self.pipeline, self.sizes, self.guidance, learned);
         let score = (objective.append)(&mut scene);
+        let looked = scene.looked_at_learned;
         for value in [score.ascend, score.report] {
             let (found, batch) = (b.shape(value), self.sizes.batch);
             if found != [batch] {
@@ -151,21 +176,20 @@ impl Ask<'_> {
         }
         b.output(score_name(index), score.report);
         let names = match self.varies {
-            Varies::Prompt | Varies::Null => vec![scene::CONTEXT, scene::POOLED],
+            Varies::Told { variable, .. } if !looked => {
+                let what = match variable {
+                    Variable::Null => "does not look under guidance: nothing in it depends on the unconditional branch",
+                    Variable::Token(_) | Variable::Text => "does not depend on what is optimised",
+                };
+                return Err(Error::Usage(format!("the objective '{}' {what}", objective.name)));
+            }
+            Varies::Told { .. } => parameters.iter().map(|parameter| parameter.name).collect(),
             Varies::Latents => vec![LATENTS],
             Varies::Nothing => return Ok((b.finish()?, None)),
         };
         let loss = b.affine(score.ascend, -self.loss_scale, 0.0);
         let program = b.finish()?;
-        let leaves: Vec<_> =
-            names.into_iter().filter_map(|name| Some((program.input(name)?, gradient_of(name)))).collect();
-        if leaves.is_empty() {
-            let what = match self.varies {
-                Varies::Null => "does not look under guidance: nothing in it depends on the unconditional branch",
-                Varies::Prompt | Varies::Latents | Varies::Nothing => "does not depend on what is optimised",
-            };
-            return Err(Error::Usage(format!("the objective '{}' {what}", objective.name)));
-        }
+        let leaves = names.into_iter().filter_map(|name| Some((program.input(name)?, gradient_of(name)))).collect();
         Ok((program, Some(Request { objectives: vec![(loss, Cotangent::Ones)], leaves })))
     }
 
