@@ -5,107 +5,23 @@
 //! own) are chosen apart. The default mode follows the paper where the released code differs from it; see [`Schedule`].
 
 mod programs;
+mod settings;
+
+pub use settings::{Schedule, Settings, loss_scale};
 
 use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::methods::generate::{self, Generator, Image, Job, Observer, Progress};
-use crate::methods::objective::{self, Look, Objective, Passes, score_name};
+use crate::methods::objective::{Look, Passes, score_name};
 use crate::methods::pipeline::{LearnedToken, Pipeline};
 use crate::methods::programs::gradient_of;
 use crate::methods::text::{self, Text};
-use crate::methods::token::{self, Placed, TokenSettings};
+use crate::methods::token::Placed;
 use crate::methods::variable::{ADAM, CONTEXT, Names, POOLED, Parameter, Variable, moments_of};
 use crate::plan::{Footprint, Planned, plan};
-use crate::program::DType;
-use crate::sampler::{Convention, Level, Renoise, draw, renoise, share_with_signal};
+use crate::sampler::{Level, draw, renoise};
 use crate::{Error, Result};
 use programs::OfPrefix;
 use std::collections::HashMap;
-
-/// When and how hard is optimised.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Schedule {
-    /// Adam steps at every optimised sampling step.
-    pub iterations: usize,
-    /// Adam's learning rate, in the units of what is optimised.
-    pub rate: f64,
-    /// The rate at sampling step `i` is `rate (1 − i · decay)`.
-    pub decay: f64,
-    /// Steps are optimised while their timestep is above this share of the training steps …
-    pub t_lo: f64,
-    /// … and at most at this one, …
-    pub t_hi: f64,
-    /// … and if their number is a multiple of this.
-    pub every: usize,
-    /// Steps that are not optimised read the prompt as it was, not as it was last optimised.
-    pub base_prompt_after: bool,
-    pub renoise: Renoise,
-    pub convention: Convention,
-}
-
-/// Least and most `ᾱ` of the steps that are optimised by default: those of Stable Diffusion above 0.9 of its training steps, where the
-/// released code optimises. Beyond them its last step has no more noise; models that go further see nothing there.
-const SIGNAL: [f64; 2] = [0.0046, 0.0141512];
-
-/// The default learning rate over the spread of the token embeddings: about 1e-3 for CLIP-L, where the released scripts have that.
-const SHARE_OF_SPREAD: f64 = 0.07;
-
-impl Schedule {
-    /// The defaults for a model, or those of the released code.
-    pub fn of(pipeline: &Pipeline, convention: Convention) -> Result<Schedule> {
-        let shared = Schedule {
-            iterations: 10,
-            rate: 1e-2,
-            decay: 0.0,
-            t_lo: 0.9,
-            t_hi: 1.0,
-            every: 1,
-            base_prompt_after: false,
-            renoise: Renoise::Fixed(0.75),
-            convention,
-        };
-        Ok(match convention {
-            Convention::Released => shared,
-            Convention::Diffusers => Schedule {
-                rate: SHARE_OF_SPREAD * token::spread(pipeline, 0)?,
-                t_lo: share_with_signal(&pipeline.config.scheduler, SIGNAL[1])?,
-                t_hi: share_with_signal(&pipeline.config.scheduler, SIGNAL[0])?,
-                base_prompt_after: true,
-                renoise: Renoise::Annealed,
-                ..shared
-            },
-        })
-    }
-}
-
-/// Everything that holds for a whole run.
-pub struct Settings {
-    pub images: generate::Settings,
-    pub schedule: Schedule,
-    pub variable: Variable,
-    /// Each gets `iterations` of its own, in this order.
-    pub objectives: Vec<Objective>,
-    /// Report every iteration.
-    pub trace: bool,
-    /// Gradients are computed times this power of two, which keeps those of f16 above its smallest numbers.
-    pub loss_scale: f64,
-    /// Bytes of arena the run may take; `None`: as many as the fastest way wants.
-    pub budget: Option<usize>,
-}
-
-impl Settings {
-    /// The method with its defaults for a model.
-    pub fn of(pipeline: &Pipeline, images: generate::Settings) -> Result<Settings> {
-        Ok(Settings {
-            schedule: Schedule::of(pipeline, Convention::Diffusers)?,
-            variable: Variable::Token(TokenSettings::of(pipeline, Convention::Diffusers)?),
-            objectives: vec![objective::minority(objective::Minority::default())],
-            trace: false,
-            loss_scale: loss_scale(images.dtype),
-            budget: None,
-            images,
-        })
-    }
-}
 
 /// One iteration, as `--trace` writes it. Numbers are per image.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
@@ -480,12 +396,4 @@ fn adam(rate: f64, iteration: usize) -> [f64; 7] {
     let t = iteration as i32 + 1;
     let [b1, b2] = BETAS;
     [rate, 1.0 - b1, 1.0 - b2, 1e-8, 0.0, 1.0 - b1.powi(t), 1.0 - b2.powi(t)]
-}
-
-/// The loss scale a program type wants.
-pub fn loss_scale(dtype: DType) -> f64 {
-    match dtype {
-        DType::F16 => 1024.0,
-        DType::BF16 | DType::F32 | DType::F64 | DType::I32 => 1.0,
-    }
 }
