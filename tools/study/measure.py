@@ -110,35 +110,39 @@ def _mean(values: np.ndarray) -> float:
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
-def interval(statistic, *columns: np.ndarray) -> list[float]:
-    """`[value, low, high]`: 95 % of the statistic over resampled rows (captions); every column is resampled alike."""
+def interval(statistic, *columns: np.ndarray, together: int = 1) -> list[float]:
+    """`[value, low, high]`: 95 % of the statistic over resampled rows (captions), `together` neighbours at a time; every column is
+    resampled alike."""
     rng = np.random.default_rng(0)
-    n = len(columns[0])
+    groups = np.arange(len(columns[0])).reshape(-1, together)
+    n = len(groups)
     values = []
     # A resample of few captions can hold nothing to divide by: it is left out.
     with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
         for _ in range(10):
-            rows = rng.integers(n, size=(RESAMPLES // 10, n))
+            rows = groups[rng.integers(n, size=(RESAMPLES // 10, n))].reshape(RESAMPLES // 10, -1)
             values.append(statistic(*(column[rows] for column in columns)))
         value = float(statistic(*(column[None] for column in columns))[0])
         low, high = np.nanquantile(np.concatenate(values), [0.025, 0.975])
     return [value, float(low), float(high)]
 
 
-def difference(method: Readings, base: Readings) -> dict:
-    """The method against the base, paired by caption: differences and, for shares of rare values, the ratio."""
+def difference(method: Readings, base: Readings, together: int) -> dict:
+    """The method against the base, paired by caption: differences and, for shares of rare values, the ratio. `together`: captions
+    that share their starting noise."""
     assert method.prompts == base.prompts
+    of = functools.partial(interval, together=together)
     mean = lambda d: np.nanmean(d, 1)  # noqa: E731
     both = np.where((method.good * base.good) > 0, method.log_density - base.log_density, np.nan)
     ratio = lambda a, b: (a[..., 0].sum(1) / a[..., 1].sum(1)) / (b[..., 0].sum(1) / b[..., 1].sum(1))  # noqa: E731
     open_right = lambda r: np.stack([r.rare * r.good, r.open * r.good], -1)  # noqa: E731
     return {
-        "log_density": interval(mean, method.log_density - base.log_density),
-        "log_density_both_right": interval(mean, both),
-        "agreement": interval(mean, method.right - base.right),
-        "in_tail": interval(mean, method.in_tail - base.in_tail),
-        "rare_ratio": interval(ratio, np.stack([method.rare, method.open], -1), np.stack([base.rare, base.open], -1)),
-        "rare_ratio_right": interval(ratio, open_right(method), open_right(base)),
+        "log_density": of(mean, method.log_density - base.log_density),
+        "log_density_both_right": of(mean, both),
+        "agreement": of(mean, method.right - base.right),
+        "in_tail": of(mean, method.in_tail - base.in_tail),
+        "rare_ratio": of(ratio, np.stack([method.rare, method.open], -1), np.stack([base.rare, base.open], -1)),
+        "rare_ratio_right": of(ratio, open_right(method), open_right(base)),
     }
 
 

@@ -28,17 +28,18 @@ def tried(args, name: str) -> list[str]:
 
 
 def measured(args, name: str) -> dict:
-    """Summary, cost and difference to DDIM of every method of a set; a method tried on fewer captions meets DDIM on those."""
+    """Summary, cost and difference to plain DDIM of every method of a set; a method tried on fewer captions meets DDIM on those."""
     out = {}
     for method in tried(args, name):
         images = minority.load(args, name, method)
         readings = measure.Readings(images)
-        base_images = minority.load(args, name, "ddim", len(images) // minority.SETS[name][1])
+        plain = methods.plain(method)
+        base_images = minority.load(args, name, plain, len(images) // minority.SETS[name][1])
         base = measure.Readings(base_images)
         out[method] = {"command": minority.command(args, method)[1:], **readings.summary(), "seconds": minority.cost(args, name, method)}
         out[method]["command"] = " ".join(f'"{w}"' if " " in w else w for w in out[method]["command"])
-        if method != "ddim" and base.prompts == readings.prompts:
-            out[method]["against_ddim"] = measure.difference(readings, base)
+        if method != plain and base.prompts == readings.prompts:
+            out[method]["against_ddim"] = measure.difference(readings, base, minority.SETS[name][2])
             out[method]["ddim_agreement"] = float(base.right.mean())
         if minority.SETS[name][1] > 1:
             out[method]["batches"] = batches(images, base_images)
@@ -124,9 +125,10 @@ def rivals_table(args, name: str) -> str:
     everything = {method: minority.load(args, name, method) for method in tried(args, name)}
     body = []
     for ours in (m for m in everything if m.startswith("mp")):
-        for rival in (m for m in everything if not m.startswith("mp") and m != "ddim"):
+        for rival in (m for m in everything if not m.startswith("mp") and m != "ddim" and methods.plain(m) == methods.plain(ours)):
             n = min(len(everything[ours]), len(everything[rival]))
-            d = measure.difference(measure.Readings(everything[ours][:n]), measure.Readings(everything[rival][:n]))
+            both = [measure.Readings(everything[method][:n]) for method in (ours, rival)]
+            d = measure.difference(*both, minority.SETS[name][2])
             body.append([f"{ours} − {rival}", n, _with(d["log_density"]), _with(d["agreement"], 1, 100), _ratio(d["rare_ratio"])])
     return table(head, body)
 
