@@ -101,7 +101,8 @@ pub trait Executor {
     /// Fills a named buffer; the length must fit.
     fn write(&mut self, buffer: &str, data: Data<'_>) -> Result<()>;
 
-    /// Runs every op, then copies the outputs into their named buffers. Allocates nothing.
+    /// Runs every op, then copies the outputs into their named buffers. Allocates nothing. It may return before all is done: `read`
+    /// waits, and may be where an error shows.
     fn run(&mut self, program: ProgramId) -> Result<()>;
 
     /// Reads a named buffer; the length must fit.

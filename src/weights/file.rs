@@ -168,6 +168,14 @@ impl File {
         (bytes.len() as u64).to_le_bytes().into_iter().chain(samples)
     }
 
+    /// Tells the system that the bytes are needed soon, so that it reads them while others are worked on. Best effort.
+    pub fn prefetch(&self, range: &Range<usize>) {
+        match &self.bytes {
+            Bytes::Mapped(mapped) => will_need(mapped, range),
+            Bytes::Embedded(_) => {}
+        }
+    }
+
     /// Tells the system that the bytes are not needed soon, so that they leave the resident memory.
     ///
     /// Reading them again later is correct, only slower. Best effort: errors and other systems are ignored.
@@ -204,6 +212,15 @@ fn forget(mapped: &memmap2::Mmap) {
 
 #[cfg(not(unix))]
 fn forget(_: &memmap2::Mmap) {}
+
+#[cfg(unix)]
+fn will_need(mapped: &memmap2::Mmap, range: &Range<usize>) {
+    // A failure only leaves the pages to be read when they are touched.
+    let _ = mapped.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+}
+
+#[cfg(not(unix))]
+fn will_need(_: &memmap2::Mmap, _: &Range<usize>) {}
 
 #[cfg(test)]
 mod tests {

@@ -324,6 +324,14 @@ impl Model {
         self.fingerprint.get_or_init(|| format!("{:016x}", fingerprint(files())))
     }
 
+    /// Has the system read a weight's bytes from disk while the caller works on others; a weight that is not there is left to
+    /// [`Model::rows`] to report.
+    pub fn prefetch(&self, weight: &Weight) {
+        for tensor in weight.keys.iter().filter_map(|key| self.tensor(weight.component, key).ok()) {
+            self.files[tensor.file].prefetch(&tensor.range);
+        }
+    }
+
     /// Lets the system drop the mapped pages of all files, to keep resident memory low. Reading them again stays possible.
     ///
     /// All, not only those of a weight just read: a page that is touched may bring a megabyte around it.

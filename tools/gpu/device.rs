@@ -1,6 +1,6 @@
 //! The device under test, shared by every executor that a section makes: opening it loads all kernels, which is not done per case.
 
-use rarebit::exec::cuda::{Address, Cuda, Driver, Emulated, Function, Gpu, Launch, Settings, kernels};
+use rarebit::exec::cuda::{Address, Cuda, Driver, Emulated, Function, Gpu, Graph, Launch, Settings, Work, kernels};
 use rarebit::{Error, Result};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -156,8 +156,8 @@ impl Driver for Lease {
         self.shared.borrow_mut().driver.release(address)
     }
 
-    fn write(&mut self, to: Address, bytes: &[u8]) -> Result<()> {
-        self.shared.borrow_mut().driver.write(to, bytes)
+    fn stage(&mut self, to: Address, bytes: usize, fill: &mut dyn FnMut(&mut [u8])) -> Result<()> {
+        self.shared.borrow_mut().driver.stage(to, bytes, fill)
     }
 
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<()> {
@@ -182,6 +182,18 @@ impl Driver for Lease {
             shared.launched.insert(launch.kernel.clone());
         }
         shared.driver.launch(function, launch)
+    }
+
+    fn record(&mut self, work: &mut dyn Iterator<Item = Work<'_>>) -> Result<Graph> {
+        self.shared.borrow_mut().driver.record(work)
+    }
+
+    fn replay(&mut self, graph: Graph) -> Result<()> {
+        self.shared.borrow_mut().driver.replay(graph)
+    }
+
+    fn forget(&mut self, graph: Graph) -> Result<()> {
+        self.shared.borrow_mut().driver.forget(graph)
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -8,7 +8,27 @@ use crate::Result;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Function(pub usize);
 
-/// One stream of work on one device. Launches and copies take effect in the order they are given; `read` waits for them.
+/// Work that a driver has recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Graph(pub usize);
+
+/// What is recorded.
+#[derive(Clone, Copy, Debug)]
+pub enum Work<'a> {
+    Launch(Function, &'a Launch),
+    /// Between two stretches that do not overlap.
+    Copy {
+        from: Address,
+        to: Address,
+        bytes: usize,
+    },
+}
+
+/// The most bytes that [`Driver::stage`] takes at a time.
+pub const STAGE: usize = 8 << 20;
+
+/// One stream of work on one device. Writes, launches and copies take effect in the order they are given and are not waited for;
+/// `read` and `synchronize` wait.
 pub trait Driver {
     /// The device, in words.
     fn name(&self) -> String;
@@ -22,7 +42,15 @@ pub trait Driver {
     /// Gives back what `allocate` returned.
     fn release(&mut self, address: Address) -> Result<()>;
 
-    fn write(&mut self, to: Address, bytes: &[u8]) -> Result<()>;
+    /// Writes `bytes` bytes, [`STAGE`] at most, which `fill` puts into memory of the driver's own.
+    fn stage(&mut self, to: Address, bytes: usize, fill: &mut dyn FnMut(&mut [u8])) -> Result<()>;
+
+    fn write(&mut self, to: Address, bytes: &[u8]) -> Result<()> {
+        for (index, part) in bytes.chunks(STAGE).enumerate() {
+            self.stage(to.offset(index * STAGE), part.len(), &mut |staged| staged.copy_from_slice(part))?;
+        }
+        Ok(())
+    }
 
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<()>;
 
@@ -38,6 +66,15 @@ pub trait Driver {
     /// Starts a kernel; an error names it. `launch.kernel` is only for messages, `function` is what runs.
     fn launch(&mut self, function: Function, launch: &Launch) -> Result<()>;
 
-    /// Waits until all that was started is done; an error of a launch may only show here.
+    /// Records work without doing it. Kernels must have run before, so that nothing of them is loaded while it is recorded.
+    fn record(&mut self, work: &mut dyn Iterator<Item = Work<'_>>) -> Result<Graph>;
+
+    /// Starts all that was recorded.
+    fn replay(&mut self, graph: Graph) -> Result<()>;
+
+    /// Gives a recording back.
+    fn forget(&mut self, graph: Graph) -> Result<()>;
+
+    /// Waits until all that was started is done; an error of a launch may only show here, or at the next `read`.
     fn synchronize(&self) -> Result<()>;
 }

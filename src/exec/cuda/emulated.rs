@@ -1,7 +1,7 @@
 //! The driver without a GPU: the same kernels compiled for the host (`kernels/host`), opened as a shared library. For tests.
 #![allow(unsafe_code)]
 
-use super::driver::{Driver, Function};
+use super::driver::{Driver, Function, Graph, Work};
 use super::launch::{Address, Launch};
 use crate::{Error, Result};
 use libloading::Library;
@@ -64,12 +64,19 @@ type Count = unsafe extern "C" fn() -> u32;
 type Describe = unsafe extern "C" fn(u32, *mut u32) -> *const c_char;
 type Run = unsafe extern "C" fn(u32, *const u32, u32, u32, *const c_void, *const Settings, *mut c_char, usize) -> c_int;
 
+enum Recorded {
+    Launch(Function, Launch),
+    Copy { from: Address, to: Address, bytes: usize },
+}
+
 /// Kernels on the host. Device memory is host memory, filled with NaN when it is allocated.
 pub struct Emulated {
     run: Run,
     /// Index and parameter bytes by name.
     kernels: HashMap<String, (u32, u32)>,
     allocations: HashMap<Address, Layout>,
+    /// By number; what was forgotten leaves its place empty.
+    graphs: Vec<Option<Vec<Recorded>>>,
     pub settings: Settings,
     // Last, so that the library outlives the pointers into it.
     _library: Library,
@@ -92,7 +99,7 @@ impl Emulated {
                 let name = CStr::from_ptr(describe(index, &mut bytes)).to_string_lossy().into_owned();
                 kernels.insert(name, (index, bytes));
             }
-            Ok(Emulated { run, kernels, allocations: HashMap::new(), settings, _library: library })
+            Ok(Emulated { run, kernels, allocations: HashMap::new(), graphs: vec![], settings, _library: library })
         }
     }
 
@@ -137,9 +144,9 @@ impl Driver for Emulated {
         Ok(())
     }
 
-    fn write(&mut self, to: Address, bytes: &[u8]) -> Result<()> {
-        // SAFETY: the executor writes inside what it allocated.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.0 as *mut u8, bytes.len()) };
+    fn stage(&mut self, to: Address, bytes: usize, fill: &mut dyn FnMut(&mut [u8])) -> Result<()> {
+        // SAFETY: the executor writes inside what it allocated, which `allocate` filled.
+        fill(unsafe { std::slice::from_raw_parts_mut(to.0 as *mut u8, bytes) });
         Ok(())
     }
 
@@ -197,9 +204,38 @@ impl Driver for Emulated {
         Err(Error::Device(format!("{launch}: {message}")))
     }
 
+    fn record(&mut self, work: &mut dyn Iterator<Item = Work<'_>>) -> Result<Graph> {
+        let own = |work: Work<'_>| match work {
+            Work::Launch(function, launch) => Recorded::Launch(function, launch.clone()),
+            Work::Copy { from, to, bytes } => Recorded::Copy { from, to, bytes },
+        };
+        self.graphs.push(Some(work.map(own).collect()));
+        Ok(Graph(self.graphs.len() - 1))
+    }
+
+    fn replay(&mut self, graph: Graph) -> Result<()> {
+        // Out of the list while it runs, for a launch borrows all of `self`.
+        let Some(work) = self.graphs.get_mut(graph.0).and_then(Option::take) else { return Err(not_recorded(graph)) };
+        let started = work.iter().try_for_each(|work| match work {
+            Recorded::Launch(function, launch) => self.launch(*function, launch),
+            Recorded::Copy { from, to, bytes } => self.copy(*from, *to, *bytes),
+        });
+        self.graphs[graph.0] = Some(work);
+        started
+    }
+
+    fn forget(&mut self, graph: Graph) -> Result<()> {
+        let held = self.graphs.get_mut(graph.0).and_then(Option::take);
+        held.map(|_| ()).ok_or_else(|| not_recorded(graph))
+    }
+
     fn synchronize(&self) -> Result<()> {
         Ok(())
     }
+}
+
+fn not_recorded(graph: Graph) -> Error {
+    Error::Device(format!("graph {} is not recorded", graph.0))
 }
 
 impl Drop for Emulated {

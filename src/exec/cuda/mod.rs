@@ -1,8 +1,9 @@
 //! The CUDA executor: planned programs as lists of kernel launches over one arena, on a GPU or on the host emulation of one.
 //!
 //! An op becomes launches by a pure function of its family (`gemm`, `conv2d`, ...): which kernel, what grid, which parameters.
-//! Everything above [`Driver`] is the same lines on both devices. Launches are made when a program is loaded; a run starts them
-//! in order and allocates nothing.
+//! Everything above [`Driver`] is the same lines on both devices. Launches are made when a program is loaded; its first run starts
+//! them one by one, the second records them as a graph, and from then on a run is one call. A run allocates nothing and waits for
+//! nothing: [`Executor::read`] does.
 
 mod attention;
 mod conv2d;
@@ -22,7 +23,7 @@ mod store;
 mod update;
 
 pub use device::{Gpu, Resources};
-pub use driver::{Driver, Function};
+pub use driver::{Driver, Function, Graph, Work};
 pub use emulated::{Copies, Emulated, Order, Settings};
 pub use explain::{Explained, PEAKS, Peak, Planner, Row, explain};
 pub use launch::{Address, Divisor, Launch};
@@ -41,6 +42,9 @@ use crate::{Error, Result};
 use launch::Cx;
 use store::Store;
 
+/// Weights that are read from disk while one is converted and copied.
+const WEIGHTS_AHEAD: usize = 8;
+
 /// Runs programs of type f32, f16 or bf16 on a [`Driver`].
 pub struct Cuda {
     driver: Box<dyn Driver>,
@@ -50,6 +54,7 @@ pub struct Cuda {
     arena_bytes: usize,
     guards: bool,
     check_finite: bool,
+    graphs: bool,
 }
 
 /// A program with its launches.
@@ -63,6 +68,18 @@ struct Loaded {
     launches: Vec<Vec<(Function, Launch)>>,
     /// Index buffers and the bounds their entries must keep.
     bounds: Vec<store::Bounds>,
+    replay: Replay,
+}
+
+/// How a program runs next.
+#[derive(Clone, Copy)]
+enum Replay {
+    /// Launch by launch: errors name their op, and what the driver loads lazily is loaded.
+    Cold,
+    /// To be recorded.
+    Warm,
+    /// As it was recorded.
+    Ready(Graph),
 }
 
 impl Cuda {
@@ -75,7 +92,14 @@ impl Cuda {
             arena_bytes: 0,
             guards: false,
             check_finite: false,
+            graphs: true,
         }
+    }
+
+    /// Whether programs are recorded as graphs; without, every run starts them launch by launch, with the same bits.
+    pub fn with_graphs(mut self, on: bool) -> Cuda {
+        self.graphs = on;
+        self
     }
 
     /// For tests, slow: fills dead memory with NaN and fails when an op writes outside its outputs and workspace.
@@ -95,8 +119,31 @@ impl Cuda {
         self.programs[program.0].launches.iter().map(|op| op.iter().map(|(_, launch)| launch))
     }
 
+    /// Where a program's weights and buffers lie, fetched and made if they are not held yet.
+    fn outside(&mut self, program: &Program, weights: &Model) -> Result<Vec<Address>> {
+        let driver = &mut *self.driver;
+        let mut ahead = program.weights().map(|(_, weight)| weight);
+        self.store.prefetch(ahead.by_ref().take(WEIGHTS_AHEAD), program.dtype, weights);
+        let mut outside = Vec::with_capacity(program.values.len());
+        for value in &program.values {
+            outside.push(match &value.origin {
+                Origin::Input(name) => self.store.buffer(driver, program, name, value)?,
+                Origin::Weight(weight) => {
+                    self.store.prefetch(ahead.next().into_iter(), program.dtype, weights);
+                    self.store.weight(driver, weight, value.dtype, weights)?
+                }
+                Origin::Op(_) => Address::NULL,
+            });
+        }
+        for (name, id) in &program.outputs {
+            self.store.buffer(driver, program, name, program.value(*id))?;
+        }
+        Ok(outside)
+    }
+
     /// Makes the launches of a program for where the arena lies now.
     fn place(&mut self, index: usize) -> Result<()> {
+        self.unrecord(index)?;
         let Loaded { planned: Planned { program, plan }, outside, .. } = &self.programs[index];
         let mut addresses = outside.clone();
         for (address, region) in addresses.iter_mut().zip(&plan.regions) {
@@ -122,6 +169,47 @@ impl Cuda {
         let loaded = &mut self.programs[index];
         (loaded.launches, loaded.outputs) = (launches, outputs);
         Ok(())
+    }
+
+    /// Gives a recording back, whose addresses hold no longer.
+    fn unrecord(&mut self, index: usize) -> Result<()> {
+        match std::mem::replace(&mut self.programs[index].replay, Replay::Cold) {
+            Replay::Ready(graph) => self.driver.forget(graph),
+            Replay::Cold | Replay::Warm => Ok(()),
+        }
+    }
+
+    /// Starts a program launch by launch; with checks, looks after every op.
+    fn start(&mut self, program: ProgramId) -> Result<()> {
+        let inspected = self.guards || self.check_finite;
+        let mut guard = None;
+        if self.guards {
+            let mut arena = vec![0; self.arena_bytes];
+            guard = Some(Guard::new(&mut arena));
+            self.driver.write(self.arena, &arena)?;
+        }
+        for op in 0..self.programs[program.0].launches.len() {
+            let Loaded { launches, planned, .. } = &self.programs[program.0];
+            let failed = |error: Error| Error::Device(describe(&planned.program, op, &error.to_string()));
+            for (function, launch) in &launches[op] {
+                self.driver.launch(*function, launch).map_err(failed)?;
+            }
+            if inspected {
+                self.driver.synchronize().map_err(failed)?;
+                self.inspect(program, op, &mut guard)?;
+            }
+        }
+        for &(from, to, bytes) in &self.programs[program.0].outputs {
+            self.driver.copy(from, to, bytes)?;
+        }
+        Ok(())
+    }
+
+    fn record(&mut self, program: ProgramId) -> Result<Graph> {
+        let Loaded { launches, outputs, .. } = &self.programs[program.0];
+        let started = launches.iter().flatten().map(|(function, launch)| Work::Launch(*function, launch));
+        let copies = outputs.iter().map(|&(from, to, bytes)| Work::Copy { from, to, bytes });
+        self.driver.record(&mut started.chain(copies))
     }
 
     /// After op `index`, in tests and with `--check-finite`.
@@ -190,23 +278,20 @@ impl Executor for Cuda {
         }
         held::check(program)?;
         attention::check(program)?;
-        let driver = &mut *self.driver;
-        let mut outside = Vec::with_capacity(program.values.len());
-        for value in &program.values {
-            outside.push(match &value.origin {
-                Origin::Input(name) => self.store.buffer(driver, program, name, value)?,
-                Origin::Weight(weight) => self.store.weight(driver, weight, value.dtype, weights)?,
-                Origin::Op(_) => Address::NULL,
-            });
-        }
-        for (name, id) in &program.outputs {
-            self.store.buffer(driver, program, name, program.value(*id))?;
-        }
+        let outside = self.outside(program, weights)?;
         let (needed, bounds) = (planned.plan.arena_bytes, store::bounds(program));
-        self.programs.push(Loaded { planned, outside, outputs: vec![], launches: vec![], bounds });
+        self.programs.push(Loaded {
+            planned,
+            outside,
+            outputs: vec![],
+            launches: vec![],
+            bounds,
+            replay: Replay::Cold,
+        });
         let added = self.programs.len() - 1;
         if needed > self.arena_bytes {
             if self.arena_bytes > 0 {
+                (0..added).try_for_each(|index| self.unrecord(index))?;
                 self.arena_bytes = 0;
                 self.driver.release(std::mem::replace(&mut self.arena, Address::NULL))?;
             }
@@ -218,9 +303,12 @@ impl Executor for Cuda {
     }
 
     fn clear(&mut self) {
+        // What cannot be given back is the driver's to report at the next call.
+        for index in 0..self.programs.len() {
+            let _ = self.unrecord(index);
+        }
         self.programs.clear();
         self.store.clear_buffers(&mut *self.driver);
-        // What cannot be given back is the driver's to report at the next call.
         if self.arena != Address::NULL {
             let _ = self.driver.release(std::mem::replace(&mut self.arena, Address::NULL));
         }
@@ -232,29 +320,24 @@ impl Executor for Cuda {
     }
 
     fn run(&mut self, program: ProgramId) -> Result<()> {
-        let ops = self.programs[program.0].launches.len();
         let loaded = &self.programs[program.0];
         self.store.check(&loaded.planned.program, &loaded.bounds)?;
-        let mut guard = None;
-        if self.guards {
-            let mut arena = vec![0; self.arena_bytes];
-            guard = Some(Guard::new(&mut arena));
-            self.driver.write(self.arena, &arena)?;
+        if self.guards || self.check_finite || !self.graphs {
+            return self.start(program);
         }
-        for op in 0..ops {
-            let Loaded { launches, planned, .. } = &self.programs[program.0];
-            for (function, launch) in &launches[op] {
-                let failed = |error: Error| Error::Device(describe(&planned.program, op, &error.to_string()));
-                self.driver.launch(*function, launch).map_err(failed)?;
+        match loaded.replay {
+            Replay::Cold => {
+                self.start(program)?;
+                self.programs[program.0].replay = Replay::Warm;
+                Ok(())
             }
-            if self.guards || self.check_finite {
-                self.inspect(program, op, &mut guard)?;
+            Replay::Warm => {
+                let graph = self.record(program)?;
+                self.programs[program.0].replay = Replay::Ready(graph);
+                self.driver.replay(graph)
             }
+            Replay::Ready(graph) => self.driver.replay(graph),
         }
-        for &(from, to, bytes) in &self.programs[program.0].outputs {
-            self.driver.copy(from, to, bytes)?;
-        }
-        self.driver.synchronize()
     }
 
     fn read(&self, buffer: &str, out: DataMut<'_>) -> Result<()> {

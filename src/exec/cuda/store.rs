@@ -1,6 +1,6 @@
 //! What outlives a run on the device: weights, each held once, and named buffers; and their types' way to and from the host's.
 
-use super::driver::Driver;
+use super::driver::{Driver, STAGE};
 use super::launch::Address;
 use crate::exec::guard::describe;
 use crate::exec::{Data, DataMut, buffer};
@@ -8,6 +8,7 @@ use crate::program::{DType, Embedding, Norm, Op, Origin, Program, Shape, Value, 
 use crate::weights::{Model, Weight};
 use crate::{Error, Result};
 use half::{bf16, f16};
+use rayon::prelude::*;
 use std::collections::HashMap;
 
 /// A named buffer.
@@ -80,25 +81,36 @@ fn embedding_bound(program: &Program, op: &Embedding) -> Option<(ValueId, &'stat
 }
 
 impl Store {
+    /// Asks for the bytes of weights that are not held yet, as many as are uploaded while a disk reads.
+    pub fn prefetch<'w>(&self, weights: impl Iterator<Item = &'w Weight>, dtype: DType, model: &Model) {
+        let missing = weights.filter(|weight| !self.weights.contains_key(&((*weight).clone(), dtype)));
+        missing.for_each(|weight| model.prefetch(weight));
+    }
+
     /// The address of a weight, fetched and uploaded if it is not held yet: row by row, of a product's right operand `[N, K]`.
+    /// All cores convert some rows while those before them are on their way.
     pub fn weight(&mut self, driver: &mut dyn Driver, weight: &Weight, dtype: DType, model: &Model) -> Result<Address> {
         let key = (weight.clone(), dtype);
         if let Some(&address) = self.weights.get(&key) {
             return Ok(address);
         }
         let rows = model.rows(weight)?;
-        let width = rows.columns();
-        let address = driver.allocate(rows.rows() * width * dtype.bytes())?;
-        // A few rows at a time, so that the host holds little of them.
-        let step = ((1 << 20) / width.max(1)).clamp(1, rows.rows());
-        let mut values = vec![0.0f32; step * width];
-        for first in (0..rows.rows()).step_by(step) {
-            let count = step.min(rows.rows() - first);
-            for (n, row) in values.chunks_exact_mut(width).take(count).enumerate() {
-                rows.row_f32(first + n, row);
-            }
-            let bytes = from_f32(dtype, &values[..count * width]);
-            driver.write(address.offset(first * width * dtype.bytes()), &bytes)?;
+        let (count, width) = (rows.rows(), rows.columns());
+        let bytes = width * dtype.bytes();
+        let address = driver.allocate(count * bytes)?;
+        let step = (STAGE / bytes.max(1)).clamp(1, count.max(1));
+        for first in (0..count).step_by(step) {
+            let some = step.min(count - first);
+            driver.stage(address.offset(first * bytes), some * bytes, &mut |staged| {
+                let rows_of = staged.par_chunks_exact_mut(bytes.max(1)).enumerate();
+                rows_of.for_each_init(
+                    || vec![0.0f32; width],
+                    |values, (n, out)| {
+                        rows.row_f32(first + n, values);
+                        encode(dtype, values.iter().copied(), out);
+                    },
+                );
+            })?;
         }
         model.release();
         self.weights.insert(key, address);
@@ -145,19 +157,26 @@ impl Store {
         let held = self.find(name)?;
         buffer::holds(name, &held.shape, data.len())?;
         let (address, dtype) = (held.address, held.dtype);
-        let bytes = match data {
-            Data::I32(values) if dtype == DType::I32 => bytemuck::cast_slice(values).to_vec(),
-            Data::F32(_) | Data::F64(_) if dtype == DType::I32 => {
-                return Err(buffer::of_indices(name));
-            }
-            Data::I32(values) => from_f32(dtype, &values.iter().map(|&x| x as f32).collect::<Vec<_>>()),
-            Data::F32(values) => from_f32(dtype, values),
-            Data::F64(values) => from_f32(dtype, &values.iter().map(|&x| x as f32).collect::<Vec<_>>()),
-        };
+        if dtype == DType::I32 && !matches!(data, Data::I32(_)) {
+            return Err(buffer::of_indices(name));
+        }
         if let (Data::I32(values), Some(held)) = (data, self.buffers.get_mut(name)) {
             held.ints.iter_mut().zip(values).for_each(|(held, &value)| *held = value);
         }
-        driver.write(address, &bytes)
+        let step = STAGE / dtype.bytes();
+        for first in (0..data.len()).step_by(step) {
+            let range = first..data.len().min(first + step);
+            let to = address.offset(first * dtype.bytes());
+            driver.stage(to, range.len() * dtype.bytes(), &mut |staged| match data {
+                Data::I32(values) if dtype == DType::I32 => {
+                    staged.copy_from_slice(bytemuck::cast_slice(&values[range.clone()]));
+                }
+                Data::I32(values) => encode(dtype, values[range.clone()].iter().map(|&x| x as f32), staged),
+                Data::F32(values) => encode(dtype, values[range.clone()].iter().copied(), staged),
+                Data::F64(values) => encode(dtype, values[range.clone()].iter().map(|&x| x as f32), staged),
+            })?;
+        }
+        Ok(())
     }
 
     pub fn read(&self, driver: &dyn Driver, name: &str, out: DataMut<'_>) -> Result<()> {
@@ -179,17 +198,16 @@ impl Store {
 }
 
 /// Numbers as a device holds them.
-fn from_f32(dtype: DType, values: &[f32]) -> Vec<u8> {
+fn encode(dtype: DType, values: impl Iterator<Item = f32>, out: &mut [u8]) {
+    fn put<const N: usize>(values: impl Iterator<Item = f32>, out: &mut [u8], bytes: impl Fn(f32) -> [u8; N]) {
+        out.chunks_exact_mut(N).zip(values).for_each(|(out, x)| out.copy_from_slice(&bytes(x)));
+    }
     match dtype {
-        DType::F16 => {
-            bytemuck::cast_slice(&values.iter().map(|&x| f16::from_f32(x).to_bits()).collect::<Vec<_>>()).to_vec()
-        }
-        DType::BF16 => {
-            bytemuck::cast_slice(&values.iter().map(|&x| bf16::from_f32(x).to_bits()).collect::<Vec<_>>()).to_vec()
-        }
-        DType::F32 => bytemuck::cast_slice(values).to_vec(),
-        DType::F64 => bytemuck::cast_slice(&values.iter().map(|&x| x as f64).collect::<Vec<_>>()).to_vec(),
-        DType::I32 => bytemuck::cast_slice(&values.iter().map(|&x| x as i32).collect::<Vec<_>>()).to_vec(),
+        DType::F16 => put(values, out, |x| f16::from_f32(x).to_ne_bytes()),
+        DType::BF16 => put(values, out, |x| bf16::from_f32(x).to_ne_bytes()),
+        DType::F32 => put(values, out, f32::to_ne_bytes),
+        DType::F64 => put(values, out, |x| f64::from(x).to_ne_bytes()),
+        DType::I32 => put(values, out, |x| (x as i32).to_ne_bytes()),
     }
 }
 

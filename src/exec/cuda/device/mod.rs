@@ -1,14 +1,19 @@
-//! A CUDA GPU as a `Driver`: the only file that talks to NVIDIA's driver library, which is looked for when the program runs.
+//! A CUDA GPU as a `Driver`: the only folder that talks to NVIDIA's driver library, which is looked for when the program runs.
 //!
 //! It calls the driver through cudarc's `result` layer, one function for one function. cudarc's own streams and slices record events
 //! around every use of a buffer; here is one stream in which everything happens in order, so nothing needs them.
 #![allow(unsafe_code)]
 
-use super::driver::{Driver, Function};
+mod graphs;
+mod staging;
+
+use super::driver::{Driver, Function, Graph, Work};
 use super::kernels;
 use super::launch::{Address, Launch};
 use crate::{Error, Result};
 use cudarc::driver::{DriverError, result, sys};
+use graphs::Graphs;
+use staging::Staging;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, c_int, c_void};
 use std::fmt;
@@ -25,6 +30,8 @@ pub struct Gpu {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    staging: Option<Staging>,
+    graphs: Graphs,
     modules: Vec<sys::CUmodule>,
     kernels: Vec<Kernel>,
     by_name: HashMap<String, Function>,
@@ -94,6 +101,8 @@ impl Gpu {
             device,
             context,
             stream: std::ptr::null_mut(),
+            staging: None,
+            graphs: Graphs::default(),
             modules: Vec::new(),
             kernels: Vec::new(),
             by_name: HashMap::new(),
@@ -104,6 +113,9 @@ impl Gpu {
         gpu.bind()?;
         // The default stream cannot be captured, and a blocking one waits for it.
         gpu.stream = gpu.check("making a stream", result::stream::create(result::stream::StreamKind::NonBlocking))?;
+        // SAFETY: the context is current, as in every call.
+        let staging = unsafe { Staging::new() };
+        gpu.staging = Some(gpu.check("allocating page-locked memory", staging)?);
         for (stem, image) in kernels::FAT_BINARIES {
             gpu.load(stem, image)?;
         }
@@ -195,6 +207,49 @@ impl Gpu {
         )))
     }
 
+    /// Puts a kernel on the stream, whose context is current.
+    fn start(&self, function: Function, launch: &Launch) -> Result<()> {
+        let kernel = &self.kernels[function.0];
+        if launch.params.len() != kernel.params {
+            return Err(Error::Device(format!(
+                "{}: kernel '{}' takes {} bytes of parameters, its launch has {}",
+                self.name,
+                kernel.name,
+                kernel.params,
+                launch.params.len()
+            )));
+        }
+        let [x, y, z] = launch.grid;
+        let mut params = [launch.params.as_ptr().cast_mut().cast::<c_void>()];
+        // SAFETY: the handle is from a loaded module; it has one parameter of as many bytes as `params` points to, and the driver
+        // copies them before it returns. What the kernel does with the addresses in them is its contract with the launch.
+        let launched = unsafe {
+            result::launch_kernel(
+                kernel.handle,
+                (x, y, z),
+                (launch.block, 1, 1),
+                launch.shared,
+                self.stream,
+                &mut params,
+            )
+        };
+        self.check(format_args!("launching {launch}"), launched)
+    }
+
+    fn start_copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.within("copying from", from, bytes)?;
+        self.within("copying to", to, bytes)?;
+        // SAFETY: source and destination are in allocations.
+        self.check("copying", unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, self.stream) })
+    }
+
+    fn not_recorded(&self, graph: Graph) -> Error {
+        Error::Device(format!("{}: graph {} is not recorded", self.name, graph.0))
+    }
+
     fn bind(&self) -> Result<()> {
         // SAFETY: the context is retained until `self` is dropped.
         self.check("making its context current", unsafe { result::ctx::set_current(self.context) })
@@ -218,6 +273,18 @@ impl Gpu {
                 self.check(operation, result)
             }
         }
+    }
+}
+
+/// Why a recording failed: the driver's own words, or an error that has words already.
+enum Captured {
+    Driver(DriverError),
+    Other(Error),
+}
+
+impl From<DriverError> for Captured {
+    fn from(error: DriverError) -> Captured {
+        Captured::Driver(error)
     }
 }
 
@@ -257,16 +324,16 @@ impl Driver for Gpu {
         self.check("releasing memory", unsafe { result::free_sync(address.0) })
     }
 
-    fn write(&mut self, to: Address, bytes: &[u8]) -> Result<()> {
-        if bytes.is_empty() {
+    fn stage(&mut self, to: Address, bytes: usize, fill: &mut dyn FnMut(&mut [u8])) -> Result<()> {
+        if bytes == 0 {
             return Ok(());
         }
         self.bind()?;
-        self.within("writing", to, bytes.len())?;
-        // SAFETY: the destination is in an allocation; the wait below keeps `bytes` borrowed until the copy is done, for a driver
-        // that reads pageable memory itself need not have read it when the call returns.
-        self.check("writing", unsafe { result::memcpy_htod_async(to.0, bytes, self.stream) })?;
-        self.wait("writing")
+        self.within("writing", to, bytes)?;
+        let Some(staging) = &mut self.staging else { return Ok(()) };
+        // SAFETY: the context is current; the destination is in an allocation; nothing stages while a graph is recorded.
+        let sent = unsafe { staging.send(self.stream, to.0, bytes, fill) };
+        self.check("writing", sent)
     }
 
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<()> {
@@ -291,14 +358,8 @@ impl Driver for Gpu {
     }
 
     fn copy(&mut self, from: Address, to: Address, bytes: usize) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
         self.bind()?;
-        self.within("copying from", from, bytes)?;
-        self.within("copying to", to, bytes)?;
-        // SAFETY: source and destination are in allocations.
-        self.check("copying", unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, self.stream) })
+        self.start_copy(from, to, bytes)
     }
 
     fn function(&mut self, kernel: &str, shared: u32) -> Result<Function> {
@@ -332,33 +393,49 @@ impl Driver for Gpu {
 
     fn launch(&mut self, function: Function, launch: &Launch) -> Result<()> {
         self.bind()?;
-        let kernel = &self.kernels[function.0];
-        if launch.params.len() != kernel.params {
-            return Err(Error::Device(format!(
-                "{}: kernel '{}' takes {} bytes of parameters, its launch has {}",
-                self.name,
-                kernel.name,
-                kernel.params,
-                launch.params.len()
-            )));
-        }
-        let [x, y, z] = launch.grid;
-        let mut params = [launch.params.as_ptr().cast_mut().cast::<c_void>()];
-        // SAFETY: the handle is from a loaded module; it has one parameter of as many bytes as `params` points to, and the driver
-        // copies them before it returns. What the kernel does with the addresses in them is its contract with the launch.
-        let launched = unsafe {
-            result::launch_kernel(
-                kernel.handle,
-                (x, y, z),
-                (launch.block, 1, 1),
-                launch.shared,
-                self.stream,
-                &mut params,
-            )
-        };
-        self.check(format_args!("launching {launch}"), launched)?;
+        self.start(function, launch)?;
         self.last_launch = Some(function);
         Ok(())
+    }
+
+    fn record(&mut self, work: &mut dyn Iterator<Item = Work<'_>>) -> Result<Graph> {
+        self.bind()?;
+        let mut graphs = std::mem::take(&mut self.graphs);
+        let gpu = &*self;
+        let start = || {
+            for work in work {
+                match work {
+                    Work::Launch(function, launch) => gpu.start(function, launch),
+                    Work::Copy { from, to, bytes } => gpu.start_copy(from, to, bytes),
+                }
+                .map_err(Captured::Other)?;
+            }
+            Ok(())
+        };
+        // SAFETY: the context is current; the executor forgets the graph before the memory it names is given back, and modules are
+        // unloaded last.
+        let recorded = unsafe { graphs.record(gpu.stream, start) };
+        self.graphs = graphs;
+        recorded.map_err(|error| match error {
+            Captured::Driver(error) => failed(&self.name, "recording a graph", error),
+            Captured::Other(error) => error,
+        })
+    }
+
+    fn replay(&mut self, graph: Graph) -> Result<()> {
+        self.bind()?;
+        let Some(held) = self.graphs.get(graph) else { return Err(self.not_recorded(graph)) };
+        // SAFETY: the graph is held, so it was not destroyed.
+        let launched = unsafe { result::graph::launch(held, self.stream) };
+        self.last_launch = None;
+        self.check("starting a graph", launched)
+    }
+
+    fn forget(&mut self, graph: Graph) -> Result<()> {
+        self.bind()?;
+        let Some(held) = self.graphs.take(graph) else { return Err(self.not_recorded(graph)) };
+        // SAFETY: it was made by `record` and is forgotten now; the driver waits where it is running.
+        self.check("giving a graph back", unsafe { result::graph::exec_destroy(held) })
     }
 
     fn synchronize(&self) -> Result<()> {
@@ -375,6 +452,10 @@ impl Drop for Gpu {
             // before it frees memory, and unloading comes after that.
             unsafe {
                 let _ = result::stream::synchronize(self.stream);
+                self.graphs.free();
+                if let Some(staging) = self.staging.take() {
+                    staging.free();
+                }
                 for address in self.allocations.keys() {
                     let _ = result::free_sync(*address);
                 }
