@@ -33,6 +33,9 @@ pub enum Error {
     /// Numbers went wrong while running (`--check-finite`).
     #[error("{0}")]
     Numeric(String),
+    /// A measurement is worse than it may be.
+    #[error("{0}")]
+    Regression(String),
     /// The user pressed Ctrl-C.
     #[error("interrupted; finished images are kept, and a --prompts run continues where it stopped")]
     Interrupted,
@@ -50,10 +53,11 @@ impl Error {
         Error::File { path: path.as_ref().to_path_buf(), what: what.into() }
     }
 
-    /// 2 for wrong usage, 1 for everything else that failed.
+    /// 2 for wrong usage, 3 for a measurement that got worse, 1 for everything else that failed.
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Usage(_) => 2,
+            Error::Regression(_) => 3,
             _ => 1,
         }
     }

@@ -44,6 +44,13 @@ fn physical_memory() -> Option<usize> {
     Some(line.split_whitespace().next()?.parse::<usize>().ok()? * 1024)
 }
 
+/// The processor's name (`/proc/cpuinfo`); the architecture's where there is no such file.
+pub fn processor() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or(std::env::consts::ARCH.to_string(), |(_, name)| name.trim().to_string())
+}
+
 /// Bytes this process has had the disk deliver so far (`/proc/self/io`); 0 where there is no such file.
 pub fn disk_bytes() -> u64 {
     let io = std::fs::read_to_string("/proc/self/io").unwrap_or_default();

@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, flags defined once, errors turned into one line and an exit code here.
 
 mod atomic;
+mod bench;
 mod compare;
 mod flags;
 mod generate;
@@ -40,9 +41,11 @@ enum Command {
     Inspect(Box<inspect::Inspect>),
     /// Measure images.
     Score(Box<score::Score>),
+    /// Measure how fast images and gradients are made here.
+    Bench(Box<bench::Bench>),
 }
 
-/// Parses, runs, reports: 0 done, 1 failed, 2 bad usage.
+/// Parses, runs, reports: 0 done, 1 failed, 2 bad usage, 3 slower than a baseline.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -53,6 +56,7 @@ pub fn main() -> ExitCode {
         Command::Minority(args) => in_pool(args.images.threads(), move || minority::run(*args)),
         Command::Inspect(args) => in_pool(None, || inspect::run(&args)),
         Command::Score(args) => in_pool(args.threads(), || score::run(&args)),
+        Command::Bench(args) => in_pool(args.threads(), move || bench::run(*args)),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -105,6 +105,11 @@ pub trait Executor {
     /// waits, and may be where an error shows.
     fn run(&mut self, program: ProgramId) -> Result<()>;
 
+    /// Waits until all that was run is done.
+    fn wait(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Reads a named buffer; the length must fit.
     fn read(&self, buffer: &str, out: DataMut<'_>) -> Result<()>;
 }

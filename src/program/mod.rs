@@ -144,6 +144,19 @@ impl Program {
         })
     }
 
+    /// Floating-point operations of all products, two per multiply-accumulate.
+    pub fn flops(&self) -> u64 {
+        self.nodes.iter().map(|node| 2 * node.op.macs(self, &node.outputs)).sum()
+    }
+
+    /// Bytes an op reads and writes, each value once.
+    pub fn bytes_of(&self, node: &Node) -> usize {
+        let mut touched = [node.op.inputs(), node.outputs.clone()].concat();
+        touched.sort();
+        touched.dedup();
+        touched.iter().map(|id| self.value(*id).bytes()).sum()
+    }
+
     /// Re-checks every rule of the IR; run after build, after autodiff and after planning.
     pub fn verify(&self) -> crate::Result<()> {
         verify::verify(self)

@@ -120,10 +120,7 @@ pub fn explain(planned: &Planned, peak: Peak) -> Explained {
 }
 
 fn row(program: &Program, node: &Node, launches: Vec<Launch>, peak: Peak, registers: &HashMap<&str, u32>) -> Row {
-    let mut touched = [node.op.inputs(), node.outputs.clone()].concat();
-    touched.sort();
-    touched.dedup();
-    let bytes = touched.iter().map(|id| program.value(*id).bytes()).sum();
+    let bytes = program.bytes_of(node);
     let flops = 2 * node.op.macs(program, &node.outputs);
     let single = node.op.inputs().first().is_some_and(|id| program.value(*id).dtype == DType::F32);
     let rate = if single { peak.vector } else { peak.tensor };

@@ -340,6 +340,10 @@ impl Executor for Cuda {
         }
     }
 
+    fn wait(&self) -> Result<()> {
+        self.driver.synchronize()
+    }
+
     fn read(&self, buffer: &str, out: DataMut<'_>) -> Result<()> {
         self.store.read(&*self.driver, buffer, out)
     }

@@ -15,7 +15,7 @@ use cudarc::driver::{DriverError, result, sys};
 use graphs::Graphs;
 use staging::Staging;
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::{CString, c_int, c_void};
+use std::ffi::{CStr, CString, c_int, c_void};
 use std::fmt;
 
 /// The oldest driver that reads compressed fat binaries and tells the size of a kernel's parameters: CUDA 12.4.
@@ -120,6 +120,18 @@ impl Gpu {
             gpu.load(stem, image)?;
         }
         Ok(gpu)
+    }
+
+    /// Where a device is on the bus, as NVIDIA's tools name it.
+    pub fn bus_address(ordinal: usize) -> Result<String> {
+        let name = format!("cuda:{ordinal}");
+        let device = find(ordinal, &name)?;
+        let mut text = [0u8; 32];
+        // SAFETY: writes at most as many bytes as `text` has, the last of them 0.
+        let asked = unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), text.len() as c_int, device) };
+        asked.result().map_err(|error| failed(&name, "asking where it is", error))?;
+        let address = CStr::from_bytes_until_nul(&text).map(|text| text.to_string_lossy().into_owned());
+        Ok(address.unwrap_or_default())
     }
 
     fn load(&mut self, stem: &str, image: &'static [u8]) -> Result<()> {

@@ -1,0 +1,208 @@
+//! `rarebit bench`: how fast images and their gradients are made here, as a table and as JSON that later runs can be held against.
+
+mod board;
+mod images;
+mod measure;
+mod ops;
+mod passes;
+mod report;
+
+use crate::cli::atomic;
+use crate::cli::flags::{self, Device, DeviceFlags, ModelFlags, SamplingFlags};
+use crate::cli::machine::{self, print_line, say};
+use crate::exec::Executor;
+use crate::methods::generate::Settings;
+use crate::methods::pipeline::Pipeline;
+use crate::plan::Footprint;
+use crate::sampler::Method;
+use crate::{Error, Result};
+use board::Board;
+use clap::ValueEnum;
+use measure::Plan;
+use report::Case;
+use serde_json::{Value, json};
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+#[derive(clap::Args)]
+pub struct Bench {
+    /// What is measured, one after the other
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "latency")]
+    mode: Vec<Mode>,
+    #[command(flatten)]
+    model: ModelFlags,
+    #[command(flatten)]
+    device: DeviceFlags,
+    #[command(flatten)]
+    sampling: SamplingFlags,
+    /// Batch sizes [default: 1; for throughput 1,2,4,8]
+    #[arg(long, value_delimiter = ',', allow_negative_numbers = true, value_parser = flags::count)]
+    batch: Vec<usize>,
+    /// Timed runs
+    #[arg(long, default_value_t = 20, allow_negative_numbers = true, value_parser = flags::count)]
+    runs: usize,
+    /// Untimed runs before them
+    #[arg(long, default_value_t = 3, allow_negative_numbers = true)]
+    warmup: usize,
+    /// Write everything as JSON, every single time included
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// The same on stdout, in place of the table
+    #[arg(long)]
+    json: bool,
+    /// A report of an earlier run: exit with 3 where a median got worse
+    #[arg(long, value_name = "FILE")]
+    baseline: Option<PathBuf>,
+    /// How much worse a median may be, in per cent
+    #[arg(long, value_name = "PERCENT", default_value = "5", value_parser = flags::amount, allow_negative_numbers = true)]
+    max_regress: f64,
+    /// Worker threads, at most 1024 [default: one per core]
+    #[arg(long, allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    /// Images one at a time, and their stages
+    Latency,
+    /// Images in batches of growing size
+    Throughput,
+    /// UNet passes forward and backward
+    Grad,
+    /// Every kind of op of a sampling step alone
+    Kernels,
+    /// MinorityPrompt against the passes it is made of
+    Methods,
+}
+
+/// What every mode measures with.
+struct Setup<'a> {
+    pipeline: &'a Pipeline,
+    executor: Box<dyn Executor>,
+    settings: Settings,
+    device: DeviceFlags,
+    seed: u64,
+    plan: Plan,
+}
+
+impl Setup<'_> {
+    fn check_memory(&self, footprint: &Footprint, batch: usize) -> Result<()> {
+        let free = self.executor.free_memory()?;
+        machine::check_memory(self.device.memory_limit, free, footprint, flags::smaller_plan(batch))
+    }
+}
+
+impl Bench {
+    pub fn threads(&self) -> Option<usize> {
+        self.threads.map(usize::from)
+    }
+
+    /// The sizes a mode runs with.
+    fn batches(&self, mode: Mode) -> Vec<usize> {
+        match mode {
+            Mode::Methods => vec![1],
+            _ if !self.batch.is_empty() => self.batch.clone(),
+            Mode::Throughput => vec![1, 2, 4, 8],
+            Mode::Latency | Mode::Grad | Mode::Kernels => vec![1],
+        }
+    }
+}
+
+pub fn run(args: Bench) -> Result<()> {
+    let baseline = args.baseline.as_deref().map(report::read).transpose()?;
+    let pipeline = args.model.open()?;
+    let settings = args.sampling.settings(&pipeline, args.device.program_dtype()?)?;
+    let board = match args.device.device {
+        Device::Cuda(ordinal) => Board::of(ordinal)?,
+        Device::Auto | Device::Cpu => Board::none(),
+    };
+    let mut setup = Setup {
+        pipeline: &pipeline,
+        executor: args.device.executor(false)?,
+        settings,
+        device: args.device,
+        seed: args.sampling.seed,
+        plan: Plan { runs: args.runs, warmup: args.warmup },
+    };
+    let mut report = header(&args, &setup);
+    if !args.json {
+        print_line(&headline(&args, &setup))?;
+    }
+    let mut cases = vec![];
+    for &mode in &args.mode {
+        for batch in args.batches(mode) {
+            let case = measured(&mut setup, &board, mode, batch)?;
+            if !args.json {
+                print_line(case.text().trim_end())?;
+            }
+            cases.push(case.json());
+        }
+    }
+    report["cases"] = Value::Array(cases);
+    // Clocks and temperature under load.
+    report["gpu"] = board.json();
+    if args.json {
+        print_line(&report.to_string())?;
+    }
+    if let Some(path) = &args.out {
+        let text = serde_json::to_string_pretty(&report).map_err(|error| Error::file(path, error.to_string()))?;
+        atomic::write(path, |file| std::io::Write::write_all(file, (text + "\n").as_bytes()))?;
+    }
+    let Some(baseline) = baseline else { return Ok(()) };
+    let worse = report::regressions(&baseline, &report, args.max_regress / 100.0);
+    worse.iter().for_each(|line| say(line));
+    match worse.len() {
+        0 => Ok(()),
+        n => Err(Error::Regression(format!("{n} medians are more than {} % above the baseline's", args.max_regress))),
+    }
+}
+
+fn measured(setup: &mut Setup<'_>, board: &Board, mode: Mode, batch: usize) -> Result<Case> {
+    match mode {
+        Mode::Latency | Mode::Throughput => images::run(setup, board, batch),
+        Mode::Grad => passes::gradients(setup, batch),
+        Mode::Kernels => ops::run(setup, batch),
+        Mode::Methods => passes::methods(setup),
+    }
+}
+
+/// What was measured, on what.
+fn header(args: &Bench, setup: &Setup<'_>) -> Value {
+    let s = &setup.settings;
+    let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    json!({
+        "schema": report::SCHEMA,
+        "version": env!("CARGO_PKG_VERSION"),
+        "time": time,
+        "host": {"cpu": machine::processor(), "threads": rayon::current_num_threads()},
+        "case": {
+            "model": args.model.name(), "family": format!("{:?}", setup.pipeline.config.family).to_lowercase(),
+            "device": format!("{:?}", args.device.device).to_lowercase(), "width": s.width, "height": s.height,
+            "dtype": s.dtype.to_string(), "sampler": s.sampler.method.to_string(), "steps": s.sampler.steps,
+            "guidance": s.sampler.guidance, "seed": setup.seed,
+        },
+        "flop_model": "products of gemm, convolution and attention, two per multiply-accumulate",
+        "warmup": setup.plan.warmup,
+        "runs": setup.plan.runs,
+    })
+}
+
+fn headline(args: &Bench, setup: &Setup<'_>) -> String {
+    let s = &setup.settings;
+    let method: Method = s.sampler.method;
+    let device = match args.device.device {
+        Device::Cuda(ordinal) => format!("cuda:{ordinal}"),
+        Device::Auto | Device::Cpu => format!("{}, {} threads", machine::processor(), rayon::current_num_threads()),
+    };
+    format!(
+        "model {} {}x{} {}  sampler {method} {}  guidance {}  runs {} (+{} warm-up)  {device}",
+        args.model.name(),
+        s.width,
+        s.height,
+        s.dtype,
+        s.sampler.steps,
+        s.sampler.guidance,
+        setup.plan.runs,
+        setup.plan.warmup
+    )
+}

@@ -1,0 +1,86 @@
+//! Whole images: how long one takes or how many a second gives, and where the time goes.
+
+use super::Setup;
+use super::board::Board;
+use super::measure::Row;
+use super::report::Case;
+use crate::methods::generate::{Generator, Image, Job};
+use crate::weights::fingerprint;
+use crate::{Error, Result};
+use serde_json::json;
+use std::time::Instant;
+
+const PROMPT: &str = "a red star on a dark blue background";
+
+/// A batch of images, its programs alone, and what that cost.
+pub fn run(setup: &mut Setup<'_>, board: &Board, batch: usize) -> Result<Case> {
+    let images = setup.settings.clone();
+    let (seed, runs) = (setup.seed, setup.plan);
+    let generator = Generator::plan(setup.pipeline, &*setup.executor, images, batch)?;
+    setup.check_memory(&generator.footprint(), batch)?;
+    let (footprint, steps) = (generator.footprint(), generator.calls());
+    let programs = generator.programs().all().map(Clone::clone);
+    let free = setup.executor.free_memory()?;
+
+    let started = Instant::now();
+    let mut loaded = generator.load(&mut *setup.executor)?;
+    let load = started.elapsed().as_secs_f64();
+    let jobs = |run: usize| -> Vec<Job> {
+        let job =
+            |i| Job { prompt: PROMPT.into(), negative: None, seed: seed + (run * batch + i) as u64, draws: vec![] };
+        (0..batch).map(job).collect()
+    };
+    let mut first: Option<Image> = None;
+    let mut make = |run: usize| -> Result<()> {
+        let made = loaded.run(&jobs(run), &mut |_| Ok(()))?;
+        first = first.take().or(made.into_iter().next());
+        Ok(())
+    };
+    let started = Instant::now();
+    make(0)?;
+    let first_image = started.elapsed().as_secs_f64();
+    let mut number = 0;
+    (1..runs.warmup).try_for_each(|_| make(0))?;
+    let energy = board.energy();
+    let wall = Instant::now();
+    let times = super::Plan { warmup: 0, ..runs }.time(|| {
+        number += 1;
+        make(number - 1)
+    })?;
+    let seconds = wall.elapsed().as_secs_f64();
+    let joules = board.energy().zip(energy).map(|(after, before)| after - before);
+    let held = free.zip(setup.executor.free_memory()?).map(|(before, after)| before.saturating_sub(after));
+
+    let names = [("text encode", batch), ("condition", 1), ("unet step", steps), ("vae decode", batch)];
+    let mut rows = vec![];
+    for (planned, (name, calls)) in programs.into_iter().zip(names) {
+        let program = planned.program.clone();
+        let id = setup.executor.load(planned, &setup.pipeline.model)?;
+        let times = runs.time_program(&mut *setup.executor, id)?;
+        rows.push(Row::of(name, calls, &program, times));
+    }
+    setup.executor.clear();
+    let flops = rows.iter().map(|row| row.flops * row.calls as u64).sum();
+    let bytes = rows.iter().map(|row| row.bytes * row.calls).sum();
+    let what = if batch == 1 { "image" } else { "batch" };
+    let total = Row { name: what.into(), calls: 1, times, flops, bytes, arena_bytes: None };
+    let image = first.ok_or_else(|| Error::Usage("no image was made".into()))?;
+    let made = (runs.runs * batch) as f64;
+    Ok(Case {
+        name: format!("images of batch {batch}"),
+        facts: json!({
+            "images_per_s": made / seconds,
+            "flops_per_image": flops / batch as u64,
+            "mem": {
+                "planned": footprint.total(), "weights": footprint.weight_bytes, "activations": footprint.arena_bytes,
+                "buffers": footprint.buffer_bytes, "held": held,
+            },
+            "energy": {"joules_per_image": joules.map(|j| j / made), "avg_w": joules.map(|j| j / seconds)},
+            "load_s": load,
+            "first_image_s": first_image,
+            "determinism": {"image_hash": format!("{:016x}", fingerprint(image.rgb))},
+        }),
+        rows,
+        total: Some(total),
+    })
+}

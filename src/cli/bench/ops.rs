@@ -1,0 +1,92 @@
+//! Every kind of op of a sampling step alone: what it takes, and how much of the step it is.
+
+use super::Setup;
+use super::measure::Row;
+use super::report::Case;
+use crate::Result;
+use crate::exec::Data;
+use crate::methods::generate::Generator;
+use crate::plan::plan;
+use crate::program::{DType, Node, Origin, Program, Value, ValueId};
+use serde_json::json;
+use std::collections::HashMap;
+
+/// The ops of a step for this many images, those of one shape once. Their times need not add up to the step's: alone, an op finds
+/// its inputs where the last run left them.
+pub fn run(setup: &mut Setup<'_>, batch: usize) -> Result<Case> {
+    let generator = Generator::plan(setup.pipeline, &*setup.executor, setup.settings.clone(), batch)?;
+    setup.check_memory(&generator.footprint(), batch)?;
+    let step = &generator.programs().step.program;
+    let mut kinds: Vec<(String, Program, usize)> = vec![];
+    let mut numbers: HashMap<String, usize> = HashMap::new();
+    for node in &step.nodes {
+        let alone = alone(step, node);
+        let name = name(&alone);
+        match numbers.get(&name) {
+            Some(&number) => kinds[number].2 += 1,
+            None => {
+                numbers.insert(name.clone(), kinds.len());
+                kinds.push((name, alone, 1));
+            }
+        }
+    }
+    let mut rows = vec![];
+    for (name, program, calls) in kinds {
+        setup.executor.clear();
+        let planned = plan(program.clone(), |program, node| setup.executor.workspace(program, node));
+        let id = setup.executor.load(planned, &setup.pipeline.model)?;
+        for value in program.inputs.iter().map(|id| program.value(*id)) {
+            if let (Origin::Input(buffer), true) = (&value.origin, value.dtype != DType::I32) {
+                setup.executor.write(buffer, Data::F32(&wave(value.len())))?;
+            }
+        }
+        let times = setup.plan.time_program(&mut *setup.executor, id)?;
+        rows.push(Row::of(name, calls, &program, times));
+    }
+    setup.executor.clear();
+    let most = |row: &Row| row.calls as f64 * row.times.median();
+    rows.sort_by(|a, b| most(b).total_cmp(&most(a)));
+    Ok(Case { name: format!("ops of a step, batch {batch}"), rows, total: None, facts: json!({}) })
+}
+
+/// Numbers of real scale: zeros run faster on a GPU.
+fn wave(len: usize) -> Vec<f32> {
+    (0..len).map(|i| (i as f32 * 0.37).sin()).collect()
+}
+
+/// A program of one op: what it reads besides weights are buffers, and nothing is copied out.
+fn alone(program: &Program, node: &Node) -> Program {
+    let mut values: Vec<Value> = vec![];
+    let mut numbers: HashMap<ValueId, ValueId> = HashMap::new();
+    let mut inputs = vec![];
+    for id in node.op.inputs() {
+        if numbers.contains_key(&id) {
+            continue;
+        }
+        let number = ValueId(values.len() as u32);
+        let mut value = program.value(id).clone();
+        if !matches!(value.origin, Origin::Weight(_)) {
+            value.origin = Origin::Input(format!("alone.{}", number.0));
+            inputs.push(number);
+        }
+        values.push(value);
+        numbers.insert(id, number);
+    }
+    let outputs = node.outputs.iter().map(|id| {
+        values.push(Value { origin: Origin::Op(0), ..program.value(*id).clone() });
+        ValueId(values.len() as u32 - 1)
+    });
+    let outputs = outputs.collect();
+    let node = Node { op: node.op.with_inputs(|id| numbers[&id]), outputs, at: node.at };
+    Program { name: "alone".into(), dtype: program.dtype, nodes: vec![node], values, inputs, outputs: vec![] }
+}
+
+/// The op and the shapes it reads, without the names of weights: `conv2d stride 1 padding [1, 1, 1, 1] 2x64x64x320 3x3x320x320`.
+fn name(alone: &Program) -> String {
+    let node = &alone.nodes[0];
+    let op = alone.show_op(&node.op);
+    let is_name = |word: &str| word.starts_with('\'') || word.contains("weight") || word.contains("bias");
+    let words = op.split(' ').filter(|word| !is_name(word)).map(str::to_string);
+    let shape = |id: ValueId| alone.shape(id).iter().map(usize::to_string).collect::<Vec<_>>().join("x");
+    words.chain(node.op.inputs().into_iter().map(shape)).collect::<Vec<_>>().join(" ")
+}
