@@ -24,10 +24,7 @@ pub fn run(images: &mut Loaded<'_, '_>, cads: &Cads, jobs: &[Job], observe: &mut
                 let draw = draw::TEXT + 2 * step as u64 + branch;
                 texts.iter().zip(jobs).map(|(text, job)| corrupted(text, cads, gamma, job.seed, draw)).collect()
             };
-            images.tell(corrupted(&prompts, 0))?;
-            if cads.negatives {
-                images.tell_negatives(corrupted(&negatives, 1))?;
-            }
+            images.tell(Some(corrupted(&prompts, 0)), cads.negatives.then(|| corrupted(&negatives, 1)))?;
             clean = gamma >= 1.0;
         }
         if cads.dynamic_guidance {

@@ -237,20 +237,17 @@ impl Loaded<'_, '_> {
         super::minority::loss_scale(self.settings.dtype)
     }
 
-    /// Tells the prompts' branch something else from now on.
-    pub(super) fn tell(&mut self, prompts: Vec<Text>) -> Result<()> {
-        self.texts.truncate(self.texts.len() - self.sizes.batch);
-        self.texts.extend(prompts);
-        self.condition()
-    }
-
-    /// Tells the unconditional branch, where there is one, something else from now on.
-    pub(super) fn tell_negatives(&mut self, negatives: Vec<Text>) -> Result<()> {
-        if self.schedule.needs.uncond {
-            self.texts.splice(..self.sizes.batch, negatives);
-            self.condition()?;
+    /// Tells a branch, or both, something else from now on; the unconditional one only where there is one.
+    pub(super) fn tell(&mut self, prompts: Option<Vec<Text>>, negatives: Option<Vec<Text>>) -> Result<()> {
+        let batch = self.sizes.batch;
+        if let Some(prompts) = prompts {
+            self.texts.truncate(self.texts.len() - batch);
+            self.texts.extend(prompts);
         }
-        Ok(())
+        if let Some(negatives) = negatives.filter(|_| self.schedule.needs.uncond) {
+            self.texts.splice(..batch, negatives);
+        }
+        self.condition()
     }
 
     fn condition(&mut self) -> Result<()> {

@@ -245,8 +245,8 @@ impl Loaded<'_, '_> {
 
     fn tell(&mut self, texts: Vec<Text>) -> Result<()> {
         match self.settings.variable {
-            Variable::Token(_) | Variable::Text => self.images.tell(texts),
-            Variable::Null => self.images.tell_negatives(texts),
+            Variable::Token(_) | Variable::Text => self.images.tell(Some(texts), None),
+            Variable::Null => self.images.tell(None, Some(texts)),
         }
     }
 

@@ -81,9 +81,9 @@ impl Device {
         })
     }
 
-    /// A driver on the same device whose memory is given back when it is dropped.
+    /// A driver on the same device whose memory and graphs are given back when it is dropped.
     pub fn lease(&self) -> Lease {
-        Lease { shared: self.shared.clone(), addresses: BTreeSet::new() }
+        Lease { shared: self.shared.clone(), addresses: BTreeSet::new(), graphs: vec![] }
     }
 
     /// An executor of its own arena; with guards no op reads what is dead or writes what is not its own.
@@ -132,6 +132,7 @@ fn kernel_module() -> String {
 pub struct Lease {
     shared: Rc<RefCell<Shared>>,
     addresses: BTreeSet<u64>,
+    graphs: Vec<Graph>,
 }
 
 impl Driver for Lease {
@@ -185,7 +186,9 @@ impl Driver for Lease {
     }
 
     fn record(&mut self, work: &mut dyn Iterator<Item = Work<'_>>) -> Result<Graph> {
-        self.shared.borrow_mut().driver.record(work)
+        let graph = self.shared.borrow_mut().driver.record(work)?;
+        self.graphs.push(graph);
+        Ok(graph)
     }
 
     fn replay(&mut self, graph: Graph) -> Result<()> {
@@ -193,6 +196,7 @@ impl Driver for Lease {
     }
 
     fn forget(&mut self, graph: Graph) -> Result<()> {
+        self.graphs.retain(|held| *held != graph);
         self.shared.borrow_mut().driver.forget(graph)
     }
 
@@ -204,8 +208,11 @@ impl Driver for Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         let Ok(mut shared) = self.shared.try_borrow_mut() else { return };
+        // After a kernel failed every call does; the process frees all.
+        for graph in &self.graphs {
+            let _ = shared.driver.forget(*graph);
+        }
         for address in &self.addresses {
-            // After a kernel failed every call does; the process frees all.
             let _ = shared.driver.release(Address(*address));
         }
     }

@@ -213,7 +213,7 @@ const PROMPT: &str = "a red star on a dark blue background";
 /// Decibels. Storage alone leaves 61 in f16 and 50 in bf16.
 const PSNR: f64 = 40.0;
 
-/// The embedded model's image, and of a batch of two the first again.
+/// The embedded model's image by graphs, of a batch of two the first again, and launch by launch.
 pub fn images(subset: bool) -> Vec<Item> {
     let steps = if subset { 2 } else { 20 };
     let types = if subset { &[DType::F16][..] } else { &[DType::F32, DType::F16, DType::BF16] };
@@ -232,9 +232,12 @@ pub fn images(subset: bool) -> Vec<Item> {
                 let pair = image(&mut device.cuda(false), dtype, steps, 2)?;
                 let differ = pair.iter().zip(&found).filter(|(a, b)| a != b).count() as f64;
                 let name = format!("{steps} steps");
+                let eager = image(&mut device.cuda(false).with_graphs(false), dtype, steps, 1)?;
+                let replayed = eager.iter().zip(&found).filter(|(a, b)| a != b).count() as f64;
                 Ok(vec![
                     Row::new(format!("{name}, against the CPU in f32"), dtype, error, allowed, what),
                     Row::new(format!("{name}, in a batch of two"), dtype, differ, 0.0, "bytes that differ"),
+                    Row::new(format!("{name}, launch by launch"), dtype, replayed, 0.0, "bytes that differ"),
                 ])
             }
         })

@@ -5,6 +5,8 @@
 #![allow(unsafe_code)]
 
 mod graphs;
+mod library;
+mod pace;
 mod staging;
 
 use super::driver::{Driver, Function, Graph, Work};
@@ -13,13 +15,13 @@ use super::launch::{Address, Launch};
 use crate::{Error, Result};
 use cudarc::driver::{DriverError, result, sys};
 use graphs::Graphs;
+use library::{Version, Words, failed, find, version};
+use pace::Pace;
 use staging::Staging;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::fmt;
 
-/// The oldest driver that reads compressed fat binaries and tells the size of a kernel's parameters: CUDA 12.4.
-const OLDEST_DRIVER: c_int = 12040;
 /// Ampere: the first with asynchronous copies and bf16 in the tensor cores.
 const OLDEST_ARCH: c_int = 80;
 
@@ -31,6 +33,7 @@ pub struct Gpu {
     context: sys::CUcontext,
     stream: sys::CUstream,
     staging: Option<Staging>,
+    pace: Option<Pace>,
     graphs: Graphs,
     modules: Vec<sys::CUmodule>,
     kernels: Vec<Kernel>,
@@ -102,6 +105,7 @@ impl Gpu {
             context,
             stream: std::ptr::null_mut(),
             staging: None,
+            pace: None,
             graphs: Graphs::default(),
             modules: Vec::new(),
             kernels: Vec::new(),
@@ -116,6 +120,7 @@ impl Gpu {
         // SAFETY: the context is current, as in every call.
         let staging = unsafe { Staging::new() };
         gpu.staging = Some(gpu.check("allocating page-locked memory", staging)?);
+        gpu.pace = Some(gpu.check("making events", Pace::new())?);
         for (stem, image) in kernels::FAT_BINARIES {
             gpu.load(stem, image)?;
         }
@@ -288,6 +293,11 @@ impl Gpu {
     }
 }
 
+/// `Gpu::new` failed half-way.
+fn unready(name: &str) -> Error {
+    Error::Device(format!("{name} is not ready"))
+}
+
 /// Why a recording failed: the driver's own words, or an error that has words already.
 enum Captured {
     Driver(DriverError),
@@ -342,7 +352,7 @@ impl Driver for Gpu {
         }
         self.bind()?;
         self.within("writing", to, bytes)?;
-        let Some(staging) = &mut self.staging else { return Ok(()) };
+        let Some(staging) = &mut self.staging else { return Err(unready(&self.name)) };
         // SAFETY: the context is current; the destination is in an allocation; nothing stages while a graph is recorded.
         let sent = unsafe { staging.send(self.stream, to.0, bytes, fill) };
         self.check("writing", sent)
@@ -437,8 +447,9 @@ impl Driver for Gpu {
     fn replay(&mut self, graph: Graph) -> Result<()> {
         self.bind()?;
         let Some(held) = self.graphs.get(graph) else { return Err(self.not_recorded(graph)) };
-        // SAFETY: the graph is held, so it was not destroyed.
-        let launched = unsafe { result::graph::launch(held, self.stream) };
+        let (stream, Some(pace)) = (self.stream, &mut self.pace) else { return Err(unready(&self.name)) };
+        // SAFETY: the context is current, nothing is being captured, and the graph is held, so it was not destroyed.
+        let launched = unsafe { pace.start(stream, || result::graph::launch(held, stream)) };
         self.last_launch = None;
         self.check("starting a graph", launched)
     }
@@ -468,6 +479,9 @@ impl Drop for Gpu {
                 if let Some(staging) = self.staging.take() {
                     staging.free();
                 }
+                if let Some(pace) = self.pace.take() {
+                    pace.free();
+                }
                 for address in self.allocations.keys() {
                     let _ = result::free_sync(*address);
                 }
@@ -481,64 +495,6 @@ impl Drop for Gpu {
         }
         // SAFETY: retained in `new`.
         let _ = unsafe { result::primary_ctx::release(self.device) };
-    }
-}
-
-/// The device of that number. cudarc panics at the first call where the library is missing, so that is asked first.
-fn find(ordinal: usize, name: &str) -> Result<sys::CUdevice> {
-    let none = "no CUDA device is visible; look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu";
-    let missing = |what: &str| Err(Error::Device(format!("{name}: {what}")));
-    // SAFETY: loads NVIDIA's library, whose initialisers are trusted as the driver is.
-    if !unsafe { sys::is_culib_present() } {
-        return missing("NVIDIA's driver is not installed (no libcuda); install it, or use --device cpu");
-    }
-    match result::init() {
-        Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return missing(none),
-        result => result.map_err(|e| failed(name, "starting NVIDIA's driver", e))?,
-    }
-    let version = version().map_err(|e| failed(name, "asking the driver's version", e))?;
-    if version < OLDEST_DRIVER {
-        let (has, wants) = (Version(version), Version(OLDEST_DRIVER));
-        return missing(&format!("NVIDIA's driver is for CUDA {has}; update it to one for CUDA {wants} or newer"));
-    }
-    match result::device::get_count().map_err(|e| failed(name, "counting devices", e))? as usize {
-        0 => missing(none),
-        count if ordinal >= count => {
-            Err(Error::Usage(format!("--device cuda:{ordinal}: the last device is cuda:{}", count - 1)))
-        }
-        _ => result::device::get(ordinal as c_int).map_err(|e| failed(name, "opening it", e)),
-    }
-}
-
-/// Of the driver, as it encodes it. Only for after the library was found.
-fn version() -> Result<c_int, DriverError> {
-    let mut version = 0;
-    // SAFETY: writes one integer.
-    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map(|()| version)
-}
-
-/// An error of the driver. Only for after the library was found: the words are the driver's own.
-fn failed(device: impl fmt::Display, operation: impl fmt::Display, error: DriverError) -> Error {
-    Error::Device(format!("{device}: {operation}: {}", Words(error)))
-}
-
-struct Words(DriverError);
-
-impl fmt::Display for Words {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (self.0.error_name(), self.0.error_string()) {
-            (Ok(name), Ok(text)) => write!(f, "{} ({})", text.to_string_lossy(), name.to_string_lossy()),
-            _ => write!(f, "the driver's error {}", self.0.0 as u32),
-        }
-    }
-}
-
-/// As the driver encodes it: 12040 is 12.4.
-struct Version(c_int);
-
-impl fmt::Display for Version {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", self.0 / 1000, self.0 % 1000 / 10)
     }
 }
 
