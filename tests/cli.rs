@@ -192,6 +192,7 @@ fn bad_flags() {
     fails(&["generate", PROMPT, "--sampler", "magic"], 2, &["magic", "euler-a"]);
     fails(&["generate", PROMPT, "--spacing", "even"], 2, &["--spacing", "even", "linspace"]);
     fails(&["generate", PROMPT, "--device", "gpu"], 2, &["--device", "cuda:N"]);
+    fails(&["generate", PROMPT, "--check"], 2, &["--check", "--device cuda"]);
     fails(&["generate", PROMPT, "--device", "cuda", "--dtype", "f64"], 2, &["--dtype", "f64"]);
     fails(&["inspect", "--explain", "voodoo"], 2, &["--explain", "h200"]);
     fails(&["generate", PROMPT, "--dtype", "f16"], 2, &["--dtype"]);

@@ -3,16 +3,15 @@
 
 mod common;
 
-use common::emulated::{build, cuda};
+use common::emulated::cuda;
 use common::golden::Golden;
-use rarebit::Result;
+use common::noting::{count, noting};
 use rarebit::exec::Executor;
-use rarebit::exec::cuda::{Address, Cuda, Driver, Emulated, Function, Graph, Launch, Settings as Emulation, Work};
+use rarebit::exec::cuda::{Cuda, Settings as Emulation};
 use rarebit::methods::generate::{Generator, Job, Progress, Settings};
 use rarebit::methods::pipeline::Pipeline;
 use rarebit::program::DType;
 use rarebit::sampler::{self, Method, Rng};
-use std::cell::RefCell;
 use std::rc::Rc;
 
 const STEPS: usize = 4;
@@ -52,7 +51,7 @@ fn replays_have_the_bits_of_their_launches() {
 fn a_larger_program_moves_the_arena_and_graphs_are_made_anew() {
     let pipeline = Golden::open("tiny-sd1").pipeline();
     let calls = Rc::default();
-    let mut moved = counted(&calls);
+    let mut moved = noting(&calls, None);
     let small = Generator::plan(&pipeline, &moved, settings(Method::Ddim), 1).unwrap();
     let mut small_alone = cuda(Emulation::default().workers(2));
     let planned = Generator::plan(&pipeline, &small_alone, settings(Method::Ddim), 1).unwrap();
@@ -77,7 +76,7 @@ fn a_larger_program_moves_the_arena_and_graphs_are_made_anew() {
 fn a_step_is_one_replay_and_waits_for_nothing() {
     let pipeline = Golden::open("tiny-sd1").pipeline();
     let calls = Rc::default();
-    let mut executor = counted(&calls);
+    let mut executor = noting(&calls, None);
     let generator = Generator::plan(&pipeline, &executor, settings(Method::Ddim), 1).unwrap();
     let mut loaded = generator.load(&mut executor).unwrap();
     loaded.run(&[job(0)], &mut |_| Ok(())).unwrap();
@@ -94,82 +93,5 @@ fn a_step_is_one_replay_and_waits_for_nothing() {
     for step in &steps[1..] {
         // The step's number and its coefficients, then all launches at once.
         assert_eq!(*step, ["stage", "stage", "replay"]);
-    }
-}
-
-/// An emulated driver that notes what it is asked for.
-struct Counting {
-    driver: Emulated,
-    calls: Rc<RefCell<Vec<&'static str>>>,
-}
-
-fn counted(calls: &Rc<RefCell<Vec<&'static str>>>) -> Cuda {
-    let driver = Emulated::open(&build(), Emulation::default().workers(2)).unwrap();
-    Cuda::new(Box::new(Counting { driver, calls: Rc::clone(calls) }))
-}
-
-fn count(calls: &RefCell<Vec<&'static str>>, what: &str) -> usize {
-    calls.borrow().iter().filter(|call| **call == what).count()
-}
-
-impl Counting {
-    fn note(&self, what: &'static str) {
-        self.calls.borrow_mut().push(what);
-    }
-}
-
-impl Driver for Counting {
-    fn name(&self) -> String {
-        self.driver.name()
-    }
-    fn free_memory(&self) -> Result<usize> {
-        self.driver.free_memory()
-    }
-    fn allocate(&mut self, bytes: usize) -> Result<Address> {
-        self.note("allocate");
-        self.driver.allocate(bytes)
-    }
-    fn release(&mut self, address: Address) -> Result<()> {
-        self.note("release");
-        self.driver.release(address)
-    }
-    fn stage(&mut self, to: Address, bytes: usize, fill: &mut dyn FnMut(&mut [u8])) -> Result<()> {
-        self.note("stage");
-        self.driver.stage(to, bytes, fill)
-    }
-    fn read(&self, from: Address, bytes: &mut [u8]) -> Result<()> {
-        self.note("read");
-        self.driver.read(from, bytes)
-    }
-    fn fill(&mut self, to: Address, value: u8, bytes: usize) -> Result<()> {
-        self.note("fill");
-        self.driver.fill(to, value, bytes)
-    }
-    fn copy(&mut self, from: Address, to: Address, bytes: usize) -> Result<()> {
-        self.note("copy");
-        self.driver.copy(from, to, bytes)
-    }
-    fn function(&mut self, kernel: &str, shared: u32) -> Result<Function> {
-        self.driver.function(kernel, shared)
-    }
-    fn launch(&mut self, function: Function, launch: &Launch) -> Result<()> {
-        self.note("launch");
-        self.driver.launch(function, launch)
-    }
-    fn record(&mut self, work: &mut dyn Iterator<Item = Work<'_>>) -> Result<Graph> {
-        self.note("record");
-        self.driver.record(work)
-    }
-    fn replay(&mut self, graph: Graph) -> Result<()> {
-        self.note("replay");
-        self.driver.replay(graph)
-    }
-    fn forget(&mut self, graph: Graph) -> Result<()> {
-        self.note("forget");
-        self.driver.forget(graph)
-    }
-    fn synchronize(&self) -> Result<()> {
-        self.note("synchronize");
-        self.driver.synchronize()
     }
 }

@@ -1,8 +1,8 @@
 //! Flags with the same meaning in every subcommand, defined once.
 
-use crate::exec::Executor;
 use crate::exec::cpu::Cpu;
 use crate::exec::cuda::{Cuda, Gpu};
+use crate::exec::{Executor, Lockstep};
 use crate::methods::generate::Settings;
 use crate::methods::pipeline::Pipeline;
 use crate::models::config::{Family, Prediction, Spacing};
@@ -117,6 +117,9 @@ pub struct DeviceFlags {
     /// Refuse to start when the plan needs more, e.g. 6G or 800M
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub memory_limit: Option<usize>,
+    /// Repeat every op of a GPU on the CPU and stop at the first that differs; slow
+    #[arg(long)]
+    pub check: bool,
 }
 
 impl DeviceFlags {
@@ -139,7 +142,11 @@ impl DeviceFlags {
     pub fn executor(&self, check_finite: bool) -> Result<Box<dyn Executor>> {
         let dtype = self.program_dtype()?;
         if let Device::Cuda(ordinal) = self.device {
-            return Ok(Box::new(Cuda::new(Box::new(Gpu::new(ordinal)?)).check_finite(check_finite)));
+            let cuda = Cuda::new(Box::new(Gpu::new(ordinal)?)).check_finite(check_finite);
+            return Ok(if self.check { Box::new(Lockstep::new(cuda)) } else { Box::new(cuda) });
+        }
+        if self.check {
+            return Err(Error::Usage("--check holds a GPU against the CPU: give --device cuda".into()));
         }
         Ok(match dtype {
             DType::F64 => Box::new(Cpu::<f64>::new().check_finite(check_finite)),

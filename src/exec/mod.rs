@@ -5,7 +5,10 @@ pub mod cpu;
 pub mod cuda;
 mod guard;
 mod held;
+mod lockstep;
 pub(crate) mod philox;
+
+pub use lockstep::Lockstep;
 
 use crate::Result;
 use crate::plan::Planned;

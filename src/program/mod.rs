@@ -4,6 +4,7 @@
 //! Activations are dense: images `[B, H, W, C]`, tokens `[B, T, C]`; ops that speak of tokens accept any middle dims
 //! (`T` is their product), so moving between the two needs no op.
 
+mod alone;
 mod build;
 mod infer;
 mod ops;

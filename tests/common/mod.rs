@@ -11,6 +11,7 @@ pub mod gradients;
 pub mod layouts;
 pub mod minority;
 pub mod naive;
+pub mod noting;
 pub mod optimised;
 pub mod products;
 pub mod rounded;

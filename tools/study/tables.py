@@ -124,8 +124,10 @@ def rivals_table(args, name: str) -> str:
     head = ["difference", "captions", "log-density", "agreement, points", "rare share, ratio"]
     everything = {method: minority.load(args, name, method) for method in tried(args, name)}
     body = []
-    for ours in (m for m in everything if m.startswith("mp")):
-        for rival in (m for m in everything if not m.startswith("mp") and m != "ddim" and methods.plain(m) == methods.plain(ours)):
+    # A learning rate of 0 is a rival: the token's words without optimisation.
+    is_ours = lambda m: m.startswith("mp") and not m.startswith("mp lr=0 ")  # noqa: E731
+    for ours in filter(is_ours, everything):
+        for rival in (m for m in everything if not is_ours(m) and m != "ddim" and methods.plain(m) == methods.plain(ours)):
             n = min(len(everything[ours]), len(everything[rival]))
             both = [measure.Readings(everything[method][:n]) for method in (ours, rival)]
             d = measure.difference(*both, minority.SETS[name][2])
@@ -142,7 +144,11 @@ def write(args) -> None:
     names = measure.world.NAMES
     words = [f"{of['cpu']}, {of['cores']} cores, one thread per process; {of['rarebit']}, Python {of['python']}, numpy {of['numpy']}.\n"]
     words.append("Made by `python tools/study/minority.py report`; what the columns are: `tools/study/README.md`.\n")
-    for name, title in (("report", "Reported captions"), ("tune", "Tuning captions: all that was tried")):
+    for name, title in (
+        ("report", "Reported captions"),
+        ("tune", "Tuning captions: all that was tried"),
+        ("tune-again", "More tuning captions, eighty noises"),
+    ):
         if name not in results:
             continue
         r = results[name]

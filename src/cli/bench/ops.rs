@@ -7,7 +7,7 @@ use crate::Result;
 use crate::exec::Data;
 use crate::methods::generate::Generator;
 use crate::plan::plan;
-use crate::program::{DType, Node, Origin, Program, Value, ValueId};
+use crate::program::{DType, Origin, Program, ValueId};
 use serde_json::json;
 use std::collections::HashMap;
 
@@ -20,7 +20,7 @@ pub fn run(setup: &mut Setup<'_>, batch: usize) -> Result<Case> {
     let mut kinds: Vec<(String, Program, usize)> = vec![];
     let mut numbers: HashMap<String, usize> = HashMap::new();
     for node in &step.nodes {
-        let alone = alone(step, node);
+        let alone = step.alone(node);
         let name = name(&alone);
         match numbers.get(&name) {
             Some(&number) => kinds[number].2 += 1,
@@ -52,33 +52,6 @@ pub fn run(setup: &mut Setup<'_>, batch: usize) -> Result<Case> {
 /// Numbers of real scale: zeros run faster on a GPU.
 fn wave(len: usize) -> Vec<f32> {
     (0..len).map(|i| (i as f32 * 0.37).sin()).collect()
-}
-
-/// A program of one op: what it reads besides weights are buffers, and nothing is copied out.
-fn alone(program: &Program, node: &Node) -> Program {
-    let mut values: Vec<Value> = vec![];
-    let mut numbers: HashMap<ValueId, ValueId> = HashMap::new();
-    let mut inputs = vec![];
-    for id in node.op.inputs() {
-        if numbers.contains_key(&id) {
-            continue;
-        }
-        let number = ValueId(values.len() as u32);
-        let mut value = program.value(id).clone();
-        if !matches!(value.origin, Origin::Weight(_)) {
-            value.origin = Origin::Input(format!("alone.{}", number.0));
-            inputs.push(number);
-        }
-        values.push(value);
-        numbers.insert(id, number);
-    }
-    let outputs = node.outputs.iter().map(|id| {
-        values.push(Value { origin: Origin::Op(0), ..program.value(*id).clone() });
-        ValueId(values.len() as u32 - 1)
-    });
-    let outputs = outputs.collect();
-    let node = Node { op: node.op.with_inputs(|id| numbers[&id]), outputs, at: node.at };
-    Program { name: "alone".into(), dtype: program.dtype, nodes: vec![node], values, inputs, outputs: vec![] }
 }
 
 /// The op and the shapes it reads, without the names of weights: `conv2d stride 1 padding [1, 1, 1, 1] 2x64x64x320 3x3x320x320`.

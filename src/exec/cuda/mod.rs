@@ -36,7 +36,7 @@ pub mod kernels {
 use super::guard::{Guard, describe, finite};
 use super::{Data, DataMut, Executor, ProgramId, held};
 use crate::plan::Planned;
-use crate::program::{DType, Node, Op, Origin, Program};
+use crate::program::{DType, Node, Op, Origin, Program, ValueId};
 use crate::weights::Model;
 use crate::{Error, Result};
 use launch::Cx;
@@ -141,6 +141,36 @@ impl Cuda {
         Ok(outside)
     }
 
+    /// Runs one op of a program and waits for it. Ops run in order, and [`Cuda::copy_outputs`] after the last.
+    pub(super) fn run_op(&mut self, program: ProgramId, op: usize) -> Result<()> {
+        let Loaded { launches, planned, .. } = &self.programs[program.0];
+        let failed = |error: Error| Error::Device(describe(&planned.program, op, &error.to_string()));
+        for (function, launch) in &launches[op] {
+            self.driver.launch(*function, launch).map_err(failed)?;
+        }
+        self.driver.synchronize().map_err(failed)
+    }
+
+    /// Checks the index buffers of a program.
+    pub(super) fn check_bounds(&self, program: ProgramId) -> Result<()> {
+        let loaded = &self.programs[program.0];
+        self.store.check(&loaded.planned.program, &loaded.bounds)
+    }
+
+    pub(super) fn copy_outputs(&mut self, program: ProgramId) -> Result<()> {
+        self.programs[program.0].outputs.iter().try_for_each(|&(from, to, bytes)| self.driver.copy(from, to, bytes))
+    }
+
+    /// What a value of a program holds now, read from the device.
+    pub(super) fn value(&self, program: ProgramId, id: ValueId) -> Result<Vec<f64>> {
+        let Loaded { planned: Planned { program, plan }, outside, .. } = &self.programs[program.0];
+        let region = plan.regions[id.index()];
+        let address = region.map_or(outside[id.index()], |region| self.arena.offset(region.offset));
+        let mut bytes = vec![0; program.value(id).bytes()];
+        self.driver.read(address, &mut bytes)?;
+        Ok(store::to_f64(program.value(id).dtype, &bytes))
+    }
+
     /// Makes the launches of a program for where the arena lies now.
     fn place(&mut self, index: usize) -> Result<()> {
         self.unrecord(index)?;
@@ -189,20 +219,18 @@ impl Cuda {
             self.driver.write(self.arena, &arena)?;
         }
         for op in 0..self.programs[program.0].launches.len() {
+            if inspected {
+                self.run_op(program, op)?;
+                self.inspect(program, op, &mut guard)?;
+                continue;
+            }
             let Loaded { launches, planned, .. } = &self.programs[program.0];
-            let failed = |error: Error| Error::Device(describe(&planned.program, op, &error.to_string()));
             for (function, launch) in &launches[op] {
+                let failed = |error: Error| Error::Device(describe(&planned.program, op, &error.to_string()));
                 self.driver.launch(*function, launch).map_err(failed)?;
             }
-            if inspected {
-                self.driver.synchronize().map_err(failed)?;
-                self.inspect(program, op, &mut guard)?;
-            }
         }
-        for &(from, to, bytes) in &self.programs[program.0].outputs {
-            self.driver.copy(from, to, bytes)?;
-        }
-        Ok(())
+        self.copy_outputs(program)
     }
 
     fn record(&mut self, program: ProgramId) -> Result<Graph> {
@@ -223,11 +251,7 @@ impl Cuda {
         }
         if self.check_finite {
             for &id in &planned.program.nodes[index].outputs {
-                let Some(region) = planned.plan.regions[id.index()] else { continue };
-                let mut bytes = vec![0; region.bytes];
-                self.driver.read(self.arena.offset(region.offset), &mut bytes)?;
-                let values = store::to_f64(planned.program.value(id).dtype, &bytes);
-                finite(&planned.program, index, id, values.into_iter())?;
+                finite(&planned.program, index, id, self.value(program, id)?.into_iter())?;
             }
         }
         Ok(())
@@ -320,12 +344,11 @@ impl Executor for Cuda {
     }
 
     fn run(&mut self, program: ProgramId) -> Result<()> {
-        let loaded = &self.programs[program.0];
-        self.store.check(&loaded.planned.program, &loaded.bounds)?;
+        self.check_bounds(program)?;
         if self.guards || self.check_finite || !self.graphs {
             return self.start(program);
         }
-        match loaded.replay {
+        match self.programs[program.0].replay {
             Replay::Cold => {
                 self.start(program)?;
                 self.programs[program.0].replay = Replay::Warm;
