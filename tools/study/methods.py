@@ -61,5 +61,9 @@ CHOSEN = {
         f"mp guidance=7.5 lr=3e-4 {GATES} iterations=5 init=word:a",
     ],
     "batch-tune": ["ddim"],
-    "batch-report": ["ddim"],
+    "batch-report": [
+        "ddim",
+        f"both lr=2.5e-4 {GATES} iterations=5 init=word:a",
+        f"repulsion lr=3e-4 {GATES} iterations=5 init=word:a",
+    ],
 }
