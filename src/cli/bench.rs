@@ -81,6 +81,8 @@ struct Setup<'a> {
     executor: Box<dyn Executor>,
     settings: Settings,
     device: DeviceFlags,
+    /// Bytes of device memory before anything was loaded.
+    free: Option<usize>,
     seed: u64,
     plan: Plan,
 }
@@ -116,9 +118,11 @@ pub fn run(args: Bench) -> Result<()> {
         Device::Cuda(ordinal) => Board::of(ordinal)?,
         Device::Auto | Device::Cpu => Board::none(),
     };
+    let executor = args.device.executor(false)?;
     let mut setup = Setup {
         pipeline: &pipeline,
-        executor: args.device.executor(false)?,
+        free: executor.free_memory()?,
+        executor,
         settings,
         device: args.device,
         seed: args.sampling.seed,

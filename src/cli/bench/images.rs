@@ -5,6 +5,7 @@ use super::board::Board;
 use super::measure::Row;
 use super::report::Case;
 use crate::methods::generate::{Generator, Image, Job};
+use crate::plan::Planned;
 use crate::weights::fingerprint;
 use crate::{Error, Result};
 use serde_json::json;
@@ -20,7 +21,6 @@ pub fn run(setup: &mut Setup<'_>, board: &Board, batch: usize) -> Result<Case> {
     setup.check_memory(&generator.footprint(), batch)?;
     let (footprint, steps) = (generator.footprint(), generator.calls());
     let programs = generator.programs().all().map(Clone::clone);
-    let free = setup.executor.free_memory()?;
 
     let started = Instant::now();
     let mut loaded = generator.load(&mut *setup.executor)?;
@@ -49,16 +49,9 @@ pub fn run(setup: &mut Setup<'_>, board: &Board, batch: usize) -> Result<Case> {
     })?;
     let seconds = wall.elapsed().as_secs_f64();
     let joules = board.energy().zip(energy).map(|(after, before)| after - before);
-    let held = free.zip(setup.executor.free_memory()?).map(|(before, after)| before.saturating_sub(after));
+    let held = setup.free.zip(setup.executor.free_memory()?).map(|(before, after)| before.saturating_sub(after));
 
-    let names = [("text encode", batch), ("condition", 1), ("unet step", steps), ("vae decode", batch)];
-    let mut rows = vec![];
-    for (planned, (name, calls)) in programs.into_iter().zip(names) {
-        let program = planned.program.clone();
-        let id = setup.executor.load(planned, &setup.pipeline.model)?;
-        let times = runs.time_program(&mut *setup.executor, id)?;
-        rows.push(Row::of(name, calls, &program, times));
-    }
+    let rows = stages(setup, programs, [batch, 1, steps, batch])?;
     setup.executor.clear();
     let flops = rows.iter().map(|row| row.flops * row.calls as u64).sum();
     let bytes = rows.iter().map(|row| row.bytes * row.calls).sum();
@@ -83,4 +76,17 @@ pub fn run(setup: &mut Setup<'_>, board: &Board, batch: usize) -> Result<Case> {
         rows,
         total: Some(total),
     })
+}
+
+/// Every program alone, on what the last image left in its buffers; `calls` are those of one batch.
+fn stages(setup: &mut Setup<'_>, programs: [Planned; 4], calls: [usize; 4]) -> Result<Vec<Row>> {
+    let names = ["text encode", "condition", "unet step", "vae decode"];
+    let mut rows = vec![];
+    for (planned, (name, calls)) in programs.into_iter().zip(names.into_iter().zip(calls)) {
+        let program = planned.program.clone();
+        let id = setup.executor.load(planned, &setup.pipeline.model)?;
+        let times = setup.plan.time_program(&mut *setup.executor, id)?;
+        rows.push(Row::of(name, calls, &program, times));
+    }
+    Ok(rows)
 }

@@ -177,6 +177,8 @@ impl Ask<'_> {
         b.output(score_name(index), score.report);
         let names = match self.varies {
             Varies::Told { variable, .. } if !looked => {
+                // What it found wrong itself comes first.
+                b.finish()?;
                 let what = match variable {
                     Variable::Null => "does not look under guidance: nothing in it depends on the unconditional branch",
                     Variable::Token(_) | Variable::Text => "does not depend on what is optimised",
