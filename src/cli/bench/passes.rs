@@ -1,17 +1,18 @@
 //! The UNet forward and backward, and a method against the passes it was planned to make.
 
 use super::Setup;
-use super::measure::{Plan, Row};
+use super::measure::{Plan, Row, Times};
 use super::report::Case;
+use crate::Result;
 use crate::autodiff::{Cotangent, Request};
-use crate::exec::{Data, ProgramId};
+use crate::exec::Data;
 use crate::methods::generate::{Generator, Job};
 use crate::methods::minority::{self, Minority};
+use crate::methods::objective::Passes;
 use crate::methods::programs::pooled_width;
 use crate::models::unet::{Added, Unet};
 use crate::plan::{Planned, plan, plan_gradient};
 use crate::program::{Builder, Node, Program};
-use crate::{Error, Result};
 use serde_json::json;
 
 const PROMPT: &str = "a red star on a dark blue background";
@@ -20,13 +21,13 @@ const CONTEXT: &str = "bench.context";
 
 /// One pass, and one with its gradient to the text states or to the latents.
 pub fn gradients(setup: &mut Setup<'_>, batch: usize) -> Result<Case> {
-    let rows = passes(setup, batch)?.into_iter().map(|(row, _)| row).collect();
+    let rows = passes(setup, batch, setup.plan)?;
     setup.executor.clear();
     Ok(Case { name: format!("UNet passes of batch {batch}"), rows, total: None, facts: json!({}) })
 }
 
 /// The passes, loaded and timed.
-fn passes(setup: &mut Setup<'_>, batch: usize) -> Result<Vec<(Row, ProgramId)>> {
+fn passes(setup: &mut Setup<'_>, batch: usize, runs: Plan) -> Result<Vec<Row>> {
     let mut found = vec![];
     let names = ["unet forward", "  and backward to the text", "  and backward to the latents"];
     for (name, leaf) in names.into_iter().zip([None, Some(CONTEXT), Some(LATENTS)]) {
@@ -39,9 +40,8 @@ fn passes(setup: &mut Setup<'_>, batch: usize) -> Result<Vec<(Row, ProgramId)>> 
             }
             setup.executor.write("bench.timestep", Data::F32(&[501.0]))?;
         }
-        let times = setup.plan.time_program(&mut *setup.executor, id)?;
-        let row = Row { arena_bytes: Some(arena), ..Row::of(name, 1, &program, times) };
-        found.push((row, id));
+        let times = runs.time_program(&mut *setup.executor, id)?;
+        found.push(Row { arena_bytes: Some(arena), ..Row::of(name, 1, &program, times) });
     }
     Ok(found)
 }
@@ -81,39 +81,48 @@ fn wave(len: usize) -> Vec<f32> {
     (0..len).map(|i| (i as f32 * 0.37).sin()).collect()
 }
 
-/// Plain sampling and MinorityPrompt with its defaults, in turn with the passes that the prediction is made of.
+/// Plain sampling and MinorityPrompt with its defaults, round by round in turn with the passes that the prediction is made of: machines
+/// change their pace, and a ratio is of one round.
 pub fn methods(setup: &mut Setup<'_>) -> Result<Case> {
-    let (pipeline, images, runs) = (setup.pipeline, setup.settings.clone(), setup.plan);
-    let planned =
-        Minority::plan(pipeline, &*setup.executor, minority::Settings::of(pipeline, images.clone())?, &[PROMPT])?;
-    setup.check_memory(&planned.footprint(), 1)?;
-    let (passes_planned, generator) = (planned.passes(), Generator::plan(pipeline, &*setup.executor, images, 1)?);
-    let alone = passes(setup, 1)?;
-    setup.executor.clear();
-    let job = || Job { prompt: PROMPT.into(), negative: None, seed: setup.seed, draws: vec![] };
-    let plain = {
-        let mut loaded = generator.load(&mut *setup.executor)?;
-        runs.time(|| loaded.run(&[job()], &mut |_| Ok(())).map(|_| ()))?
-    };
-    setup.executor.clear();
-    let optimised = {
-        let mut loaded = planned.load(&mut *setup.executor)?;
-        Plan { warmup: runs.warmup.min(1), ..runs }.time(|| loaded.run(&[job()], &[1], &mut |_| Ok(())).map(|_| ()))?
-    };
-    setup.executor.clear();
-    let iterations = passes_planned.backward / 2;
-    let [_, (to_context, _), (to_latents, _)] = &alone[..] else {
-        return Err(Error::Usage("three passes are timed".into()));
-    };
-    let each = to_context.times.median() + to_latents.times.median();
-    let predicted = plain.median() + iterations as f64 * each;
-    let over = optimised.median() / predicted;
-    let row = |name: &str, times| Row { name: name.into(), calls: 1, times, flops: 0, bytes: 0, arena_bytes: None };
-    let mut rows: Vec<Row> = alone.into_iter().map(|(row, _)| row).collect();
-    rows.extend([row("plain sampling", plain), row("minority", optimised)]);
+    let (pipeline, rounds) = (setup.pipeline, setup.plan.runs);
+    let job = Job { prompt: PROMPT.into(), negative: None, seed: setup.seed, draws: vec![] };
+    let once = Plan { runs: 1, warmup: 0 };
+    let mut counted = Passes::default();
+    let (mut rows, mut ratios): (Vec<Row>, Vec<f64>) = (vec![], vec![]);
+    for _ in 0..rounds {
+        let planned = minority::Settings::of(pipeline, setup.settings.clone())?;
+        let planned = Minority::plan(pipeline, &*setup.executor, planned, &[PROMPT])?;
+        setup.check_memory(&planned.footprint(), 1)?;
+        counted = planned.passes();
+        let generator = Generator::plan(pipeline, &*setup.executor, setup.settings.clone(), 1)?;
+        let mut round: Vec<Row> = passes(setup, 1, Plan { runs: 3, warmup: 0 })?;
+        setup.executor.clear();
+        let plain = {
+            let mut loaded = generator.load(&mut *setup.executor)?;
+            let mut make = || loaded.run(std::slice::from_ref(&job), &mut |_| Ok(())).map(|_| ());
+            Plan { warmup: 1, ..once }.time(&mut make)?
+        };
+        setup.executor.clear();
+        let optimised = {
+            let mut loaded = planned.load(&mut *setup.executor)?;
+            once.time(|| loaded.run(std::slice::from_ref(&job), &[1], &mut |_| Ok(())).map(|_| ()))?
+        };
+        setup.executor.clear();
+        let iterations = (counted.backward / 2) as f64;
+        let each: f64 = round[1..].iter().map(|row| row.times.median()).sum();
+        ratios.push(optimised.median() / (plain.median() + iterations * each));
+        let row = |name: &str, times| Row { name: name.into(), calls: 1, times, flops: 0, bytes: 0, arena_bytes: None };
+        round.extend([row("plain sampling", plain), row("minority", optimised)]);
+        for (index, row) in round.into_iter().enumerate() {
+            match rows.get_mut(index) {
+                Some(sum) => sum.times.ms.extend(row.times.ms),
+                None => rows.push(row),
+            }
+        }
+    }
     let facts = json!({
-        "iterations": iterations, "forward": passes_planned.forward, "backward": passes_planned.backward,
-        "predicted_ms": predicted, "found_over_predicted": over,
+        "iterations": counted.backward / 2, "forward": counted.forward, "backward": counted.backward,
+        "found_over_predicted": Times { ms: ratios.clone() }.median(), "raw_found_over_predicted": ratios,
     });
     Ok(Case { name: "methods, one image".into(), rows, total: None, facts })
 }
