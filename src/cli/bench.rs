@@ -75,6 +75,9 @@ enum Mode {
     Methods,
 }
 
+/// What images show where it makes no difference.
+const PROMPT: &str = "a red star on a dark blue background";
+
 /// What every mode measures with.
 struct Setup<'a> {
     pipeline: &'a Pipeline,

@@ -47,7 +47,7 @@ impl Lockstep {
             self.host.write(buffer, if is_int { Data::I32(&ints) } else { Data::F64(&read) })?;
         }
         self.host.run(*on_host)?;
-        self.device.run_op(id, index)?;
+        self.device.run_op(id, index, true)?;
         let limit = limit(program.dtype);
         for (output, buffer) in program.nodes[index].outputs.iter().zip(outputs) {
             let found = self.device.value(id, *output)?;
@@ -65,24 +65,19 @@ impl Lockstep {
     /// An op as a program of the host's, which shares its buffers with all ops of those shapes.
     fn repeat(&mut self, program: &Program, node: &Node, weights: &Model) -> Result<Repeat> {
         let mut alone = in_f32(program.alone(node));
-        let read = node.op.inputs();
-        let of = |name: String| -> Option<ValueId> {
-            // `alone` numbers what is read in this order, each value once.
-            let mut seen = vec![];
-            read.iter().for_each(|id| {
-                if !seen.contains(id) {
-                    seen.push(*id)
-                }
-            });
-            seen.get(name.strip_prefix("alone.")?.parse::<usize>().ok()?).copied()
-        };
+        // `alone` has a value for each that is read, in this order, and then the results.
+        let mut read: Vec<ValueId> = vec![];
+        for id in node.op.inputs() {
+            if !read.contains(&id) {
+                read.push(id);
+            }
+        }
         let mut inputs = vec![];
-        for value in &mut alone.values {
-            let (shape, dtype) = (value.shape.clone(), value.dtype);
-            let Origin::Input(name) = &mut value.origin else { continue };
-            let Some(id) = of(name.clone()) else { continue };
-            *name = format!("lockstep.{name}.{dtype}.{shape:?}");
-            inputs.push((id, name.clone()));
+        for (value, id) in alone.values.iter_mut().zip(read) {
+            if let Origin::Input(name) = &mut value.origin {
+                *name = format!("lockstep.{name}.{}.{:?}", value.dtype, value.shape);
+                inputs.push((id, name.clone()));
+            }
         }
         let mut outputs = vec![];
         for (slot, id) in alone.nodes[0].outputs.clone().into_iter().enumerate() {

@@ -1,17 +1,15 @@
 //! Whole images: how long one takes or how many a second gives, and where the time goes.
 
-use super::Setup;
 use super::board::Board;
 use super::measure::Row;
 use super::report::Case;
+use super::{PROMPT, Setup};
 use crate::methods::generate::{Generator, Image, Job};
 use crate::plan::Planned;
 use crate::weights::fingerprint;
 use crate::{Error, Result};
 use serde_json::json;
 use std::time::Instant;
-
-const PROMPT: &str = "a red star on a dark blue background";
 
 /// A batch of images, its programs alone, and what that cost.
 pub fn run(setup: &mut Setup<'_>, board: &Board, batch: usize) -> Result<Case> {

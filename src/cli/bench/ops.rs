@@ -1,7 +1,7 @@
 //! Every kind of op of a sampling step alone: what it takes, and how much of the step it is.
 
 use super::Setup;
-use super::measure::Row;
+use super::measure::{Row, wave};
 use super::report::Case;
 use crate::Result;
 use crate::exec::Data;
@@ -47,11 +47,6 @@ pub fn run(setup: &mut Setup<'_>, batch: usize) -> Result<Case> {
     let most = |row: &Row| row.calls as f64 * row.times.median();
     rows.sort_by(|a, b| most(b).total_cmp(&most(a)));
     Ok(Case { name: format!("ops of a step, batch {batch}"), rows, total: None, facts: json!({}) })
-}
-
-/// Numbers of real scale: zeros run faster on a GPU.
-fn wave(len: usize) -> Vec<f32> {
-    (0..len).map(|i| (i as f32 * 0.37).sin()).collect()
 }
 
 /// The op and the shapes it reads, without the names of weights: `conv2d stride 1 padding [1, 1, 1, 1] 2x64x64x320 3x3x320x320`.

@@ -1,8 +1,8 @@
 //! The UNet forward and backward, and a method against the passes it was planned to make.
 
-use super::Setup;
-use super::measure::{Plan, Row, Times};
+use super::measure::{Plan, Row, Times, wave};
 use super::report::Case;
+use super::{PROMPT, Setup};
 use crate::Result;
 use crate::autodiff::{Cotangent, Request};
 use crate::exec::Data;
@@ -15,7 +15,6 @@ use crate::plan::{Planned, plan, plan_gradient};
 use crate::program::{Builder, Node, Program};
 use serde_json::json;
 
-const PROMPT: &str = "a red star on a dark blue background";
 const LATENTS: &str = "bench.latents";
 const CONTEXT: &str = "bench.context";
 
@@ -75,10 +74,6 @@ fn pass(setup: &Setup<'_>, batch: usize, leaf: Option<&str>) -> Result<Planned> 
     let leaves = program.input(leaf).map(|id| (id, format!("d.{leaf}"))).into_iter().collect();
     let request = Request { objectives: vec![(squares, Cotangent::Ones)], leaves };
     Ok(plan_gradient(&program, &request, usize::MAX, workspace)?.0)
-}
-
-fn wave(len: usize) -> Vec<f32> {
-    (0..len).map(|i| (i as f32 * 0.37).sin()).collect()
 }
 
 /// Plain sampling and MinorityPrompt with its defaults, round by round in turn with the passes that the prediction is made of: machines

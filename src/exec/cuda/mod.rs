@@ -141,14 +141,14 @@ impl Cuda {
         Ok(outside)
     }
 
-    /// Runs one op of a program and waits for it. Ops run in order, and [`Cuda::copy_outputs`] after the last.
-    pub(super) fn run_op(&mut self, program: ProgramId, op: usize) -> Result<()> {
+    /// Starts one op of a program, and with `wait` waits for it. Ops run in order, and [`Cuda::copy_outputs`] after the last.
+    pub(super) fn run_op(&mut self, program: ProgramId, op: usize, wait: bool) -> Result<()> {
         let Loaded { launches, planned, .. } = &self.programs[program.0];
         let failed = |error: Error| Error::Device(describe(&planned.program, op, &error.to_string()));
         for (function, launch) in &launches[op] {
             self.driver.launch(*function, launch).map_err(failed)?;
         }
-        self.driver.synchronize().map_err(failed)
+        if wait { self.driver.synchronize().map_err(failed) } else { Ok(()) }
     }
 
     /// Checks the index buffers of a program.
@@ -219,15 +219,9 @@ impl Cuda {
             self.driver.write(self.arena, &arena)?;
         }
         for op in 0..self.programs[program.0].launches.len() {
+            self.run_op(program, op, inspected)?;
             if inspected {
-                self.run_op(program, op)?;
                 self.inspect(program, op, &mut guard)?;
-                continue;
-            }
-            let Loaded { launches, planned, .. } = &self.programs[program.0];
-            for (function, launch) in &launches[op] {
-                let failed = |error: Error| Error::Device(describe(&planned.program, op, &error.to_string()));
-                self.driver.launch(*function, launch).map_err(failed)?;
             }
         }
         self.copy_outputs(program)

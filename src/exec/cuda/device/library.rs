@@ -7,6 +7,7 @@ use std::fmt;
 
 /// The oldest driver that reads compressed fat binaries and tells the size of a kernel's parameters: CUDA 12.4.
 const OLDEST_DRIVER: c_int = 12040;
+
 /// The device of that number. cudarc panics at the first call where the library is missing, so that is asked first.
 pub fn find(ordinal: usize, name: &str) -> Result<sys::CUdevice> {
     let none = "no CUDA device is visible; look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu";
