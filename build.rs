@@ -118,6 +118,8 @@ struct Compiler {
 /// A fat binary in the cache, and its lines of the report.
 struct Compiled {
     stem: String,
+    /// The architectures that the file is for, or nothing where it is for all.
+    only: String,
     binary: PathBuf,
     report: String,
 }
@@ -134,9 +136,7 @@ impl Compiler {
             variable("RAREBIT_CUDA_ARCHS").unwrap_or_else(|| if recent { ARCHS } else { ARCHS_BEFORE_12_8 }.into());
         let mut flags: Vec<String> = FLAGS.map(String::from).into();
         flags.extend(recent.then(|| "--compress-mode=size".into()));
-        for arch in archs.split(',') {
-            flags.extend(targets(arch.trim())?);
-        }
+        archs.split(',').try_for_each(|arch| targets(arch.trim()).map(drop))?;
         let mut hash = 0xcbf2_9ce4_8422_2325;
         let environment = ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"].map(|name| variable(name).unwrap_or_default());
         for text in flags.iter().chain(&environment).chain([&version]) {
@@ -156,14 +156,14 @@ impl Compiler {
         let work = || -> Vec<_> {
             std::iter::from_fn(|| sources.get(next.fetch_add(1, Ordering::Relaxed))).map(|s| self.compile(s)).collect()
         };
-        let results: Vec<Result<Compiled, Errors>> = thread::scope(|scope| {
+        let results: Vec<Result<Option<Compiled>, Errors>> = thread::scope(|scope| {
             let workers: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
             workers.into_iter().flat_map(|worker| worker.join().expect("a compiling thread panicked")).collect()
         });
         let (mut compiled, mut errors) = (Vec::new(), Errors::new());
         for result in results {
             match result {
-                Ok(one) => compiled.push(one),
+                Ok(one) => compiled.extend(one),
                 Err(lines) => errors.extend(lines),
             }
         }
@@ -171,10 +171,19 @@ impl Compiler {
         if errors.is_empty() { Ok(compiled) } else { Err(errors) }
     }
 
-    fn compile(&self, source: &Path) -> Result<Compiled, Errors> {
+    /// A file whose first line is `// architectures: ` and a list is compiled for those alone; where none of them is asked for,
+    /// not at all.
+    fn compile(&self, source: &Path) -> Result<Option<Compiled>, Errors> {
         let text = fs::read_to_string(source).map_err(io("read", source))?;
         let stem = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let only = text.lines().next().and_then(|line| line.strip_prefix("// architectures: ")).unwrap_or_default();
+        let wanted = |arch: &&str| only.is_empty() || only.split(',').any(|one| one == arch.trim_end_matches("+ptx"));
+        let archs: Vec<&str> = self.archs.split(',').map(str::trim).filter(wanted).collect();
+        if archs.is_empty() {
+            return Ok(None);
+        }
         let mut hash = self.hash;
+        add(&mut hash, archs.join(",").as_bytes());
         add(&mut hash, text.as_bytes());
         let stored = |extension| self.cache.join(format!("{stem}-{hash:016x}.{extension}"));
         let (binary, report) = (stored("fatbin"), stored("tsv"));
@@ -182,20 +191,25 @@ impl Compiler {
             // Written beside its place and renamed, the binary last: neither a build that was broken off nor one at the same
             // time leaves half a file under the final name.
             let unfinished = self.cache.join(format!("{stem}.{}.tmp", std::process::id()));
-            let rows = self.run(source, &text, &unfinished).inspect_err(|_| drop(fs::remove_file(&unfinished)))?;
+            let rows =
+                self.run(source, &text, &archs, &unfinished).inspect_err(|_| drop(fs::remove_file(&unfinished)))?;
             let unfinished_report = unfinished.with_extension("tsv.tmp");
             fs::write(&unfinished_report, rows).map_err(io("write", &unfinished_report))?;
             fs::rename(&unfinished_report, &report).map_err(io("create", &report))?;
             fs::rename(&unfinished, &binary).map_err(io("create", &binary))?;
         }
         let report = fs::read_to_string(&report).map_err(io("read", &report))?;
-        Ok(Compiled { stem, binary, report })
+        Ok(Some(Compiled { stem, only: only.to_string(), binary, report }))
     }
 
     /// Runs nvcc and returns ptxas' report, or what is wrong with it.
-    fn run(&self, source: &Path, text: &str, binary: &Path) -> Result<String, Errors> {
+    fn run(&self, source: &Path, text: &str, archs: &[&str], binary: &Path) -> Result<String, Errors> {
         let mut command = Command::new(&self.nvcc);
-        command.args(&self.flags).arg("-o").arg(binary).arg(source);
+        command.args(&self.flags);
+        for arch in archs {
+            command.args(targets(arch)?);
+        }
+        command.arg("-o").arg(binary).arg(source);
         let output = command.output().map_err(io("run", &self.nvcc))?;
         let log = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
         let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
@@ -290,12 +304,12 @@ fn number(line: &str, what: &str) -> Option<u32> {
 /// Writes what src/exec/cuda includes: the fat binaries by the file's stem, the report, and the architectures they are for.
 fn generate(out: &Path, compiled: &[Compiled], archs: &str) -> Result<(), Errors> {
     let mut code = String::from("#[repr(C, align(16))]\n#[allow(dead_code)]\nstruct Aligned<T: ?Sized>(T);\n\n");
-    code += "/// Fat binaries by the stem of their file in kernels/; none where the crate was built without nvcc.\n";
-    code += "pub static FAT_BINARIES: &[(&str, &[u8])] = &[\n";
-    for Compiled { stem, binary, .. } in compiled {
+    code += "/// Stems of files in kernels/, what they are for alone (or empty), fat binaries; none where the crate was built without nvcc.\n";
+    code += "pub static FAT_BINARIES: &[(&str, &str, &[u8])] = &[\n";
+    for Compiled { stem, only, binary, .. } in compiled {
         let copy = out.join(format!("{stem}.fatbin"));
         fs::copy(binary, &copy).map_err(io("create", &copy))?;
-        let _ = writeln!(code, "    ({stem:?}, &Aligned(*include_bytes!({copy:?})).0),");
+        let _ = writeln!(code, "    ({stem:?}, {only:?}, &Aligned(*include_bytes!({copy:?})).0),");
     }
     code += "];\n\n/// Registers, spills and memory of every kernel on every architecture as ptxas reported them, tab-separated.\n";
     code += "pub static REPORT: &str = include_str!(concat!(env!(\"OUT_DIR\"), \"/kernels.tsv\"));\n\n";

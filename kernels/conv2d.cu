@@ -130,7 +130,7 @@ DEVICE void conv2d(const ConvParams& p) {
                                                     p.w_aligned != 0};
   float acc[B::HIGH][B::WIDE][4];
   product<B, Lines::Reduced, RIGHT>(acc, left, right, p.depth);
-  store<B, false>(acc, p.epilogue, row, p.rows, column);
+  store<B, false>(acc, p.epilogue, [&](int i) { return row + i < p.rows ? row + i : -1; }, column);
 }
 
 template <class B, Lines RIGHT>
@@ -140,7 +140,7 @@ DEVICE void conv2d_backward(const ConvParams& p) {
   Filter<B, RIGHT> right = {p, column};
   float acc[B::HIGH][B::WIDE][4];
   product<B, Lines::Reduced, RIGHT>(acc, left, right, p.depth);
-  store<B, false>(acc, p.epilogue, row, p.rows, column);
+  store<B, false>(acc, p.epilogue, [&](int i) { return row + i < p.rows ? row + i : -1; }, column);
 }
 
 #define CONV(KERNEL_NAME, FUNCTION, RIGHT)                                                                        \

@@ -33,7 +33,7 @@ DEVICE void gemm(const GemmParams& p) {
                                                     p.right_aligned != 0};
   float acc[B::HIGH][B::WIDE][4];
   product<B, LEFT, RIGHT>(acc, left, right, p.depth);
-  store<B, LEFT == Lines::Reduced>(acc, p.epilogue, row, p.rows, column);  // the gradient to a weight has no activation
+  store<B, LEFT == Lines::Reduced>(acc, p.epilogue, [&](int i) { return row + i < p.rows ? row + i : -1; }, column);  // the gradient to a weight has no activation
 }
 
 #define GEMM(NAME, LEFT, RIGHT)                                                                                              \

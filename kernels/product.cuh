@@ -108,8 +108,8 @@ static_assert(sizeof(Epilogue) == 64, "as in gemm.rs");
 
 // Stores a warp's part of the block at `first_row`, `first_column`. Kernels of ops without an activation leave them out (not
 // ACTIVATES): they would be most of the code.
-template <class B, bool ACTIVATES>
-DEVICE void store(const float (&acc)[B::HIGH][B::WIDE][4], const Epilogue& e, int first_row, int rows, int first_column) {
+template <class B, bool ACTIVATES, class Row>
+DEVICE void store(const float (&acc)[B::HIGH][B::WIDE][4], const Epilogue& e, const Row& row_of, int first_column) {
   typedef typename B::Storage T;
   int warp = threadIdx.x / WARP_SIZE, g = threadIdx.x % WARP_SIZE / 4, t = threadIdx.x % 4 * 2;
   int down = warp / B::WARPS_ACROSS * (B::HIGH * 16), across = warp % B::WARPS_ACROSS * (B::WIDE * 8);
@@ -117,8 +117,8 @@ DEVICE void store(const float (&acc)[B::HIGH][B::WIDE][4], const Epilogue& e, in
   bool geglu = ACTIVATES && e.activation == GEGLU;
 #pragma unroll
   for (int i = 0; i < 2 * B::HIGH; i++) {
-    int row = first_row + down + i * 8 + g;
-    if (row >= rows) continue;
+    int row = row_of(down + i * 8 + g);
+    if (row < 0) continue;
     const T* shift = e.shift ? (const T*)e.shift + (int64_t)divide(row, e.sample) * e.shift_stride : nullptr;
 #pragma unroll
     for (int j = 0; j < B::WIDE; j++) {

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <functional>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -66,8 +67,19 @@ struct Copy {
   uint32_t bytes, group;
 };
 
+// A product of a warpgroup that was started, as one lane sees it: its accumulators, the left operand in its registers or by a
+// descriptor, the right one by a descriptor; `run` makes a warp's part of it, from the views of its 32 lanes.
+struct Product {
+  float* d;
+  const uint32_t* registers;
+  uint64_t left, b;
+  bool add;
+  uint32_t warp, group;
+  void (*run)(Product** lanes);
+};
+
 // What a thread waits for; a warp's lanes must all wait for the same kind at the same place.
-enum class Wait : uint8_t { Nothing, Meeting, Barrier, Done };
+enum class Wait : uint8_t { Nothing, Meeting, Barrier, Phase, Done };
 
 struct Thread {
   void* stack_pointer;
@@ -80,6 +92,8 @@ struct Thread {
   void* argument;  // at a meeting
   uint32_t group;  // of asynchronous copies
   std::vector<Copy> copies;
+  uint32_t product_group, product_limit;
+  std::vector<Product> products;
   void* fake_stack;
 };
 
@@ -105,6 +119,7 @@ struct Block {
   uint3 index;
   dim3 grid, size;
   void* main_stack_pointer;
+  std::vector<std::function<void()>> engine;  // copies of boxes that have not landed
   uint64_t random_state;
   Settings settings;
   const char* kernel;
@@ -163,7 +178,7 @@ inline void jump(Thread* to, [[maybe_unused]] bool dying = false) {
   uint32_t shown = 0;
   for (uint32_t i = 0; i < b->count && shown < 3; i++) {
     const Thread& thread = b->threads[i];
-    if (thread.wait != Wait::Meeting && thread.wait != Wait::Barrier) continue;
+    if (thread.wait == Wait::Nothing || thread.wait == Wait::Done) continue;
     b->fault += std::string(shown++ ? ", " : "; waiting: ") + number(i) + " at " + thread.where;
   }
   jump(nullptr, true);
@@ -198,8 +213,22 @@ inline Thread* next() {
   return &b->threads[number];
 }
 
-inline void wait_here() {
+// The next runnable thread, nullptr where all wait for each other or have returned. The copy engine works when nobody can run.
+inline Thread* next_or_engine() {
+  auto& engine = block->engine;
   Thread* to = next();
+  while (!to && !engine.empty()) {
+    size_t which = block->settings.order == Order::Random ? draw() % engine.size() : 0;
+    std::function<void()> land = std::move(engine[which]);
+    engine.erase(engine.begin() + which);
+    land();
+    to = next();
+  }
+  return to;
+}
+
+inline void wait_here() {
+  Thread* to = next_or_engine();
   if (!to) fail("deadlock: every thread waits");
   if (to != self) jump(to);
 }
@@ -256,11 +285,13 @@ inline void meet(uint32_t mask, const char* where, void* argument, Work work) {
   arrived();
   block->entry(block->params);
   if (!self->copies.empty()) fail("a thread returns with copies that were never waited for");
+  if (!self->products.empty()) fail("a thread returns with products that were never waited for");
   if (block->at_barrier) fail("a thread returns while others wait at __syncthreads");
+  if (block->live == 1 && !block->engine.empty()) fail("a block returns before its copies have landed");
   self->wait = Wait::Done;
   block->live--;
   block->warps[self->number / WARP].exited |= 1u << self->lane;
-  Thread* to = next();
+  Thread* to = next_or_engine();
   if (!to && block->live) fail("deadlock: every thread waits");
   jump(to, true);
   __builtin_unreachable();
@@ -293,8 +324,9 @@ inline void ready_thread(Block* b, uint32_t number) {
   Thread& thread = b->threads[number];
   thread.number = number, thread.lane = number % WARP;
   thread.index = {number, 0, 0};
-  thread.group = 0, thread.fake_stack = nullptr;
+  thread.group = thread.product_group = 0, thread.fake_stack = nullptr;
   thread.copies.clear();
+  thread.products.clear();
   b->warps[number / WARP].exist |= 1u << thread.lane;
 #ifdef EMULATED_ASAN
   ASAN_UNPOISON_MEMORY_REGION(thread.stack + 4096, STACK - 4096);  // frames of the last block never unwound
@@ -317,6 +349,7 @@ inline void run_block(uint32_t dynamic_shared) {
   Block* b = block;
   b->queue_head = b->queue_length = b->array_count = b->at_barrier = 0;
   b->live = b->count;
+  b->engine.clear();
 #ifdef EMULATED_ASAN
   ASAN_UNPOISON_MEMORY_REGION(b->shared, SHARED);
 #endif

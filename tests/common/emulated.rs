@@ -10,8 +10,13 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::{env, fs};
 
-/// An executor on the emulated driver.
+/// An executor on the emulated driver, with the kernels that run on any GPU.
 pub fn cuda(settings: Settings) -> Cuda {
+    hopper(settings).with_hopper(env::var_os("RAREBIT_HOPPER").is_some())
+}
+
+/// The same with the kernels for Hopper, where there are such.
+pub fn hopper(settings: Settings) -> Cuda {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     let path = LIBRARY.get_or_init(build);
     Cuda::new(Box::new(Emulated::open(path, settings).unwrap()))

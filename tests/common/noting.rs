@@ -2,7 +2,7 @@
 
 use super::emulated::build;
 use rarebit::Result;
-use rarebit::exec::cuda::{Address, Cuda, Driver, Emulated, Function, Graph, Launch, Settings, Work};
+use rarebit::exec::cuda::{Address, Cuda, Driver, Emulated, Function, Graph, Launch, Settings, TensorMap, Work};
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -34,6 +34,12 @@ impl Noting {
 impl Driver for Noting {
     fn name(&self) -> String {
         self.driver.name()
+    }
+    fn hopper(&self) -> bool {
+        self.driver.hopper()
+    }
+    fn tensor_map(&self, map: &TensorMap) -> Result<[u8; TensorMap::BYTES]> {
+        self.driver.tensor_map(map)
     }
     fn free_memory(&self) -> Result<usize> {
         self.driver.free_memory()

@@ -20,6 +20,7 @@ mod common {
 }
 mod conformance;
 mod device;
+mod hopper;
 mod models;
 mod ops;
 mod report;

@@ -1,20 +1,23 @@
-//! kernels/conformance.cu on the device and on the emulation, each held against the PTX ISA's words in plain loops.
+//! kernels/conformance.cu and conformance_hopper.cu on the device and on the emulation, each held against the PTX ISA's words in
+//! plain loops.
 //!
 //! Data movement, conversions, shuffles, divisions and sums in a fixed order must have the same bits; a NaN need only be a NaN. The
 //! tensor cores add 17 terms in an order and to a width of their own: each may lose one unit of 2^-23 of the sum of magnitudes, and
 //! small integers are exact. ex2.approx is documented to 2 units of the last place.
 
 use crate::device::Device;
+use crate::hopper;
 use crate::section::{Item, Row};
 use bytemuck::{Pod, Zeroable, cast_slice};
 use half::{bf16, f16};
 use rarebit::Result;
-use rarebit::exec::cuda::{Address, Divisor, Driver, Launch};
+use rarebit::exec::cuda::{Address, Divisor, Driver, Launch, TensorMap};
+use rarebit::program::DType;
 
 /// Matches `ConformanceParams` in kernels/conformance.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
+pub struct Params {
     a: Address,
     b: Address,
     c: Address,
@@ -23,16 +26,29 @@ struct Params {
 }
 const _: () = assert!(size_of::<Params>() == 40);
 
+/// Matches what is behind the tensor maps of `ConformanceHopperParams` in kernels/conformance_hopper.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct HopperParams {
+    params: Params,
+    unused: [i64; 11],
+}
+const _: () = assert!(size_of::<HopperParams>() + 2 * TensorMap::BYTES == 384);
+
 /// A launch and what must come of it.
-struct Trial {
-    kernel: &'static str,
-    threads: usize,
-    operands: [Vec<u8>; 3],
-    count: usize,
-    expected: Expected,
+pub struct Trial {
+    pub kernel: String,
+    pub threads: usize,
+    /// Bytes of dynamic shared memory.
+    pub shared: usize,
+    pub operands: [Vec<u8>; 3],
+    /// Of the first two operands, for kernels that take such; where they lie is filled in.
+    pub maps: Vec<TensorMap>,
+    pub count: usize,
+    pub expected: Expected,
 }
 
-enum Expected {
+pub enum Expected {
     /// These bits.
     Words(Vec<u32>),
     /// The same where a NaN may be any: as f32, or as two 16-bit floats whose NaNs are above these bits (sign aside).
@@ -107,6 +123,16 @@ impl Expected {
 }
 
 impl Trial {
+    fn new(
+        kernel: impl Into<String>,
+        threads: usize,
+        operands: [Vec<u8>; 3],
+        count: usize,
+        expected: Expected,
+    ) -> Trial {
+        Trial { kernel: kernel.into(), threads, shared: 0, operands, maps: vec![], count, expected }
+    }
+
     fn run(&self, driver: &mut dyn Driver) -> Result<Vec<u32>> {
         // Words behind the last one, which must stay as they were.
         const BEHIND: usize = 64;
@@ -123,8 +149,16 @@ impl Trial {
         driver.fill(out, 0xff, 4 * words.len())?;
         let [a, b, c] = addresses;
         let params = Params { a, b, c, out, count: self.count as i64 };
-        let launch = Launch::new(format!("conformance_{}", self.kernel), [1, 1, 1], self.threads, 0, params);
-        let function = driver.function(&launch.kernel, 0)?;
+        let (name, threads, shared) = (format!("conformance_{}", self.kernel), self.threads, self.shared);
+        let mut launch = if self.maps.is_empty() {
+            Launch::new(name, [1, 1, 1], threads, shared, params)
+        } else {
+            let place = |(map, address): (&TensorMap, Address)| TensorMap { address, ..map.clone() };
+            let maps = self.maps.iter().zip(addresses).map(place).collect();
+            Launch::new(name, [1, 1, 1], threads, shared, HopperParams { params, unused: [0; 11] }).with_maps(maps)
+        };
+        launch.encode_maps(driver)?;
+        let function = driver.function(&launch.kernel, launch.shared)?;
         driver.launch(function, &launch)?;
         driver.synchronize()?;
         driver.read(out, bytemuck::cast_slice_mut(&mut words))?;
@@ -136,8 +170,13 @@ impl Trial {
         }
     }
 
-    fn row(&self, name: String, dtype: &str, device: &Device) -> Result<Row> {
-        let found = self.run(&mut device.lease())?;
+    /// One, or none of what the device does not have.
+    fn rows(&self, name: String, dtype: &str, device: &Device) -> Result<Vec<Row>> {
+        let mut lease = device.lease();
+        if !self.maps.is_empty() && !lease.hopper() {
+            return Ok(vec![]);
+        }
+        let found = self.run(&mut lease)?;
         let (mut error, mut wrong) = self.expected.judge(&found);
         if device.is_gpu {
             let emulated = self.run(&mut device.emulated()?)?;
@@ -149,12 +188,12 @@ impl Trial {
             Expected::Near { unit, .. } => unit.to_string(),
             Expected::Words(_) | Expected::Floats(_) | Expected::Pairs(..) => "words that differ".into(),
         });
-        Ok(Row::new(name, dtype, error, self.expected.allowed(), what))
+        Ok(vec![Row::new(name, dtype, error, self.expected.allowed(), what)])
     }
 }
 
 /// SplitMix64.
-struct Random(u64);
+pub struct Random(u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -168,21 +207,21 @@ impl Random {
         (self.next() >> 32) as u32
     }
 
-    fn below(&mut self, n: u32) -> u32 {
+    pub fn below(&mut self, n: u32) -> u32 {
         self.word() % n
     }
 
     /// In [-1, 1).
-    fn uniform(&mut self) -> f64 {
+    pub fn uniform(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1u64 << 52) as f64 - 1.0
     }
 
-    fn words(&mut self, n: usize) -> Vec<u32> {
+    pub fn words(&mut self, n: usize) -> Vec<u32> {
         (0..n).map(|_| self.word()).collect()
     }
 }
 
-fn bytes<T: Pod>(values: &[T]) -> Vec<u8> {
+pub fn bytes<T: Pod>(values: &[T]) -> Vec<u8> {
     cast_slice(values).to_vec()
 }
 
@@ -200,7 +239,7 @@ fn cp_async(random: &mut Random) -> Trial {
     expected.extend((0..128).rev().flat_map(|t| &cast_slice::<u32, u8>(&second)[16 * t..][..16]));
     let words = expected.chunks_exact(4).map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect();
     let operands = [bytes(&first), bytes(&sizes), bytes(&second)];
-    Trial { kernel: "cp_async", threads: 128, operands, count: 0, expected: Expected::Words(words) }
+    Trial::new("cp_async", 128, operands, 0, Expected::Words(words))
 }
 
 fn ldmatrix(random: &mut Random, transposed: bool) -> Trial {
@@ -222,36 +261,30 @@ fn ldmatrix(random: &mut Random, transposed: bool) -> Trial {
     }
     let kernel = if transposed { "ldmatrix_trans" } else { "ldmatrix" };
     let operands = [bytes(&words), bytes(&rows), vec![]];
-    Trial { kernel, threads: 32, operands, count: 0, expected: Expected::Words(expected) }
+    Trial::new(kernel, 32, operands, 0, Expected::Words(expected))
 }
 
 /// A 16-bit type of the tensor cores.
 #[derive(Clone, Copy)]
-struct Half {
-    name: &'static str,
-    mma: &'static str,
-    narrow: &'static str,
-    widen: &'static str,
-    to: fn(f32) -> u16,
-    from: fn(u16) -> f32,
+pub struct Half {
+    pub name: &'static str,
+    pub dtype: DType,
+    pub to: fn(f32) -> u16,
+    pub from: fn(u16) -> f32,
     infinity: u16,
 }
 
-const F16: Half = Half {
+pub const F16: Half = Half {
     name: "f16",
-    mma: "mma_f16",
-    narrow: "narrow_f16",
-    widen: "widen_f16",
+    dtype: DType::F16,
     to: |x| f16::from_f32(x).to_bits(),
     from: |bits| f16::from_bits(bits).to_f32(),
     infinity: 0x7c00,
 };
 
-const BF16: Half = Half {
+pub const BF16: Half = Half {
     name: "bf16",
-    mma: "mma_bf16",
-    narrow: "narrow_bf16",
-    widen: "widen_bf16",
+    dtype: DType::BF16,
     to: |x| bf16::from_f32(x).to_bits(),
     from: |bits| bf16::from_bits(bits).to_f32(),
     infinity: 0x7f80,
@@ -259,7 +292,7 @@ const BF16: Half = Half {
 
 /// What the operands of a product are.
 #[derive(Clone, Copy, PartialEq)]
-enum Factors {
+pub enum Factors {
     Integers,
     Uniform,
     /// Of all magnitudes, subnormal ones too.
@@ -268,7 +301,7 @@ enum Factors {
     Special,
 }
 
-const FACTORS: [(Factors, &str); 4] = [
+pub const FACTORS: [(Factors, &str); 4] = [
     (Factors::Integers, "integers"),
     (Factors::Uniform, "uniform"),
     (Factors::Wide, "wide"),
@@ -327,7 +360,7 @@ fn mma(random: &mut Random, half: Half, factors: Factors) -> Trial {
     }
     let allowed = if factors == Factors::Integers { 0.0 } else { 17.0 };
     let expected = Expected::Near { values, units, allowed, unit: "units of 2^-23 of the sum of magnitudes" };
-    Trial { kernel: half.mma, threads: 32, operands: [bytes(&a), bytes(&b), bytes(&c)], count: 0, expected }
+    Trial::new(format!("mma_{}", half.name), 32, [bytes(&a), bytes(&b), bytes(&c)], 0, expected)
 }
 
 fn exp2(random: &mut Random) -> Trial {
@@ -347,7 +380,7 @@ fn exp2(random: &mut Random) -> Trial {
     let values: Vec<f64> = x.iter().map(value).collect();
     let units = values.iter().map(unit).collect();
     let expected = Expected::Near { values, units, allowed: 2.0, unit: "units of the last place" };
-    Trial { kernel: "exp2", threads: 256, operands: [bytes(&x), vec![], vec![]], count: x.len(), expected }
+    Trial::new("exp2", 256, [bytes(&x), vec![], vec![]], x.len(), expected)
 }
 
 fn shuffle(random: &mut Random) -> Trial {
@@ -355,7 +388,7 @@ fn shuffle(random: &mut Random) -> Trial {
     let by_flip = (0..32).flat_map(|flip| (0..32).map(move |lane| lane ^ flip));
     let from = by_flip.chain((0..32).flat_map(|from| [from; 32]));
     let expected = Expected::Words(from.map(|lane: usize| x[lane]).collect());
-    Trial { kernel: "shuffle", threads: 32, operands: [bytes(&x), vec![], vec![]], count: 0, expected }
+    Trial::new("shuffle", 32, [bytes(&x), vec![], vec![]], 0, expected)
 }
 
 /// A butterfly of a warp: with a commutative operation all lanes get the same.
@@ -385,7 +418,7 @@ fn sums(random: &mut Random) -> Trial {
     };
     let ((warp_sum, block_sum), (warp_max, block_max)) = (reduce(add, 0.0), reduce(f32::max, f32::NEG_INFINITY));
     let expected = Expected::Floats([warp_sum, warp_max, block_sum, block_max].concat());
-    Trial { kernel: "sums", threads: 256, operands: [bytes(&x), vec![], vec![]], count: 0, expected }
+    Trial::new("sums", 256, [bytes(&x), vec![], vec![]], 0, expected)
 }
 
 /// Numbers where rounding goes wrong: any bits, halfway between neighbours and just beside, at the ends of the range.
@@ -415,14 +448,14 @@ fn narrow(random: &mut Random, half: Half) -> Trial {
     let words: Vec<u32> =
         x.chunks_exact(2).map(|pair| u32::from((half.to)(pair[0])) | u32::from((half.to)(pair[1])) << 16).collect();
     let (count, expected) = (words.len(), Expected::Pairs(words, half.infinity));
-    Trial { kernel: half.narrow, threads: 256, operands: [bytes(&x), vec![], vec![]], count, expected }
+    Trial::new(format!("narrow_{}", half.name), 256, [bytes(&x), vec![], vec![]], count, expected)
 }
 
 /// Every number there is.
 fn widen(half: Half) -> Trial {
     let x: Vec<u16> = (0..=u16::MAX).collect();
     let expected = Expected::Floats(x.iter().map(|x| (half.from)(*x)).collect());
-    Trial { kernel: half.widen, threads: 256, operands: [bytes(&x), vec![], vec![]], count: x.len(), expected }
+    Trial::new(format!("widen_{}", half.name), 256, [bytes(&x), vec![], vec![]], x.len(), expected)
 }
 
 fn divide(random: &mut Random) -> Trial {
@@ -441,14 +474,14 @@ fn divide(random: &mut Random) -> Trial {
         quotients.push(x / divisor);
     }
     let operands = [bytes(&n), bytes(&by), vec![]];
-    Trial { kernel: "divide", threads: 256, operands, count: n.len(), expected: Expected::Words(quotients) }
+    Trial::new("divide", 256, operands, n.len(), Expected::Words(quotients))
 }
 
-type Make = fn(&mut Random) -> Trial;
+type Make = Box<dyn Fn(&mut Random) -> Trial + Send + Sync>;
 
 pub fn items(subset: bool) -> Vec<Item> {
     let seeds = if subset { 2 } else { 8 };
-    let makes: [(&str, &str, Make); 9] = [
+    let makes: [(&str, &str, fn(&mut Random) -> Trial); 9] = [
         ("cp_async", "u32", cp_async),
         ("ldmatrix", "u16", |random| ldmatrix(random, false)),
         ("ldmatrix_trans", "u16", |random| ldmatrix(random, true)),
@@ -460,19 +493,28 @@ pub fn items(subset: bool) -> Vec<Item> {
         ("divide", "u32", divide),
     ];
     let mut items = vec![];
-    let mut item =
-        |name: String, dtype: &'static str, seed: u64, make: Box<dyn Fn(&mut Random) -> Trial + Send + Sync>| {
-            items.push(Item::new(name.clone(), dtype, move || {
-                let trial = make(&mut Random(seed));
-                let name = name.clone();
-                move |device: &Device| Ok(vec![trial.row(name, dtype, device)?])
-            }));
-        };
+    let mut item = |name: String, dtype: &'static str, seed: u64, make: Make| {
+        items.push(Item::new(name.clone(), dtype, move || {
+            let trial = make(&mut Random(seed));
+            let name = name.clone();
+            move |device: &Device| trial.rows(name, dtype, device)
+        }));
+    };
     for seed in 0..seeds {
         for (name, dtype, make) in makes {
             item(format!("{name}, seed {seed}"), dtype, seed, Box::new(make));
         }
         for half in [F16, BF16] {
+            for number in 0..hopper::BOXES.len() {
+                let make = move |random: &mut Random| hopper::boxes(random, half, number);
+                item(format!("box {number}, seed {seed}"), half.name, seed, Box::new(make));
+            }
+            for product in hopper::PRODUCTS {
+                for (factors, words) in hopper::Product::factors() {
+                    let make = move |random: &mut Random| product.trial(random, half, factors);
+                    item(format!("{} of {words}, seed {seed}", product.name()), half.name, seed, Box::new(make));
+                }
+            }
             for (factors, words) in FACTORS {
                 let make = move |random: &mut Random| mma(random, half, factors);
                 item(format!("mma of {words}, seed {seed}"), half.name, seed, Box::new(make));

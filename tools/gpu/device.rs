@@ -1,6 +1,9 @@
 //! The device under test, shared by every executor that a section makes: opening it loads all kernels, which is not done per case.
 
-use rarebit::exec::cuda::{Address, Cuda, Driver, Emulated, Function, Gpu, Graph, Launch, Settings, Work, kernels};
+use rarebit::exec::cuda::{
+    Address, Cuda, Driver, Emulated, Function, Gpu, Graph, Launch, Settings, TensorMap, Work, kernels,
+};
+use rarebit::program::{Op, Program};
 use rarebit::{Error, Result};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -91,6 +94,20 @@ impl Device {
         Cuda::new(Box::new(self.lease())).with_guards(guards)
     }
 
+    /// What a program is checked on, with a word for its rows: the kernels for any GPU, and where there are others for Hopper that it
+    /// could use, also those.
+    pub fn cudas(&self, guards: bool, program: &Program) -> Vec<(Cuda, &'static str)> {
+        let product = |op: &Op| {
+            matches!(op, Op::Gemm(_) | Op::GemmBackward(_) | Op::Conv2d(_) | Op::Conv2dBackward(_) | Op::Attention(_))
+        };
+        let could = program.dtype.bytes() == 2 && program.nodes.iter().any(|node| product(&node.op));
+        let mut cudas = vec![(self.cuda(guards).with_hopper(false), "")];
+        if could && self.lease().hopper() {
+            cudas.push((self.cuda(guards), ", Hopper"));
+        }
+        cudas
+    }
+
     /// The emulation, also where the device is a GPU.
     pub fn emulated(&self) -> Result<Emulated> {
         Emulated::open(&self.emulation, Settings::default())
@@ -107,16 +124,17 @@ impl Device {
     }
 }
 
-/// Every kernel of the build.
+/// Every kernel of the build that is for the device.
 pub fn all_kernels(choice: &Choice, emulation: &Path) -> Result<BTreeSet<String>> {
     match choice {
         Choice::Emulated => {
             let emulated = Emulated::open(emulation, Settings::default())?;
             Ok(emulated.kernels().map(str::to_string).collect())
         }
-        Choice::Cuda(_) => {
-            let lines = kernels::REPORT.lines().skip(1).filter_map(|line| line.split('\t').next());
-            Ok(lines.map(str::to_string).collect())
+        Choice::Cuda(ordinal) => {
+            let hopper = Gpu::new(*ordinal)?.hopper();
+            let names = kernels::REPORT.lines().skip(1).filter_map(|line| line.split('\t').next());
+            Ok(names.filter(|name| hopper || !name.contains("hopper")).map(str::to_string).collect())
         }
     }
 }
@@ -138,6 +156,14 @@ pub struct Lease {
 impl Driver for Lease {
     fn name(&self) -> String {
         self.shared.borrow().driver.name()
+    }
+
+    fn hopper(&self) -> bool {
+        self.shared.borrow().driver.hopper()
+    }
+
+    fn tensor_map(&self, map: &TensorMap) -> Result<[u8; TensorMap::BYTES]> {
+        self.shared.borrow().driver.tensor_map(map)
     }
 
     fn free_memory(&self) -> Result<usize> {

@@ -49,9 +49,14 @@ struct Prepared {
 
 impl Prepared {
     fn judge(self, device: &Device) -> rarebit::Result<Vec<Row>> {
-        let found = try_run(&mut device.cuda(true), &self.built.program, &self.buffers, &no_weights(), 1)?;
-        let verdict = verdict(&found, &self.exact, &self.honest);
-        Ok(vec![Row::new(self.name, self.dtype, verdict.error, verdict.allowed, verdict.what)])
+        let mut rows = vec![];
+        for (mut cuda, which) in device.cudas(true, &self.built.program) {
+            let found = try_run(&mut cuda, &self.built.program, &self.buffers, &no_weights(), 1)?;
+            let verdict = verdict(&found, &self.exact, &self.honest);
+            let name = format!("{}{which}", self.name);
+            rows.push(Row::new(name, self.dtype, verdict.error, verdict.allowed, verdict.what));
+        }
+        Ok(rows)
     }
 }
 
@@ -140,11 +145,13 @@ pub fn products(subset: bool) -> Vec<Item> {
             move |device: &Device| {
                 let mut rows = vec![];
                 for ((what, program), exact) in products::programs(case, how).iter().zip(exact) {
-                    let honest = exact.iter().map(|x| round(dtype, *x)).collect();
-                    let found = products::run(device.cuda(true), program, &values, &model, 1);
-                    let verdict = verdict(&[found], &[exact], &[honest]);
-                    let name = format!("{what} of {case:?} batch {} held {held}", how.batch);
-                    rows.push(Row::new(name, dtype, verdict.error, verdict.allowed, verdict.what));
+                    let (honest, exact) = ([exact.iter().map(|x| round(dtype, *x)).collect()], [exact]);
+                    for (cuda, which) in device.cudas(true, program) {
+                        let found = products::run(cuda, program, &values, &model, 1);
+                        let verdict = verdict(&[found], &exact, &honest);
+                        let name = format!("{what} of {case:?} batch {} held {held}{which}", how.batch);
+                        rows.push(Row::new(name, dtype, verdict.error, verdict.allowed, verdict.what));
+                    }
                 }
                 Ok(rows)
             }

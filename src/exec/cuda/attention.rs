@@ -1,7 +1,7 @@
 //! Launches of attention. Contracts: kernels/attention_forward.cu and kernels/attention_backward.cu.
 
 use super::gemm::{aligned, pitch};
-use super::launch::{Address, Cx, Divisor, Launch};
+use super::launch::{Address, Cx, Divisor, Launch, TensorMap};
 use crate::program::{Attention, AttentionBackward, Cols, DType, Op, Program, ValueId};
 use crate::{Error, Result};
 use bytemuck::{Pod, Zeroable};
@@ -142,8 +142,92 @@ impl ForwardTiles {
     }
 }
 
+/// Matches what is behind the tensor maps of `AttentionHopperParams` in kernels/attention_hopper.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct HopperParams {
+    out: Address,
+    lse: Address,
+    out_stride: i32,
+    head_dim: i32,
+    queries: i32,
+    keys: i32,
+    scale: f32,
+    unused: [i32; 23],
+}
+const _: () = assert!(size_of::<HopperParams>() + 3 * TensorMap::BYTES == 512);
+
+/// Tiles of the forward on Hopper. Matches `AttentionTiles` in kernels/attention_hopper.cu.
+struct HopperTiles {
+    dim: usize,
+    keys: usize,
+}
+
+impl HopperTiles {
+    /// Head dimensions that kernels are made for.
+    const DIMS: [usize; 5] = [40, 64, 80, 128, 160];
+    const QUERIES: usize = 128;
+    const THREADS: usize = 384;
+
+    /// None for heads and masks that the kernels do not have.
+    fn new(op: &Attention, sizes: &Sizes) -> Option<HopperTiles> {
+        let dim = Self::DIMS.into_iter().find(|dim| *dim >= op.head_dim)?;
+        let possible = sizes.half() && !op.causal && op.head_dim.is_multiple_of(8);
+        possible.then_some(HopperTiles { dim, keys: if dim <= 128 { 128 } else { 64 } })
+    }
+
+    fn shared(&self) -> usize {
+        let boxes = self.dim.div_ceil(TensorMap::LINE);
+        // Queries, two slots of keys and two of values; nine barriers.
+        boxes * TensorMap::LINE_BYTES * (Self::QUERIES + 4 * self.keys) + 9 * 8
+    }
+}
+
+/// A head's columns of rows, a box of `rows` of them at a time.
+fn tensor_map(cx: &Cx, cols: Cols, sizes: &Sizes, tokens: usize, rows: usize) -> TensorMap {
+    let (width, head_dim) = (cx.width(cols.value), sizes.head_dim);
+    TensorMap {
+        dtype: sizes.dtype,
+        address: cx.columns(cols),
+        extents: [head_dim, sizes.heads, tokens, sizes.batch],
+        strides: [head_dim, width, tokens * width],
+        window: [TensorMap::LINE, 1, rows, 1],
+    }
+}
+
+/// On Hopper, if its kernels can: rows and heads begin at multiples of 16 bytes.
+fn hopper(op: &Attention, cx: &Cx, sizes: &Sizes) -> Option<Launch> {
+    let tiles = HopperTiles::new(op, sizes).filter(|_| cx.hopper)?;
+    let columns = [op.q, op.k, op.v].map(|cols| Columns::new(cx, cols, op.head_dim));
+    if columns.iter().any(|columns| columns.aligned == 0) {
+        return None;
+    }
+    let params = HopperParams {
+        out: cx.address(cx.output(0)),
+        lse: cx.address(cx.output(1)),
+        out_stride: cx.width(cx.output(0)) as i32,
+        head_dim: op.head_dim as i32,
+        queries: sizes.queries as i32,
+        keys: sizes.keys as i32,
+        scale: (sizes.scale() * std::f64::consts::LOG2_E) as f32,
+        unused: [0; 23],
+    };
+    let map = |cols, tokens, rows| tensor_map(cx, cols, sizes, tokens, rows);
+    let maps = vec![
+        map(op.q, sizes.queries, HopperTiles::QUERIES),
+        map(op.k, sizes.keys, tiles.keys),
+        map(op.v, sizes.keys, tiles.keys),
+    ];
+    let name = format!("attention_hopper_{}_{}", tiles.dim, sizes.dtype);
+    let grid = sizes.grid(sizes.queries, HopperTiles::QUERIES);
+    Some(Launch::new(name, grid, HopperTiles::THREADS, tiles.shared(), params).with_maps(maps))
+}
+
 pub fn launches(op: &Attention, cx: &Cx) -> Vec<Launch> {
     let sizes = Sizes::new(op, cx.program);
+    if let Some(launch) = hopper(op, cx, &sizes) {
+        return vec![launch];
+    }
     let tiles = ForwardTiles::new(&sizes);
     let columns = |cols| Columns::new(cx, cols, op.head_dim);
     let params = AttentionParams {

@@ -2,6 +2,7 @@
 //! Contract: kernels/conv2d.cu.
 
 use super::gemm::{Blocking, Epilogue, Lines, Operand, Product, aligned, rows};
+use super::hopper::{HopperProduct, HopperRight};
 use super::launch::{Address, Cx, Divisor, Launch};
 use crate::program::{Cols, Conv2d, Conv2dBackward, ValueId};
 use bytemuck::{Pod, Zeroable};
@@ -53,16 +54,17 @@ pub fn launches(op: &Conv2d, cx: &Cx) -> Vec<Launch> {
     let depth = kh * kw * c;
     let epilogue = Epilogue { bias: cx.optional(op.bias), ..Epilogue::new(cx, y, op.residual) };
     let epilogue = shifted(cx, epilogue, op.shift, pixels);
-    let (lines, w_stride) = if held { (Lines::Reduced, depth) } else { (Lines::Across, o) };
+    let (lines, w_stride, tap_stride) = if held { (Lines::Reduced, depth, c) } else { (Lines::Across, o, c * o) };
     if is_product(&[kh, kw], op.stride, op.padding) {
         let left = Operand { address: cx.address(op.x), lines: Lines::Reduced, stride: c };
         let right = Operand { address: cx.address(op.w), lines, stride: w_stride };
         let product = Product { dtype, left, right, rows, columns: o, depth, sample_rows: pixels, half: 0 };
-        return vec![product.launch(epilogue)];
+        return vec![product.launch(cx, epilogue)];
     }
-    let gather = Gather { x: op.x, kernel: [kh, kw], stride: op.stride, padding: op.padding, output: y };
+    let gather =
+        Gather { x: op.x, kernel: [kh, kw], stride: op.stride, padding: op.padding, is_backward: false, output: y };
     let name = if held { "conv2d_r" } else { "conv2d_a" };
-    vec![gather.launch(cx, name, epilogue, Right { w: op.w, lines, columns: o, w_stride, tap_stride: 0 })]
+    vec![gather.launch(cx, name, epilogue, Right { w: op.w, lines, columns: o, w_stride, tap_stride })]
 }
 
 pub fn backward(op: &Conv2dBackward, cx: &Cx) -> Vec<Launch> {
@@ -77,9 +79,10 @@ pub fn backward(op: &Conv2dBackward, cx: &Cx) -> Vec<Launch> {
         let left = Operand { address: cx.address(op.d_y), lines: Lines::Reduced, stride: o };
         let right = Operand { address: cx.address(op.w), lines, stride: w_stride };
         let product = Product { dtype, left, right, rows, columns: i, depth: o, sample_rows: pixels, half: 0 };
-        return vec![product.launch(epilogue)];
+        return vec![product.launch(cx, epilogue)];
     }
-    let gather = Gather { x: op.d_y, kernel: [kh, kw], stride: op.stride, padding: op.padding, output: d_x };
+    let gather =
+        Gather { x: op.d_y, kernel: [kh, kw], stride: op.stride, padding: op.padding, is_backward: true, output: d_x };
     let name = if held { "conv2d_backward_a" } else { "conv2d_backward_r" };
     vec![gather.launch(cx, name, epilogue, Right { w: op.w, lines, columns: i, w_stride, tap_stride })]
 }
@@ -91,6 +94,7 @@ struct Gather {
     stride: usize,
     /// Of the forward.
     padding: [usize; 4],
+    is_backward: bool,
     output: ValueId,
 }
 
@@ -104,11 +108,40 @@ struct Right {
 }
 
 impl Gather {
+    /// The same on Hopper, if it can be.
+    fn hopper(&self, cx: &Cx, right: &Right) -> Option<HopperProduct> {
+        let [batch, height, width, channels] = cx.shape(self.x)[..] else { unreachable!("checked by infer") };
+        let [_, y_height, y_width, _] = cx.shape(self.output)[..] else { unreachable!("checked by infer") };
+        let direction = if self.is_backward { -1 } else { 1 };
+        let [top, left, ..] = self.padding.map(|n| -direction * n as i32);
+        let product = HopperProduct {
+            dtype: cx.dtype(self.x),
+            x: cx.address(self.x),
+            extents: [channels, width, height, batch],
+            output: [y_width, y_height],
+            kernel: self.kernel,
+            offset: [top, left],
+            direction,
+            right: HopperRight {
+                w: cx.address(right.w),
+                lines: right.lines,
+                columns: right.columns,
+                stride: right.w_stride,
+                tap_stride: right.tap_stride,
+                half: 0,
+            },
+        };
+        (self.stride == 1 && product.is_possible()).then_some(product)
+    }
+
     fn launch(&self, cx: &Cx, name: &str, epilogue: Epilogue, right: Right) -> Launch {
         let (dtype, shape, output) = (cx.dtype(self.x), cx.shape(self.x), cx.shape(self.output));
         let [kh, kw] = self.kernel;
         let (rows, pixels) = rows(output);
         let (channels, address, w) = (shape[3], cx.address(self.x), cx.address(right.w));
+        if let Some(product) = self.hopper(cx, &right).filter(|_| cx.hopper) {
+            return product.launch(Epilogue { sample: Divisor::new(pixels), ..epilogue });
+        }
         let blocking = Blocking::choose(dtype, pixels, right.columns);
         let params = ConvParams {
             epilogue: Epilogue { sample: Divisor::new(pixels), ..epilogue },

@@ -1,7 +1,7 @@
 //! What the executor asks of a device: memory, copies, functions by name, launches in order. Two devices answer: a GPU and the
 //! host emulation of one; everything above this line is the same code for both.
 
-use super::launch::{Address, Launch};
+use super::launch::{Address, Launch, TensorMap};
 use crate::Result;
 
 /// A kernel that a driver has found.
@@ -32,6 +32,12 @@ pub const STAGE: usize = 8 << 20;
 pub trait Driver {
     /// The device, in words.
     fn name(&self) -> String;
+
+    /// Whether it runs the kernels for Hopper.
+    fn hopper(&self) -> bool;
+
+    /// A tensor map as those kernels take it.
+    fn tensor_map(&self, map: &TensorMap) -> Result<[u8; TensorMap::BYTES]>;
 
     /// Bytes of memory that could still be allocated.
     fn free_memory(&self) -> Result<usize>;

@@ -2,8 +2,9 @@
 #![allow(unsafe_code)]
 
 use super::driver::{Driver, Function, Graph, Work};
-use super::launch::{Address, Launch};
+use super::launch::{Address, Launch, TensorMap};
 use crate::{Error, Result};
+use bytemuck::{Pod, Zeroable};
 use libloading::Library;
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::HashMap;
@@ -60,6 +61,19 @@ impl Default for Settings {
     }
 }
 
+/// What the emulation takes for a tensor map. Matches `TensorMap` in kernels/host/hopper.h.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct HostTensorMap {
+    from: Address,
+    extents: [u64; 4],
+    strides: [u64; 3],
+    window: [u32; 4],
+    element: u32,
+    unused: [u32; 11],
+}
+const _: () = assert!(size_of::<HostTensorMap>() == TensorMap::BYTES);
+
 type Count = unsafe extern "C" fn() -> u32;
 type Describe = unsafe extern "C" fn(u32, *mut u32) -> *const c_char;
 type Run = unsafe extern "C" fn(u32, *const u32, u32, u32, *const c_void, *const Settings, *mut c_char, usize) -> c_int;
@@ -112,6 +126,22 @@ impl Emulated {
 impl Driver for Emulated {
     fn name(&self) -> String {
         "emulated".into()
+    }
+
+    fn hopper(&self) -> bool {
+        true
+    }
+
+    fn tensor_map(&self, map: &TensorMap) -> Result<[u8; TensorMap::BYTES]> {
+        let host = HostTensorMap {
+            from: map.address,
+            extents: map.extents.map(|n| n as u64),
+            strides: map.byte_strides(),
+            window: map.window.map(|n| n as u32),
+            element: map.dtype.bytes() as u32,
+            unused: [0; 11],
+        };
+        Ok(bytemuck::cast(host))
     }
 
     fn free_memory(&self) -> Result<usize> {

@@ -1,7 +1,7 @@
 //! What a program will do on a GPU, op by op, before it runs there: kernels, grids, memory, and the time that peak rates allow.
 
 use super::launch::{Address, Cx, Launch};
-use super::{kernels, launches_of, workspace};
+use super::{HOPPER, kernels, launches_of, workspace};
 use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::plan::Planned;
 use crate::program::{DType, Node, Program};
@@ -113,7 +113,7 @@ pub fn explain(planned: &Planned, peak: Peak) -> Explained {
     let registers = registers(peak.arch);
     let rows = program.nodes.iter().enumerate().map(|(index, node)| {
         let workspace = plan.workspace[index].map_or(Address::NULL, |region| arena.offset(region.offset));
-        let cx = Cx { program, node, addresses: &addresses, workspace };
+        let cx = Cx { program, node, addresses: &addresses, workspace, hopper: peak.arch == HOPPER };
         row(program, node, launches_of(&cx), peak, &registers)
     });
     Explained { program: program.name.clone(), peak, rows: rows.collect() }

@@ -1,5 +1,6 @@
 //! Launches of matrix products. Contract: kernels/gemm.cu.
 
+use super::hopper::{HopperProduct, HopperRight};
 use super::launch::{Address, Cx, Divisor, Launch, activation};
 use crate::program::{Activation, DType, Gemm, GemmBackward, ValueId};
 use bytemuck::{Pod, Zeroable};
@@ -107,6 +108,7 @@ pub fn aligned(dtype: DType, address: Address, stride: usize) -> bool {
 }
 
 /// An operand: where, how its lines lie, elements from one to the next.
+#[derive(Clone, Copy)]
 pub struct Operand {
     pub address: Address,
     pub lines: Lines,
@@ -127,8 +129,11 @@ pub struct Product {
 }
 
 impl Product {
-    pub fn launch(&self, epilogue: Epilogue) -> Launch {
+    pub fn launch(&self, cx: &Cx, epilogue: Epilogue) -> Launch {
         let Product { dtype, left, right, .. } = self;
+        if let Some(product) = self.hopper().filter(|_| cx.hopper) {
+            return product.launch(epilogue);
+        }
         let blocking = Blocking::choose(*dtype, self.sample_rows, self.columns);
         let name = match (left.lines, right.lines) {
             (Lines::Reduced, Lines::Reduced) => "rr",
@@ -154,6 +159,29 @@ impl Product {
         let grid = [columns.div_ceil(blocking.side), self.rows.div_ceil(blocking.side), 1];
         let shared = blocking.shared(*dtype, left.lines, right.lines);
         Launch::new(format!("gemm_{name}_{}_{dtype}", blocking.side), grid, blocking.threads, shared, params)
+    }
+
+    /// The same on Hopper, if it can be: an image of one row.
+    fn hopper(&self) -> Option<HopperProduct> {
+        let Product { dtype, left, right, rows, columns, depth, half, .. } = *self;
+        let product = HopperProduct {
+            dtype,
+            x: left.address,
+            extents: [depth, rows, 1, 1],
+            output: [rows, 1],
+            kernel: [1, 1],
+            offset: [0, 0],
+            direction: 1,
+            right: HopperRight {
+                w: right.address,
+                lines: right.lines,
+                columns,
+                stride: right.stride,
+                tap_stride: 0,
+                half,
+            },
+        };
+        (left.lines == Lines::Reduced && product.is_possible()).then_some(product)
     }
 }
 
@@ -184,7 +212,7 @@ pub fn launches(op: &Gemm, cx: &Cx) -> Vec<Launch> {
         half: if geglu { columns / 2 } else { 0 },
     };
     let epilogue = Epilogue::new(cx, y, op.residual);
-    vec![product.launch(Epilogue { bias: cx.optional(op.bias), activation: activation(op.activation), ..epilogue })]
+    vec![product.launch(cx, Epilogue { bias: cx.optional(op.bias), activation: activation(op.activation), ..epilogue })]
 }
 
 pub fn backward(op: &GemmBackward, cx: &Cx) -> Vec<Launch> {
@@ -208,7 +236,7 @@ pub fn backward(op: &GemmBackward, cx: &Cx) -> Vec<Launch> {
                 sample_rows,
                 half: 0,
             };
-            vec![product.launch(Epilogue::new(cx, cx.output(0), residual))]
+            vec![product.launch(cx, Epilogue::new(cx, cx.output(0), residual))]
         }
         GemmBackward::Weight { x, d_y } => {
             let (k, n) = (cx.width(x), cx.width(d_y));
@@ -223,7 +251,7 @@ pub fn backward(op: &GemmBackward, cx: &Cx) -> Vec<Launch> {
                 sample_rows: k,
                 half: 0,
             };
-            vec![product.launch(Epilogue::new(cx, cx.output(0), None))]
+            vec![product.launch(cx, Epilogue::new(cx, cx.output(0), None))]
         }
     }
 }

@@ -1,5 +1,7 @@
 //! A launch is a value: which kernel, how many blocks and threads, how much shared memory, and the bytes of its parameters.
 
+use super::driver::Driver;
+use crate::Result;
 use crate::program::{Activation, Cols, DType, Node, Origin, Program, ValueId};
 use bytemuck::Pod;
 
@@ -22,6 +24,39 @@ impl Address {
     }
 }
 
+/// A tensor of 16-bit elements and the box of it that Hopper's copy engine brings at a time, 128 bytes along the first dimension.
+/// What of a box lies outside the tensor is 0.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorMap {
+    pub dtype: DType,
+    /// Of the first element; a multiple of 16.
+    pub address: Address,
+    /// Elements along each dimension, the first one contiguous.
+    pub extents: [usize; 4],
+    /// Elements from one to the next along each dimension behind the first; multiples of 8, and of no matter where the extent is 1.
+    pub strides: [usize; 3],
+    /// Of the box: at most 256 each.
+    pub window: [usize; 4],
+}
+
+impl TensorMap {
+    /// Bytes in a kernel's parameters.
+    pub const BYTES: usize = 128;
+
+    /// Bytes of the box along its first dimension.
+    pub const LINE_BYTES: usize = 128;
+
+    /// Elements of it.
+    pub const LINE: usize = 64;
+
+    /// Bytes from one to the next along each dimension behind the first, of a dimension of one element 16.
+    pub fn byte_strides(&self) -> [u64; 3] {
+        std::array::from_fn(
+            |i| if self.extents[i + 1] == 1 { 16 } else { (self.strides[i] * self.dtype.bytes()) as u64 },
+        )
+    }
+}
+
 /// One kernel launch. Every kernel takes one parameter, a `#[repr(C)]` structure passed by value.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Launch {
@@ -34,6 +69,8 @@ pub struct Launch {
     /// Bytes of dynamic shared memory.
     pub shared: u32,
     pub params: Vec<u8>,
+    /// What the parameters begin with, in a form that only the driver knows.
+    pub maps: Vec<TensorMap>,
 }
 
 impl Launch {
@@ -44,7 +81,24 @@ impl Launch {
             block: block as u32,
             shared: shared as u32,
             params: bytemuck::bytes_of(&params).to_vec(),
+            maps: vec![],
         }
+    }
+
+    /// The same, with parameters behind tensor maps: a structure that begins with as many times [`TensorMap::BYTES`].
+    pub fn with_maps(mut self, maps: Vec<TensorMap>) -> Launch {
+        let params = std::mem::replace(&mut self.params, vec![0; maps.len() * TensorMap::BYTES]);
+        self.params.extend(params);
+        self.maps = maps;
+        self
+    }
+
+    /// Puts the tensor maps where the kernel looks for them.
+    pub fn encode_maps(&mut self, driver: &dyn Driver) -> Result<()> {
+        for (map, place) in self.maps.iter().zip(self.params.chunks_exact_mut(TensorMap::BYTES)) {
+            place.copy_from_slice(&driver.tensor_map(map)?);
+        }
+        Ok(())
     }
 }
 
@@ -88,6 +142,8 @@ pub struct Cx<'a> {
     /// Per value.
     pub addresses: &'a [Address],
     pub workspace: Address,
+    /// Whether the kernels for Hopper run.
+    pub hopper: bool,
 }
 
 impl Cx<'_> {

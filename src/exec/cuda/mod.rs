@@ -15,6 +15,7 @@ mod emulated;
 mod explain;
 mod gemm;
 mod group_norm;
+mod hopper;
 mod launch;
 mod norm;
 mod reduce;
@@ -26,7 +27,7 @@ pub use device::{Gpu, Resources};
 pub use driver::{Driver, Function, Graph, Work};
 pub use emulated::{Copies, Emulated, Order, Settings};
 pub use explain::{Explained, PEAKS, Peak, Planner, Row, explain};
-pub use launch::{Address, Divisor, Launch};
+pub use launch::{Address, Divisor, Launch, TensorMap};
 
 /// What build.rs made of kernels/.
 pub mod kernels {
@@ -42,6 +43,9 @@ use crate::{Error, Result};
 use launch::Cx;
 use store::Store;
 
+/// What the kernels are compiled for that use Hopper's own instructions, as nvcc names it.
+const HOPPER: &str = "90a";
+
 /// Weights that are read from disk while one is converted and copied.
 const WEIGHTS_AHEAD: usize = 8;
 
@@ -55,6 +59,7 @@ pub struct Cuda {
     guards: bool,
     check_finite: bool,
     graphs: bool,
+    hopper: bool,
 }
 
 /// A program with its launches.
@@ -84,7 +89,9 @@ enum Replay {
 
 impl Cuda {
     pub fn new(driver: Box<dyn Driver>) -> Cuda {
+        let hopper = driver.hopper();
         Cuda {
+            hopper,
             driver,
             store: Store::default(),
             programs: vec![],
@@ -99,6 +106,12 @@ impl Cuda {
     /// Whether programs are recorded as graphs; without, every run starts them launch by launch, with the same bits.
     pub fn with_graphs(mut self, on: bool) -> Cuda {
         self.graphs = on;
+        self
+    }
+
+    /// Whether the kernels for Hopper run, where the driver has them; else those for any GPU do all.
+    pub fn with_hopper(mut self, on: bool) -> Cuda {
+        self.hopper = on && self.driver.hopper();
         self
     }
 
@@ -184,10 +197,11 @@ impl Cuda {
         let mut launches = Vec::with_capacity(program.nodes.len());
         for (op, node) in program.nodes.iter().enumerate() {
             let workspace = plan.workspace[op].map_or(Address::NULL, |region| self.arena.offset(region.offset));
-            let cx = Cx { program, node, addresses: &addresses, workspace };
+            let cx = Cx { program, node, addresses: &addresses, workspace, hopper: self.hopper };
             let mut found = vec![];
-            for launch in launches_of(&cx) {
+            for mut launch in launches_of(&cx) {
                 let failed = |error: Error| Error::Device(describe(program, op, &error.to_string()));
+                launch.encode_maps(&*self.driver).map_err(failed)?;
                 found.push((self.driver.function(&launch.kernel, launch.shared).map_err(failed)?, launch));
             }
             launches.push(found);

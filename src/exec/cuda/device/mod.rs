@@ -8,10 +8,11 @@ mod graphs;
 mod library;
 mod pace;
 mod staging;
+mod tensor_map;
 
 use super::driver::{Driver, Function, Graph, Work};
-use super::kernels;
-use super::launch::{Address, Launch};
+use super::launch::{Address, Launch, TensorMap};
+use super::{HOPPER, kernels};
 use crate::{Error, Result};
 use cudarc::driver::{DriverError, result, sys};
 use graphs::Graphs;
@@ -40,6 +41,8 @@ pub struct Gpu {
     by_name: HashMap<String, Function>,
     /// Bytes by address of what `allocate` returned.
     allocations: BTreeMap<u64, usize>,
+    /// As nvcc names it, without a letter.
+    arch: c_int,
     /// Bytes of shared memory that a block can have.
     shared_limit: u32,
     last_launch: Option<Function>,
@@ -111,6 +114,7 @@ impl Gpu {
             kernels: Vec::new(),
             by_name: HashMap::new(),
             allocations: BTreeMap::new(),
+            arch,
             shared_limit,
             last_launch: None,
         };
@@ -121,8 +125,10 @@ impl Gpu {
         let staging = unsafe { Staging::new() };
         gpu.staging = Some(gpu.check("allocating page-locked memory", staging)?);
         gpu.pace = Some(gpu.check("making events", Pace::new())?);
-        for (stem, image) in kernels::FAT_BINARIES {
-            gpu.load(stem, image)?;
+        for (stem, architectures, image) in kernels::FAT_BINARIES {
+            if gpu.takes(architectures) {
+                gpu.load(stem, image)?;
+            }
         }
         Ok(gpu)
     }
@@ -137,6 +143,12 @@ impl Gpu {
         asked.result().map_err(|error| failed(&name, "asking where it is", error))?;
         let address = CStr::from_bytes_until_nul(&text).map(|text| text.to_string_lossy().into_owned());
         Ok(address.unwrap_or_default())
+    }
+
+    /// Whether a file that was compiled for these architectures alone, or for any, is for this device.
+    fn takes(&self, architectures: &str) -> bool {
+        let arch = self.arch.to_string();
+        architectures.is_empty() || architectures.split(',').any(|one| one.trim_end_matches(['a', 'f']) == arch)
     }
 
     fn load(&mut self, stem: &str, image: &'static [u8]) -> Result<()> {
@@ -313,6 +325,15 @@ impl From<DriverError> for Captured {
 impl Driver for Gpu {
     fn name(&self) -> String {
         self.name.clone()
+    }
+
+    fn hopper(&self) -> bool {
+        kernels::FAT_BINARIES.iter().any(|(_, only, _)| *only == HOPPER && self.takes(only))
+    }
+
+    fn tensor_map(&self, map: &TensorMap) -> Result<[u8; TensorMap::BYTES]> {
+        self.bind()?;
+        self.check(format_args!("describing {map:?}"), tensor_map::encode(map))
     }
 
     fn free_memory(&self) -> Result<usize> {

@@ -1,0 +1,156 @@
+// architectures: 90a
+// Matrix products and convolutions for Hopper: what gemm.cu and conv2d.cu compute in 16 bits, by wgmma from boxes that the copy
+// engine brings.
+//
+//   y [B, H, W, N] = epilogue(sum over (ky, kx, c) of x[b, y + down + dir ky, x + right + dir kx, c] w(ky kw + kx, c, n)),
+//   x [B, Hx, Wx, C] and 0 outside of it. A convolution of stride 1 has (down, right) = (-top, -left) and dir = 1, its gradient
+//   to the input (top, left) and -1; a product [M, K] [K, N] is a 1x1 convolution of an image of one row of M pixels.
+//   w(tap, c, n): held in lines along c (`r`: [N, taps, C]) or along n (`a`: [C, taps, N]); for GEGLU 2 N columns, which the
+//   tensor map brings in eights, in turn from the first and the second half.
+//   Storage T of 16 bits, accumulated in f32 in order of (tap, c in sixteens); y is overwritten and may be the residual.
+//
+// A block computes 128 pixels, a box of a power of two along each of x, y and b, by 128 or 160 columns (320, 640, 1280 are
+// multiples of 160): two warpgroups have 64 rows each, one warp more keeps five stages of 64 reduced elements filled.
+// C, and for lines along n also N, is a multiple of 8. With several splits each makes a share of the stages and stores
+// partial sums [splits, B H W, columns] in f32 for finish.
+// Bytes: (128 + columns) C taps per block through L2; FLOPs: 2 B H W N C taps. Limits: 200 KiB of shared memory and 80
+// accumulators a thread; one block a multiprocessor. Limited by the tensor cores.
+#include "hopper.cuh"
+#include "product.cuh"
+
+// Matches `HopperParams` in src/exec/cuda/hopper.rs.
+struct HopperParams {
+  TensorMap left;   // c, x, y, b
+  TensorMap right;  // r: c, n, tap; a: n, c, tap; GEGLU: c, n % 8, half, n / 8
+  Epilogue epilogue;
+  float* partial;  // or null
+  Divisor tiles_x, tiles_y, chunks, kernel_row;
+  int32_t batch, height, width;  // of y
+  int32_t shift_x, shift_y;      // log2 of a box's extents
+  int32_t down, right_by, direction;
+  int32_t columns;  // of w
+  int32_t stages, split_stages;
+  int32_t unused[23];
+};
+static_assert(sizeof(HopperParams) == 512, "as in hopper.rs");
+
+template <class T, int COLUMNS_, Lines RIGHT_>
+struct HopperTiles {
+  typedef T Storage;
+  static constexpr Lines RIGHT = RIGHT_;
+  static constexpr int ROWS = 128, COLUMNS = COLUMNS_, DEPTH = LINE, STAGES = 5;
+  static constexpr int CONSUMERS = 8, THREADS = (CONSUMERS + 1) * WARP_SIZE;
+  static constexpr int LEFT_BYTES = ROWS * LINE_BYTES;
+  // Boxes of the right operand: one of all columns, or one for each 64 of them.
+  static constexpr int BOXES = RIGHT == Lines::Reduced ? 1 : (COLUMNS + LINE - 1) / LINE;
+  static constexpr int BOX_BYTES = (RIGHT == Lines::Reduced ? COLUMNS : DEPTH) * LINE_BYTES;
+  static constexpr int STAGE_BYTES = LEFT_BYTES + BOXES * BOX_BYTES;
+};
+
+// The pixels of a block.
+struct PixelBox {
+  int x, y, b;
+
+  DEVICE PixelBox(const HopperParams& p) {
+    int rest = divide(blockIdx.y, p.tiles_x), tile_x = blockIdx.y - rest * p.tiles_x.divisor;
+    int tile_b = divide(rest, p.tiles_y), tile_y = rest - tile_b * p.tiles_y.divisor;
+    x = tile_x << p.shift_x, y = tile_y << p.shift_y, b = tile_b * (128 >> p.shift_x >> p.shift_y);
+  }
+
+  // The row of y that is pixel `i` of the box, or -1.
+  DEVICE int row(const HopperParams& p, int i) const {
+    int at_x = x + (i & ((1 << p.shift_x) - 1)), at_y = y + (i >> p.shift_x & ((1 << p.shift_y) - 1));
+    int at_b = b + (i >> p.shift_x >> p.shift_y);
+    return at_x < p.width && at_y < p.height && at_b < p.batch ? (at_b * p.height + at_y) * p.width + at_x : -1;
+  }
+};
+
+// One thread's work: fills stages in turn, each once the warps that computed with it are done.
+template <class H>
+DEVICE void fill_stages(const HopperParams& p, PixelBox box, int first, int count, uint32_t ring, uint32_t full,
+                        uint32_t empty) {
+  int column = blockIdx.x * H::COLUMNS;
+  bool geglu = p.epilogue.activation == GEGLU;
+  int tap = divide(first, p.chunks), chunk = first - tap * p.chunks.divisor;
+  for (int stage = 0; stage < count; stage++) {
+    int slot = stage % H::STAGES;
+    uint32_t to = ring + slot * H::STAGE_BYTES, barrier = full + 8 * slot;
+    if (stage >= H::STAGES) barrier_wait(empty + 8 * slot, (stage / H::STAGES - 1) & 1);
+    barrier_expect(barrier, H::STAGE_BYTES);
+    int ky = divide(tap, p.kernel_row), kx = tap - ky * p.kernel_row.divisor, c = chunk * H::DEPTH;
+    copy_box(to, p.left, c, box.x + p.right_by + p.direction * kx, box.y + p.down + p.direction * ky, box.b, barrier);
+    if (H::RIGHT == Lines::Reduced) {
+      copy_box(to + H::LEFT_BYTES, p.right, c, geglu ? 0 : column, geglu ? 0 : tap, geglu ? column / 16 : 0, barrier);
+    } else {
+#pragma unroll
+      for (int i = 0; i < H::BOXES; i++) {
+        copy_box(to + H::LEFT_BYTES + i * H::BOX_BYTES, p.right, column + i * LINE, c, tap, 0, barrier);
+      }
+    }
+    if (++chunk == (int)p.chunks.divisor) chunk = 0, tap++;
+  }
+}
+
+// acc = the sums of a warpgroup's 64 rows over the stages.
+template <class H>
+DEVICE void multiply_stages(float (&acc)[H::COLUMNS / 8][4], int count, uint32_t ring, uint32_t full, uint32_t empty) {
+  // 16 reduced elements further: within the line, or sixteen lines on.
+  constexpr int NEXT_RIGHT = H::RIGHT == Lines::Reduced ? 32 : 16 * LINE_BYTES;
+  int group = threadIdx.x / WARPGROUP;
+  bool signals = threadIdx.x % WARP_SIZE == 0;
+  for (int stage = 0; stage < count; stage++) {
+    int slot = stage % H::STAGES;
+    uint32_t from = ring + slot * H::STAGE_BYTES;
+    barrier_wait(full + 8 * slot, stage / H::STAGES & 1);
+    uint64_t left = boxes(from + group * 64 * LINE_BYTES), right = boxes(from + H::LEFT_BYTES, H::BOX_BYTES);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < H::DEPTH / STEP; k++) {
+      wgmma<H::RIGHT>(typename H::Storage(), acc, further(left, 32 * k), further(right, NEXT_RIGHT * k), stage + k > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<1>();
+    // The products of the stage before are done.
+    if (signals && stage > 0) barrier_arrive(empty + 8 * ((stage - 1) % H::STAGES));
+  }
+  wgmma_wait<0>();
+}
+
+template <class H>
+DEVICE void product_hopper(const HopperParams& p) {
+  typedef typename H::Storage T;
+  DYNAMIC_BOXES(shared);
+  uint32_t ring = shared_address(shared), full = ring + H::STAGES * H::STAGE_BYTES, empty = full + 8 * H::STAGES;
+  if (threadIdx.x == 0) {
+    for (int slot = 0; slot < H::STAGES; slot++) {
+      barrier_init(full + 8 * slot, 1);
+      barrier_init(empty + 8 * slot, H::CONSUMERS);
+    }
+    fence_barriers();
+  }
+  __syncthreads();
+  PixelBox box(p);
+  int first = blockIdx.z * p.split_stages, count = min(p.split_stages, p.stages - first);
+  if (threadIdx.x / WARP_SIZE == H::CONSUMERS) {
+    if (threadIdx.x % WARP_SIZE == 0) fill_stages<H>(p, box, first, count, ring, full, empty);
+    return;
+  }
+  float acc[1][H::COLUMNS / 8][4];
+  multiply_stages<H>(acc[0], count, ring, full, empty);
+  auto row = [&](int i) { return box.row(p, i); };
+  typedef Blocking<T, H::ROWS, H::COLUMNS, H::CONSUMERS, 1> B;
+  store<B, true>(acc, p.epilogue, row, blockIdx.x * H::COLUMNS);
+}
+
+#define HOPPER(NAME, RIGHT, COLUMNS)                                                                        \
+  KERNEL(product_hopper_##NAME##_##COLUMNS##_f16, HopperParams, (HopperTiles<f16, COLUMNS, RIGHT>::THREADS)) { \
+    product_hopper<HopperTiles<f16, COLUMNS, RIGHT>>(p);                                                       \
+  }                                                                                                            \
+  KERNEL(product_hopper_##NAME##_##COLUMNS##_bf16, HopperParams, (HopperTiles<bf16, COLUMNS, RIGHT>::THREADS)) { \
+    product_hopper<HopperTiles<bf16, COLUMNS, RIGHT>>(p);                                                        \
+  }
+
+HOPPER(r, Lines::Reduced, 128)
+HOPPER(r, Lines::Reduced, 160)
+HOPPER(a, Lines::Across, 128)
+HOPPER(a, Lines::Across, 160)

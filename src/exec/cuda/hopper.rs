@@ -1,0 +1,155 @@
+//! Launches of products and convolutions on Hopper. Contract: kernels/product_hopper.cu.
+
+use super::gemm::{Epilogue, Lines};
+use super::launch::{Address, Divisor, Launch, TensorMap};
+use crate::program::DType;
+use bytemuck::{Pod, Zeroable};
+
+/// Matches what is behind the tensor maps of `HopperParams` in kernels/product_hopper.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct HopperParams {
+    epilogue: Epilogue,
+    partial: Address,
+    tiles_x: Divisor,
+    tiles_y: Divisor,
+    chunks: Divisor,
+    kernel_row: Divisor,
+    batch: i32,
+    height: i32,
+    width: i32,
+    shift_x: i32,
+    shift_y: i32,
+    down: i32,
+    right_by: i32,
+    direction: i32,
+    columns: i32,
+    stages: i32,
+    split_stages: i32,
+    unused: [i32; 23],
+}
+const _: () = assert!(size_of::<HopperParams>() + 2 * TensorMap::BYTES == 512);
+
+/// Rows of a block's tile.
+const ROWS: usize = 128;
+/// Reduced elements of a stage.
+const DEPTH: usize = TensorMap::LINE;
+const STAGES: usize = 5;
+/// Eight warps that compute and one that fetches.
+const THREADS: usize = 9 * 32;
+
+/// A product over images; a plain one is a 1x1 convolution of one image of one row.
+pub struct HopperProduct {
+    pub dtype: DType,
+    pub x: Address,
+    /// Channels, width, height, samples of x, which is dense.
+    pub extents: [usize; 4],
+    /// Width and height of y.
+    pub output: [usize; 2],
+    pub kernel: [usize; 2],
+    /// Rows and columns of x from an output's place to where its first tap reads; the next taps lie further, or back.
+    pub offset: [i32; 2],
+    pub direction: i32,
+    pub right: HopperRight,
+}
+
+/// The right operand: element (tap, c, n).
+pub struct HopperRight {
+    pub w: Address,
+    pub lines: Lines,
+    /// All of n, for GEGLU both halves.
+    pub columns: usize,
+    /// Elements from line to line, and from tap to tap.
+    pub stride: usize,
+    pub tap_stride: usize,
+    /// Columns of each half of a GEGLU, else 0.
+    pub half: usize,
+}
+
+impl HopperProduct {
+    /// Whether the kernel can: 16 bits, and every line begins at a multiple of 16 bytes.
+    pub fn is_possible(&self) -> bool {
+        let HopperRight { w, lines, columns, stride, tap_stride, half } = self.right;
+        let eights = [self.extents[0], stride, tap_stride, half];
+        let paired = half == 0 || lines == Lines::Reduced;
+        let across = lines == Lines::Reduced || columns.is_multiple_of(8);
+        self.dtype.bytes() == 2
+            && self.x.is_aligned()
+            && w.is_aligned()
+            && eights.iter().all(|n| n.is_multiple_of(8))
+            && paired
+            && across
+    }
+
+    /// Columns of a block: those that leave fewer of the last block's for nothing.
+    fn side(&self) -> usize {
+        let padded = |side: usize| self.right.columns.next_multiple_of(side);
+        if padded(160) <= padded(128) { 160 } else { 128 }
+    }
+
+    /// Extents of a block's box of pixels, powers of two: those that need the fewest blocks, wide ones first.
+    fn pixels(&self) -> [usize; 3] {
+        let ([width, height], batch) = (self.output, self.extents[3]);
+        let boxes = (0..=ROWS.ilog2()).rev().flat_map(|x| (0..=ROWS.ilog2() - x).rev().map(move |y| (1 << x, 1 << y)));
+        let boxes = boxes.map(|(x, y)| [x, y, ROWS / (x * y)]);
+        let blocks = |[x, y, b]: &[usize; 3]| width.div_ceil(*x) * height.div_ceil(*y) * batch.div_ceil(*b);
+        boxes.min_by_key(blocks).unwrap_or([ROWS, 1, 1])
+    }
+
+    fn left_map(&self, [x, y, b]: [usize; 3]) -> TensorMap {
+        let [c, width, height, _] = self.extents;
+        let strides = [c, c * width, c * width * height];
+        TensorMap { dtype: self.dtype, address: self.x, extents: self.extents, strides, window: [DEPTH, x, y, b] }
+    }
+
+    fn right_map(&self, side: usize) -> TensorMap {
+        let HopperRight { w, lines, columns, stride, tap_stride, half } = self.right;
+        let (channels, taps) = (self.extents[0], self.kernel[0] * self.kernel[1]);
+        let (extents, strides, window) = match lines {
+            Lines::Reduced if half > 0 => {
+                ([channels, 8, 2, half / 8], [stride, half * stride, 8 * stride], [DEPTH, 8, 2, side / 16])
+            }
+            Lines::Reduced => ([channels, columns, taps, 1], [stride, tap_stride, 0], [DEPTH, side, 1, 1]),
+            Lines::Across => ([columns, channels, taps, 1], [stride, tap_stride, 0], [TensorMap::LINE, DEPTH, 1, 1]),
+        };
+        TensorMap { dtype: self.dtype, address: w, extents, strides, window }
+    }
+
+    pub fn launch(&self, epilogue: Epilogue) -> Launch {
+        let HopperRight { lines, columns, .. } = self.right;
+        let (side, [x, y, b]) = (self.side(), self.pixels());
+        let ([width, height], batch, chunks) = (self.output, self.extents[3], self.extents[0].div_ceil(DEPTH));
+        let [tiles_x, tiles_y, tiles_b] = [width.div_ceil(x), height.div_ceil(y), batch.div_ceil(b)];
+        let stages = chunks * self.kernel[0] * self.kernel[1];
+        let params = HopperParams {
+            epilogue,
+            partial: Address::NULL,
+            tiles_x: Divisor::new(tiles_x),
+            tiles_y: Divisor::new(tiles_y),
+            chunks: Divisor::new(chunks),
+            kernel_row: Divisor::new(self.kernel[1]),
+            batch: batch as i32,
+            height: height as i32,
+            width: width as i32,
+            shift_x: x.ilog2() as i32,
+            shift_y: y.ilog2() as i32,
+            down: self.offset[0],
+            right_by: self.offset[1],
+            direction: self.direction,
+            columns: columns as i32,
+            stages: stages as i32,
+            split_stages: stages as i32,
+            unused: [0; 23],
+        };
+        let grid = [columns.div_ceil(side), tiles_x * tiles_y * tiles_b, 1];
+        let (name, lines) = match lines {
+            Lines::Reduced => ("r", side),
+            Lines::Across => ("a", side.next_multiple_of(TensorMap::LINE)),
+        };
+        // The ring, and two barriers for each of its stages.
+        let shared = STAGES * ((ROWS + lines) * TensorMap::LINE_BYTES + 2 * 8);
+        let kernel = format!("product_hopper_{name}_{side}_{}", self.dtype);
+        Launch::new(kernel, grid, THREADS, shared, params)
+            .with_maps(vec![self.left_map([x, y, b]), self.right_map(side)])
+    }
+}
