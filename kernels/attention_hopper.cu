@@ -199,6 +199,7 @@ DEVICE void attend(const AttentionHopperParams& p, const AttentionPlaces<A>& at,
   at.wait(0);
   start_scores<A>(s, q, at.tile(0));
   wgmma_wait<0>();
+  settled(s);
   at.release(0);
   softmax.take(s, p.keys, p.scale, fade);
   pack_probabilities<T>(probabilities, s);
@@ -209,9 +210,11 @@ DEVICE void attend(const AttentionHopperParams& p, const AttentionPlaces<A>& at,
     at.wait(2 * tile - 1);
     start_output<A>(out, probabilities, at.tile(2 * tile - 1), tile > 1);
     wgmma_wait<1>();
+    settled(s);
     at.release(2 * tile);
     softmax.take(s, p.keys - tile * A::KEYS, p.scale, fade);
     wgmma_wait<0>();
+    settled(out);
     at.release(2 * tile - 1);
 #pragma unroll
     for (int n = 0; n < A::DIM / 2; n++) out[n / 4][n % 4] *= fade[n % 4 / 2];
@@ -220,6 +223,7 @@ DEVICE void attend(const AttentionHopperParams& p, const AttentionPlaces<A>& at,
   at.wait(2 * tiles - 1);
   start_output<A>(out, probabilities, at.tile(2 * tiles - 1), tiles > 1);
   wgmma_wait<0>();
+  settled(out);
   store_queries<A>(p, out, softmax);
 }
 

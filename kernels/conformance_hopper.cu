@@ -77,6 +77,7 @@ DEVICE void multiply_boxes(const ConformanceHopperParams& p) {
   }
   wgmma_commit();
   wgmma_wait<0>();
+  settled(d);
 #pragma unroll
   for (int i = 0; i < 4 * EIGHTS; i++) ((float*)p.out)[threadIdx.x * 4 * EIGHTS + i] = d[i / 4][i % 4];
 }

@@ -88,6 +88,14 @@ DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
+// Keeps what is done with accumulators behind the wait before it: the compiler takes them for results of the instruction that
+// started the product.
+template <int EIGHTS>
+DEVICE void settled(float (&d)[EIGHTS][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * EIGHTS; i++) asm volatile("" : "+f"(d[i / 4][i % 4])::"memory");
+}
+
 // Operands of the instruction for 8 n columns: registers by number, and what they are bound to.
 #define WGMMA_D5 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19"
 #define WGMMA_D8 WGMMA_D5 ",%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"

@@ -114,6 +114,7 @@ DEVICE void multiply_stages(float (&acc)[H::COLUMNS / 8][4], int count, uint32_t
     if (signals && stage > 0) barrier_arrive(empty + 8 * ((stage - 1) % H::STAGES));
   }
   wgmma_wait<0>();
+  settled(acc);
 }
 
 template <class H>

@@ -207,6 +207,9 @@ static inline void wgmma_wait() {
   emulated::multiply_until(group > N ? group - N : 0, "wgmma.wait_group");
 }
 
+template <int EIGHTS>
+static inline void settled(float (&)[EIGHTS][4]) {}
+
 template <Lines RIGHT, class T, int EIGHTS>
 static inline void wgmma(T, float (&d)[EIGHTS][4], uint64_t a, uint64_t b, bool add) {
   emulated::start_product<T, EIGHTS, RIGHT == Lines::Across>(d, nullptr, a, b, add);
