@@ -83,7 +83,7 @@ pub struct Row {
     pub op: String,
     /// With the registers of a thread, where this build has the kernel for the GPU.
     pub launches: Vec<(Launch, Option<u32>)>,
-    /// Read and written, each value once.
+    /// Read and written, each value once, and scratch once each way.
     pub bytes: usize,
     pub flops: u64,
     /// The least time that the peak rates allow.
@@ -120,7 +120,7 @@ pub fn explain(planned: &Planned, peak: Peak) -> Explained {
 }
 
 fn row(program: &Program, node: &Node, launches: Vec<Launch>, peak: Peak, registers: &HashMap<&str, u32>) -> Row {
-    let bytes = program.bytes_of(node);
+    let bytes = program.bytes_of(node) + 2 * workspace(program, node);
     let flops = 2 * node.op.macs(program, &node.outputs);
     let single = node.op.inputs().first().is_some_and(|id| program.value(*id).dtype == DType::F32);
     let rate = if single { peak.vector } else { peak.tensor };

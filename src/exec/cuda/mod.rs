@@ -12,6 +12,7 @@ mod driver;
 mod elementwise;
 mod embedding;
 mod emulated;
+mod epilogue;
 mod explain;
 mod gemm;
 mod group_norm;
@@ -20,6 +21,7 @@ mod norm;
 mod reduce;
 mod resample;
 mod store;
+mod tiles;
 mod update;
 
 pub use device::{Gpu, Resources};
@@ -271,11 +273,14 @@ fn launches_of(cx: &Cx) -> Vec<Launch> {
 /// Bytes of scratch an op needs, on any GPU.
 fn workspace(program: &Program, node: &Node) -> usize {
     match &node.op {
+        Op::Gemm(op) => gemm::workspace(op, program),
+        Op::GemmBackward(op) => gemm::backward_workspace(op, program),
+        Op::Conv2d(op) => conv2d::workspace(op, program, node.outputs[0]),
+        Op::Conv2dBackward(op) => conv2d::backward_workspace(op, program, node.outputs[0]),
         Op::AttentionBackward(op) => attention::backward_workspace(op, program),
         Op::Norm(op) => norm::workspace(op, program),
         Op::Resample(op) => resample::workspace(op, program),
-        Op::Gemm(_) | Op::GemmBackward(_) | Op::Conv2d(_) | Op::Conv2dBackward(_) | Op::Attention(_) => 0,
-        Op::Elementwise(_) | Op::Embedding(_) | Op::Update(_) => 0,
+        Op::Attention(_) | Op::Elementwise(_) | Op::Embedding(_) | Op::Update(_) => 0,
     }
 }
 
