@@ -9,9 +9,10 @@
 //   both divide; k = (ky * kw + kx) * O + o, n an input channel.
 //   w       a: [O, kh, kw, I] as held                 r: [kh, kw, I, O]
 //
-// Blocks of 64x64 or 128x128 as in gemm.cu. Chunks of 16 bytes where the channels are a multiple of them, else element by
-// element (the 3 or 4 channels of images and latents). Bytes: x is read kh kw times, from L2 but for the first; FLOPs:
-// 2 B Ho Wo O kh kw C. Limited by the tensor cores, at 8x8 pixels by the weights' bytes.
+// Blocks of 64x64 or 128x128, and parts of k over blockIdx.z, as in gemm.cu. Chunks of 16 bytes where the channels are a multiple
+// of them, else element by element (the 3 or 4 channels of images and latents). Bytes: x is read kh kw times, from L2 but for the
+// first; split, 4 S B Ho Wo O more are written and read again. FLOPs: 2 B Ho Wo O kh kw C. Limited by the tensor cores, at 8x8
+// pixels by the weights' bytes.
 #include "product.cuh"
 
 // Matches `ConvParams` in src/exec/cuda/conv2d.rs.
@@ -29,8 +30,9 @@ struct ConvParams {
   int32_t w_stride, tap_stride;
   int32_t x_aligned, w_aligned;
   int32_t unused;
+  Split split;
 };
-static_assert(sizeof(ConvParams) == 176, "as in conv2d.rs");
+static_assert(sizeof(ConvParams) == 192, "as in conv2d.rs");
 
 // A stage of gathered pixels. Every thread fetches the same lines in every stage and keeps where they begin.
 template <class B, bool BACKWARD>
@@ -129,8 +131,8 @@ DEVICE void conv2d(const ConvParams& p) {
   Matrix<T, RIGHT, B::COLUMNS, B::THREADS> right = {(const T*)p.w, column, p.columns, p.depth, p.w_stride, 0,
                                                     p.w_aligned != 0};
   float acc[B::HIGH][B::WIDE][4];
-  product<B, Lines::Reduced, RIGHT>(acc, left, right, p.depth);
-  store<B, false>(acc, p.epilogue, [&](int i) { return row + i < p.rows ? row + i : -1; }, column);
+  product<B, Lines::Reduced, RIGHT>(acc, left, right, p.split.end(p.depth), p.split.begin());
+  end<B, false>(acc, p.epilogue, p.split, RowsFrom{row, p.rows}, p.rows, column, p.columns, 0);
 }
 
 template <class B, Lines RIGHT>
@@ -139,8 +141,8 @@ DEVICE void conv2d_backward(const ConvParams& p) {
   Patches<B, true> left(p, row);
   Filter<B, RIGHT> right = {p, column};
   float acc[B::HIGH][B::WIDE][4];
-  product<B, Lines::Reduced, RIGHT>(acc, left, right, p.depth);
-  store<B, false>(acc, p.epilogue, [&](int i) { return row + i < p.rows ? row + i : -1; }, column);
+  product<B, Lines::Reduced, RIGHT>(acc, left, right, p.split.end(p.depth), p.split.begin());
+  end<B, false>(acc, p.epilogue, p.split, RowsFrom{row, p.rows}, p.rows, column, p.columns, 0);
 }
 
 #define CONV(KERNEL_NAME, FUNCTION, RIGHT)                                                                        \

@@ -5,10 +5,12 @@
 //   right   rr: [N, K], K contiguous (weights as held, in a forward)     ra, aa: [K, N], N contiguous
 //   GEGLU: right has 2 H columns, y has H: a * gelu(g) with a from the first and g from the second half.
 //
-// Blocks of 64x64 (4 warps of 32x32) or 128x128 (8 warps of 64x32, where M and N fill it) read stages of 64 bytes of K through
-// a ring of three: 30 or 60 KiB of shared memory. Rows that are not multiples of 16 bytes are read element by element.
-// Bytes: (M K + N K) per 64 (128) outputs read through L2, M N written. FLOPs: 2 M N K. Limited by the tensor cores where
-// M and N are in the hundreds, by the weights' bytes where M is small.
+// Blocks of 64x64 (4 warps of 32x32) or 128x128 (8 warps of 64x32), chosen by src/exec/cuda/tiles.rs, read stages of 64 bytes of
+// K through a ring of three: 30 or 60 KiB of shared memory. Rows that are not multiples of 16 bytes are read element by element.
+// Where the outputs' tiles are too few for the GPU, K is split into S parts over blockIdx.z: a block stores f32 sums to
+// partial [S, M, N] (GEGLU: its 2 H columns in their order), and finish.cu makes the outputs of them.
+// Bytes: (M K + N K) per 64 (128) outputs read through L2, M N written; split, 4 S M N written and read again. FLOPs: 2 M N K.
+// Limited by the tensor cores where M and N are in the hundreds, by the weights' bytes where M is small.
 #include "product.cuh"
 
 // Matches `GemmParams` in src/exec/cuda/gemm.rs.
@@ -20,8 +22,9 @@ struct GemmParams {
   int32_t left_stride, right_stride;
   int32_t half;  // H for GEGLU, else 0
   int32_t left_aligned, right_aligned;
+  Split split;
 };
-static_assert(sizeof(GemmParams) == 112, "as in gemm.rs");
+static_assert(sizeof(GemmParams) == 128, "as in gemm.rs");
 
 template <class B, Lines LEFT, Lines RIGHT>
 DEVICE void gemm(const GemmParams& p) {
@@ -32,8 +35,9 @@ DEVICE void gemm(const GemmParams& p) {
   Matrix<T, RIGHT, B::COLUMNS, B::THREADS> right = {(const T*)p.right, column, p.columns, p.depth, p.right_stride, p.half,
                                                     p.right_aligned != 0};
   float acc[B::HIGH][B::WIDE][4];
-  product<B, LEFT, RIGHT>(acc, left, right, p.depth);
-  store<B, LEFT == Lines::Reduced>(acc, p.epilogue, [&](int i) { return row + i < p.rows ? row + i : -1; }, column);  // the gradient to a weight has no activation
+  product<B, LEFT, RIGHT>(acc, left, right, p.split.end(p.depth), p.split.begin());
+  // The gradient to a weight has no activation.
+  end<B, LEFT == Lines::Reduced>(acc, p.epilogue, p.split, RowsFrom{row, p.rows}, p.rows, column, p.columns, p.half);
 }
 
 #define GEMM(NAME, LEFT, RIGHT)                                                                                              \

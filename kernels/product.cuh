@@ -1,10 +1,12 @@
 // The matrix product that gemm and convolution share: a block computes ROWS x COLUMNS outputs, reading both operands through a
-// ring of stages in shared memory, and ends with bias, shift, activation and residual.
+// ring of stages in shared memory, and ends with bias, shift, activation and residual (epilogue.cuh), or where blockIdx.z counts
+// parts of the reduced dimension with its part of the sums (finish.cu).
 //
-// A source of operands has `fetch(tile, k)`, which fills one stage with the elements from reduced index k on. Reduced elements
-// are added in order and never split over blocks, so an output's bits depend on its own row and column only.
+// A source of operands has `fetch(tile, k)`, which fills one stage with the elements from reduced index k on. A part adds its
+// reduced elements in order, in steps of 16, and finish.cu adds the parts in order: an output's bits depend on its own row and
+// column and on where the reduced dimension is split, not on the tile that it lies in.
 #pragma once
-#include "activation.cuh"
+#include "epilogue.cuh"
 #include "tile.cuh"
 
 // How many outputs a block computes and how its warps share them.
@@ -61,19 +63,32 @@ struct Matrix {
   }
 };
 
-// acc = left right, over `depth` reduced elements.
+// What a block of a product does with its sums: it stores outputs, or where the reduced dimension is split over blocks its part of
+// them, for finish.cu. Matches `Split` in src/exec/cuda/epilogue.rs.
+struct Split {
+  float* partial;  // [splits, rows, columns], or null where there is one part; a GEGLU's columns are values, then gates
+  int32_t depth;   // reduced elements of a part: whole stages
+  int32_t unused;
+
+  // This block's part.
+  DEVICE int begin() const { return blockIdx.z * depth; }
+  DEVICE int end(int of) const { return min(begin() + depth, of); }
+};
+static_assert(sizeof(Split) == 16, "as in epilogue.rs");
+
+// acc = left right, over reduced elements `begin`, at the start of a stage, to `end`.
 template <class B, Lines LEFT, Lines RIGHT, class Left, class Right>
-DEVICE void product(float (&acc)[B::HIGH][B::WIDE][4], const Left& left, const Right& right, int depth) {
+DEVICE void product(float (&acc)[B::HIGH][B::WIDE][4], const Left& left, const Right& right, int end, int begin = 0) {
   typedef typename B::Storage T;
   constexpr int LEFT_BYTES = stage_bytes<T, LEFT>(B::ROWS), RIGHT_BYTES = stage_bytes<T, RIGHT>(B::COLUMNS);
   DYNAMIC_SHARED(shared);
-  int count = (depth + B::DEPTH - 1) / B::DEPTH, warp = threadIdx.x / WARP_SIZE;
+  int count = (end - begin + B::DEPTH - 1) / B::DEPTH, warp = threadIdx.x / WARP_SIZE;
   int row = warp / B::WARPS_ACROSS * (B::HIGH * 16), column = warp % B::WARPS_ACROSS * (B::WIDE * 8);
   auto fetch = [&](int stage) {
     if (stage < count) {
       unsigned char* tiles = shared + stage % STAGES * (LEFT_BYTES + RIGHT_BYTES);
-      left.fetch(tiles, stage * B::DEPTH);
-      right.fetch(tiles + LEFT_BYTES, stage * B::DEPTH);
+      left.fetch(tiles, begin + stage * B::DEPTH);
+      right.fetch(tiles + LEFT_BYTES, begin + stage * B::DEPTH);
     }
     cp_async_commit();
   };
@@ -90,69 +105,83 @@ DEVICE void product(float (&acc)[B::HIGH][B::WIDE][4], const Left& left, const R
   }
 }
 
-// What happens to a sum before it is stored: y = activation(sum + bias + shift) + residual. Absent operands are null.
-// Matches `Epilogue` in src/exec/cuda/gemm.rs.
-struct Epilogue {
-  void* y;
-  const void* bias;      // [columns], for GEGLU [2 columns]
-  const void* shift;     // of each sample [columns]
-  const void* residual;  // like y, and may be y
-  Divisor sample;        // rows of one sample
-  int32_t shift_stride;  // elements from one sample's shift to the next's, 0 where all share it
-  int32_t columns;       // of y [rows, columns]
-  int32_t activation;
-  int32_t paired;        // y and residual can be accessed two elements at a time
-  int32_t unused;
-};
-static_assert(sizeof(Epilogue) == 64, "as in gemm.rs");
+// Four neighbours of two eights of columns of a row, `a` of even lanes' and `b` of odd lanes': neighbours swap what they lack, so
+// that a row's sixteen columns are stored at once, 32 bytes of 16-bit types.
+DEVICE void swap_halves(float (&four)[4], const float* a, const float* b) {
+  bool odd = threadIdx.x % 2;
+  float x = __shfl_xor_sync(ALL_LANES, odd ? a[0] : b[0], 1), y = __shfl_xor_sync(ALL_LANES, odd ? a[1] : b[1], 1);
+  four[0] = odd ? x : a[0], four[1] = odd ? y : a[1];
+  four[2] = odd ? b[0] : x, four[3] = odd ? b[1] : y;
+}
 
-// Stores a warp's part of the block at `first_row`, `first_column`. Kernels of ops without an activation leave them out (not
-// ACTIVATES): they would be most of the code.
-template <class B, bool ACTIVATES, class Row>
-DEVICE void store(const float (&acc)[B::HIGH][B::WIDE][4], const Epilogue& e, const Row& row_of, int first_column) {
-  typedef typename B::Storage T;
-  int warp = threadIdx.x / WARP_SIZE, g = threadIdx.x % WARP_SIZE / 4, t = threadIdx.x % 4 * 2;
-  int down = warp / B::WARPS_ACROSS * (B::HIGH * 16), across = warp % B::WARPS_ACROSS * (B::WIDE * 8);
-  const T *bias = (const T*)e.bias, *residual = (const T*)e.residual;
-  bool geglu = ACTIVATES && e.activation == GEGLU;
+// Calls f(row, column, sums, gates) for each four of a thread's sums, places counted from the block's first. GATED: columns are
+// those of a GEGLU's outputs, and eights of sums and gates come by turns.
+template <class B, bool GATED, class F>
+DEVICE void each_four(const float (&acc)[B::HIGH][B::WIDE][4], const F& f) {
+  constexpr int NEXT = GATED ? 2 : 1;
+  static_assert(B::WIDE % (2 * NEXT) == 0, "eights of outputs come in pairs");
+  int warp = threadIdx.x / WARP_SIZE, g = threadIdx.x % WARP_SIZE / 4, t = threadIdx.x % 4;
+  int down = warp / B::WARPS_ACROSS * (B::HIGH * 16) + g, across = warp % B::WARPS_ACROSS * (B::WIDE * 8 / NEXT);
 #pragma unroll
   for (int i = 0; i < 2 * B::HIGH; i++) {
-    int row = row_of(down + i * 8 + g);
-    if (row < 0) continue;
-    const T* shift = e.shift ? (const T*)e.shift + (int64_t)divide(row, e.sample) * e.shift_stride : nullptr;
 #pragma unroll
-    for (int j = 0; j < B::WIDE; j++) {
-      if (geglu && j % 2) continue;
-      int column = geglu ? (first_column + across + 8 * j) / 2 + t : first_column + across + 8 * j + t;
-      int64_t at = (int64_t)row * e.columns + column;
-      float y[2];
-#pragma unroll
-      for (int n = 0; n < 2; n++) {
-        float sum = acc[i / 2][j][i % 2 * 2 + n];
-        bool inside = column + n < e.columns;
-        if (bias && inside) sum += to_float(bias[column + n]);
-        if (shift && inside) sum += to_float(shift[column + n]);
-        if (geglu) {
-          // WIDE is even, so the gate's fragment is the next one.
-          float gate = acc[i / 2][j | 1][i % 2 * 2 + n];
-          if (bias && inside) gate += to_float(bias[e.columns + column + n]);
-          y[n] = sum * gelu(gate);
-        } else {
-          y[n] = ACTIVATES ? activate(sum, e.activation) : sum;
-        }
-      }
-      if (e.paired && column < e.columns) {
-        if (residual) {
-          Vector<T, 2> r = *(const Vector<T, 2>*)(residual + at);
-          y[0] += to_float(r.at[0]), y[1] += to_float(r.at[1]);
-        }
-        *(Vector<T, 2>*)((T*)e.y + at) = {{from_float<T>(y[0]), from_float<T>(y[1])}};
-      } else {
-        for (int n = 0; n < 2 && column + n < e.columns; n++) {
-          if (residual) y[n] += to_float(residual[at + n]);
-          ((T*)e.y)[at + n] = from_float<T>(y[n]);
-        }
-      }
+    for (int j = 0; j < B::WIDE; j += 2 * NEXT) {
+      const auto& row = acc[i / 2];
+      constexpr int GATE = NEXT - 1;
+      int h = i % 2 * 2;
+      float sum[4], gate[4] = {};
+      swap_halves(sum, &row[j][h], &row[j + NEXT][h]);
+      if (GATED) swap_halves(gate, &row[j + GATE][h], &row[j + NEXT + GATE][h]);
+      f(down + 8 * i, across + 8 * (j / NEXT + t % 2) + t / 2 * 4, sum, gate);
     }
   }
 }
+
+// Stores four neighbours of `to` from `column` on, of `end` columns; `whole` where it and all rows are multiples of four.
+DEVICE void store_parts(float* to, int column, int end, bool whole, const float (&sum)[4]) {
+  if (whole) {
+    if (column < end) *(float4*)(to + column) = {sum[0], sum[1], sum[2], sum[3]};
+  } else {
+    for (int n = 0; n < 4 && column + n < end; n++) to[column + n] = sum[n];
+  }
+}
+
+// What a block ends with whose first column is `first_column` of `columns`: outputs, or its part of the sums. row_of(i) is row i of
+// the block among `rows`, or -1; `half` as in Matrix. Kernels of ops without an activation leave them out (not ACTIVATES).
+template <class B, bool ACTIVATES, class Row>
+DEVICE void end(const float (&acc)[B::HIGH][B::WIDE][4], const Epilogue& e, const Split& split, const Row& row_of, int rows,
+                int first_column, int columns, int half) {
+  typedef typename B::Storage T;
+  auto outputs = [&](int first) {
+    return [&, first](int i, int column, const float(&sum)[4], const float(&gate)[4]) {
+      int row = row_of(i);
+      if (row >= 0) store_outputs<ACTIVATES>(e, shift_of<T>(e, row), row, first + column, sum, gate);
+    };
+  };
+  auto parts = [&](int first, int end) {
+    return [&, first, end](int i, int column, const float(&sum)[4], const float(&gate)[4]) {
+      int row = row_of(i);
+      if (row < 0) return;
+      float* to = split.partial + ((int64_t)blockIdx.z * rows + row) * columns;
+      bool whole = columns % 4 == 0 && half % 4 == 0;
+      store_parts(to, first + column, end, whole, sum);
+      if (half) store_parts(to + half, first + column, end, whole, gate);
+    };
+  };
+  bool gated = ACTIVATES && half > 0;
+  if (gated && split.partial) {
+    each_four<B, true>(acc, parts(first_column / 2, half));
+  } else if (gated) {
+    each_four<B, true>(acc, outputs(first_column / 2));
+  } else if (split.partial) {
+    each_four<B, false>(acc, parts(first_column, columns));
+  } else {
+    each_four<B, false>(acc, outputs(first_column));
+  }
+}
+
+// Rows of a block from `first` on, for `end`.
+struct RowsFrom {
+  int first, rows;
+  DEVICE int operator()(int i) const { return first + i < rows ? first + i : -1; }
+};

@@ -11,8 +11,8 @@
 //
 // A block computes 128 pixels, a box of a power of two along each of x, y and b, by 128 or 160 columns (320, 640, 1280 are
 // multiples of 160): two warpgroups have 64 rows each, one warp more keeps five stages of 64 reduced elements filled.
-// C, and for lines along n also N, is a multiple of 8. With several splits each makes a share of the stages and stores
-// partial sums [splits, B H W, columns] in f32 for finish.
+// C, with several taps a multiple of 64, else of 8, and for lines along n also N a multiple of 8. Where the tiles are too few for
+// the GPU the reduced dimension is split over blockIdx.z as in gemm.cu.
 // Bytes: (128 + columns) C taps per block through L2; FLOPs: 2 B H W N C taps. Limits: 200 KiB of shared memory and 80
 // accumulators a thread; one block a multiprocessor. Limited by the tensor cores.
 #include "hopper.cuh"
@@ -23,14 +23,14 @@ struct HopperParams {
   TensorMap left;   // c, x, y, b
   TensorMap right;  // r: c, n, tap; a: n, c, tap; GEGLU: c, n % 8, half, n / 8
   Epilogue epilogue;
-  float* partial;  // or null
+  Split split;
   Divisor tiles_x, tiles_y, chunks, kernel_row;
   int32_t batch, height, width;  // of y
   int32_t shift_x, shift_y;      // log2 of a box's extents
   int32_t down, right_by, direction;
   int32_t columns;  // of w
-  int32_t stages, split_stages;
-  int32_t unused[23];
+  int32_t stages;
+  int32_t unused[22];
 };
 static_assert(sizeof(HopperParams) == 512, "as in hopper.rs");
 
@@ -131,7 +131,7 @@ DEVICE void product_hopper(const HopperParams& p) {
   }
   __syncthreads();
   PixelBox box(p);
-  int first = blockIdx.z * p.split_stages, count = min(p.split_stages, p.stages - first);
+  int first = p.split.begin() / H::DEPTH, count = min(p.split.depth / H::DEPTH, p.stages - first);
   if (threadIdx.x / WARP_SIZE == H::CONSUMERS) {
     if (threadIdx.x % WARP_SIZE == 0) fill_stages<H>(p, box, first, count, ring, full, empty);
     return;
@@ -139,8 +139,9 @@ DEVICE void product_hopper(const HopperParams& p) {
   float acc[1][H::COLUMNS / 8][4];
   multiply_stages<H>(acc[0], count, ring, full, empty);
   auto row = [&](int i) { return box.row(p, i); };
+  int rows = p.batch * p.height * p.width, half = p.epilogue.activation == GEGLU ? p.epilogue.columns : 0;
   typedef Blocking<T, H::ROWS, H::COLUMNS, H::CONSUMERS, 1> B;
-  store<B, true>(acc, p.epilogue, row, blockIdx.x * H::COLUMNS);
+  end<B, true>(acc, p.epilogue, p.split, row, rows, blockIdx.x * H::COLUMNS, p.columns, half);
 }
 
 #define HOPPER(NAME, RIGHT, COLUMNS)                                                                        \

@@ -137,7 +137,7 @@ DEVICE void fetch_tile(unsigned char* tile, bool aligned, const Source& source) 
       const T* from = source(line, place, valid);
       cp_async_16(shared_address(to), from, max(0, min(valid, VECTOR<T>)) * (int)sizeof(T));
     } else {
-#pragma unroll 2
+#pragma unroll 1
       for (int e = 0; e < VECTOR<T>; e++) {
         const T* from = source(line, place + e, valid);
         ((T*)to)[e] = valid > 0 ? *from : from_float<T>(0.0f);

@@ -7,9 +7,13 @@ use common::emulated::{cuda, wanted};
 use common::feed::no_weights;
 use common::products::{self, Case, How, programs, rounded, run, stored};
 use common::storage::{TYPES, judge, report, round};
+use rarebit::exec::Executor;
 use rarebit::exec::cpu::Cpu;
-use rarebit::exec::cuda::{Copies, Order, Settings};
-use rarebit::program::DType;
+use rarebit::exec::cuda::{Copies, Cuda, Order, Settings};
+use rarebit::plan::plan;
+use rarebit::program::{Activation, DType, Program};
+use rarebit::weights::Model;
+use std::collections::BTreeSet;
 
 /// By `RAREBIT_CASES`.
 fn cases() -> impl Iterator<Item = Case> {
@@ -67,4 +71,57 @@ fn bits_depend_on_neither_the_order_of_threads_nor_the_batch() {
         }
     }
     report(wrong);
+}
+
+/// Kernels that a program launches, and whether each is split.
+fn kernels(executor: &mut Cuda, program: Program, model: &Model) -> Vec<(String, bool)> {
+    let planned = plan(program, |program, node| executor.workspace(program, node));
+    let id = executor.load(planned, model).unwrap();
+    executor.launches(id).flatten().map(|launch| (launch.kernel.clone(), launch.grid[2] > 1)).collect()
+}
+
+#[test]
+fn cases_reach_every_kernel() {
+    let mut reached = BTreeSet::new();
+    for case in products::cases() {
+        let held = stored(&case.shapes(1)[1], &case.values(0, 1).w);
+        for (dtype, batch) in TYPES.into_iter().flat_map(|dtype| [1, 3].map(|batch| (dtype, batch))) {
+            for model in [Some(&held), None].into_iter().filter(|m| m.is_none() || !matches!(case, Case::Weight(_))) {
+                let how = How { held: model.is_some(), ..How::new(dtype, batch) };
+                for (_, program) in programs(&case, how) {
+                    let mut executor = cuda(Settings::default());
+                    reached.extend(kernels(&mut executor, program, model.unwrap_or(&no_weights())));
+                }
+            }
+        }
+    }
+    let kinds = ["gemm_rr", "gemm_ra", "gemm_aa", "conv2d_r", "conv2d_a", "conv2d_backward_r", "conv2d_backward_a"];
+    for dtype in TYPES {
+        // f32 has no large tile, and no case is large enough to split one.
+        let tiles: &[_] = if dtype == DType::F32 { &["64"] } else { &["64", "128"] };
+        for (kind, tile) in kinds.iter().flat_map(|kind| tiles.iter().map(move |tile| (kind, tile))) {
+            for split in [false, true].into_iter().filter(|split| !split || *tile == "64") {
+                let kernel = (format!("{kind}_{tile}_{dtype}"), split);
+                assert!(reached.contains(&kernel), "no case launches {} split {split}", kernel.0);
+            }
+        }
+        assert!(reached.contains(&(format!("finish_{dtype}"), false)));
+    }
+}
+
+/// A batch may have another tile than its samples alone, with the same splits: the same bits.
+#[test]
+fn bits_do_not_depend_on_the_tile() {
+    let case = Case::Input([620, 1472, 160]);
+    let how = How::new(DType::F16, 3);
+    let [together, alone] = [3, 1].map(|batch| How { batch, ..how }.forward(&case, Activation::None));
+    let ends = [(&together, "gemm_ra_128_f16"), (&alone, "gemm_ra_64_f16")];
+    for (program, kernel) in ends {
+        let launched = kernels(&mut cuda(Settings::default()), program.clone(), &no_weights());
+        assert_eq!(launched[0], (kernel.to_string(), true));
+    }
+    let [values, one] = [case.values(0, 3), case.values(2, 1)].map(|values| rounded(values, how.dtype));
+    let expected = run(cuda(Settings::default()), &together, &values, &no_weights(), 1);
+    let found = run(cuda(Settings::default()), &alone, &one, &no_weights(), 1);
+    assert!(found == expected[2 * found.len()..]);
 }

@@ -11,6 +11,7 @@
 #include "../conv2d.cu"
 #include "../elementwise.cu"
 #include "../embedding.cu"
+#include "../finish.cu"
 #include "../gemm.cu"
 #include "../group_norm.cu"
 #include "../layer_norm.cu"

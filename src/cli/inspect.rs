@@ -131,7 +131,10 @@ fn plan<'p>(args: &Inspect, pipeline: &'p Pipeline) -> Result<Generator<'p>> {
     let device = DeviceFlags { device, ..args.device };
     let settings = args.sampling.settings(pipeline, device.program_dtype()?)?;
     match device.device {
-        Device::Cuda(_) => Generator::plan(pipeline, &cuda::Planner, settings, args.batch),
+        Device::Cuda(_) => {
+            let hopper = args.explain.is_none_or(|peak| peak.is_hopper());
+            Generator::plan(pipeline, &cuda::Planner { hopper }, settings, args.batch)
+        }
         Device::Auto | Device::Cpu => Generator::plan(pipeline, &*device.executor(false)?, settings, args.batch),
     }
 }

@@ -99,6 +99,9 @@ pub fn gemms() -> Vec<Case> {
         (200, 65, 64),
         (401, 64, 96),
         (430, 770, 24),
+        (3, 1031, 7),
+        (5, 1100, 24),
+        (70, 900, 50),
     ];
     for (m, k, n) in shapes {
         let activations = [
@@ -151,6 +154,8 @@ pub fn convolutions() -> Vec<Case> {
         ([20, 22], [48, 4], [3, 3], 1, [1; 4], "b"),
         ([14, 16], [14, 30], [14, 14], 14, [0; 4], ""),
         ([3, 3], [64, 130], [3, 3], 1, [1; 4], "bsr"),
+        ([6, 5], [120, 37], [3, 3], 1, [1; 4], "bSr"),
+        ([6, 5], [120, 72], [3, 3], 1, [1; 4], "bsr"),
     ];
     let case = |(size, channels, kernel, stride, padding, extra): Convolution| {
         let name =

@@ -16,7 +16,8 @@ pub enum Case {
     Conv([usize; 2], [usize; 2], [usize; 2], usize, [usize; 4]),
 }
 
-/// Shapes where kernels go wrong: odd sizes, tails, one row, one column, several K blocks, several chunks of rows.
+/// Shapes where kernels go wrong: odd sizes, tails, one row, one column, several K blocks, several chunks of rows; the large tile;
+/// a reduced dimension that is split, with columns in fours, in twos and odd.
 pub fn cases() -> Vec<Case> {
     let gemms = [
         [1, 1, 1],
@@ -33,6 +34,11 @@ pub fn cases() -> Vec<Case> {
         [20, 260, 268],
         [900, 9, 20],
         [390, 400, 70],
+        [540, 24, 1030],
+        [540, 1032, 24],
+        [20, 1060, 1030],
+        [5, 1999, 37],
+        [70, 1304, 72],
     ];
     let convolutions = [
         ([1, 1], [1, 1], [1, 1], 1, [0; 4]),
@@ -58,6 +64,11 @@ pub fn cases() -> Vec<Case> {
         ([3, 3], [130, 64], [3, 3], 1, [1; 4]),
         ([16, 17], [8, 260], [3, 3], 1, [1; 4]),
         ([16, 17], [264, 8], [3, 3], 1, [1; 4]),
+        ([22, 25], [8, 1030], [3, 3], 1, [1; 4]),
+        ([22, 25], [1032, 8], [3, 3], 1, [1; 4]),
+        ([6, 5], [150, 149], [3, 3], 1, [1; 4]),
+        ([5, 4], [146, 152], [3, 3], 2, [0, 0, 1, 1]),
+        ([3, 4], [1000, 1006], [1, 1], 1, [0; 4]),
     ];
     let gemms = gemms.into_iter().flat_map(|shape| [Case::Input(shape), Case::Weight(shape)]);
     let convolutions = convolutions

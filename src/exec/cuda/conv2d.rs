@@ -1,10 +1,12 @@
 //! Launches of convolutions: products that gather one operand; a 1x1 kernel that touches every pixel once is a plain one.
 //! Contract: kernels/conv2d.cu.
 
-use super::gemm::{Blocking, Epilogue, Lines, Operand, Product, aligned, rows};
+use super::epilogue::{Epilogue, Split, finish};
+use super::gemm::{Lines, Operand, Product, aligned, ring_bytes};
 use super::hopper::{HopperProduct, HopperRight};
-use super::launch::{Address, Cx, Divisor, Launch};
-use crate::program::{Cols, Conv2d, Conv2dBackward, ValueId};
+use super::launch::{Address, Cx, Divisor, Launch, TensorMap, is_factor};
+use super::tiles::Shape;
+use crate::program::{Cols, Conv2d, Conv2dBackward, Program, ValueId};
 use bytemuck::{Pod, Zeroable};
 
 /// Matches `ConvParams` in kernels/conv2d.cu.
@@ -30,8 +32,9 @@ struct ConvParams {
     x_aligned: i32,
     w_aligned: i32,
     unused: i32,
+    split: Split,
 }
-const _: () = assert!(size_of::<ConvParams>() == 176);
+const _: () = assert!(size_of::<ConvParams>() == 192);
 
 /// Whether it is one product of all pixels.
 fn is_product(kernel: &[usize], stride: usize, padding: [usize; 4]) -> bool {
@@ -39,56 +42,102 @@ fn is_product(kernel: &[usize], stride: usize, padding: [usize; 4]) -> bool {
 }
 
 /// Adds the shift to an epilogue: the time embedding's columns, of each sample or of all.
-fn shifted(cx: &Cx, epilogue: Epilogue, shift: Option<Cols>, pixels: usize) -> Epilogue {
+fn shifted(cx: &Cx, epilogue: Epilogue, shift: Option<Cols>) -> Epilogue {
     let Some(shift) = shift else { return epilogue };
     let s = cx.shape(shift.value);
     let stride = if s[0] == 1 { 0 } else { s[1] };
-    Epilogue { shift: cx.columns(shift), shift_stride: stride as i32, sample: Divisor::new(pixels), ..epilogue }
+    Epilogue { shift: cx.columns(shift), shift_stride: stride as i32, ..epilogue }
+}
+
+/// A store of images to `y`.
+fn store(cx: &Cx, y: ValueId, residual: Option<ValueId>) -> Epilogue {
+    let [_, height, width, _] = cx.shape(y)[..] else { unreachable!("checked by infer") };
+    Epilogue { sample: Divisor::new(height * width), ..Epilogue::new(cx, y, residual) }
+}
+
+/// Whether kernels/product_hopper.cu can make it: a chunk of channels lies in one tap, and every line begins at a multiple of 16
+/// bytes. Of the right operand lines run along the `channels`, or across them.
+fn hopper_can(taps: usize, stride: usize, channels: usize, lines: Lines, columns: usize) -> bool {
+    let whole = channels.is_multiple_of(if taps > 1 { TensorMap::LINE } else { 8 });
+    stride == 1 && whole && (lines == Lines::Reduced || columns.is_multiple_of(8))
+}
+
+fn shape(op: &Conv2d, program: &Program, y: ValueId, hopper: bool) -> Shape {
+    let [kh, kw, c, o] = program.shape(op.w)[..] else { unreachable!("checked by infer") };
+    let lines = if is_factor(program, op.w) { Lines::Reduced } else { Lines::Across };
+    Shape::of_samples(program.value(op.x).dtype, program.shape(y), o, kh * kw * c)
+        .on_hopper(hopper && hopper_can(kh * kw, op.stride, c, lines, o))
+}
+
+fn backward_shape(op: &Conv2dBackward, program: &Program, d_x: ValueId, hopper: bool) -> Shape {
+    let [kh, kw, i, o] = program.shape(op.w)[..] else { unreachable!("checked by infer") };
+    let lines = if is_factor(program, op.w) { Lines::Across } else { Lines::Reduced };
+    Shape::of_samples(program.value(op.d_y).dtype, program.shape(d_x), i, kh * kw * o)
+        .on_hopper(hopper && hopper_can(kh * kw, op.stride, o, lines, i))
+}
+
+/// Bytes of a split product's parts.
+pub fn workspace(op: &Conv2d, program: &Program, y: ValueId, hopper: bool) -> usize {
+    shape(op, program, y, hopper).workspace()
+}
+
+pub fn backward_workspace(op: &Conv2dBackward, program: &Program, d_x: ValueId, hopper: bool) -> usize {
+    backward_shape(op, program, d_x, hopper).workspace()
 }
 
 pub fn launches(op: &Conv2d, cx: &Cx) -> Vec<Launch> {
-    let y = cx.output(0);
-    let (dtype, held) = (cx.dtype(op.x), cx.is_factor(op.w));
+    let (y, held) = (cx.output(0), cx.is_factor(op.w));
     let [kh, kw, c, o] = cx.shape(op.w)[..] else { unreachable!("checked by infer") };
-    let (rows, pixels) = rows(cx.shape(y));
-    let depth = kh * kw * c;
-    let epilogue = Epilogue { bias: cx.optional(op.bias), ..Epilogue::new(cx, y, op.residual) };
-    let epilogue = shifted(cx, epilogue, op.shift, pixels);
-    let (lines, w_stride, tap_stride) = if held { (Lines::Reduced, depth, c) } else { (Lines::Across, o, c * o) };
+    let shape = shape(op, cx.program, y, cx.hopper);
+    let epilogue = Epilogue { bias: cx.optional(op.bias), ..store(cx, y, op.residual) };
+    let epilogue = shifted(cx, epilogue, op.shift);
+    let (lines, w_stride, tap_stride) = if held { (Lines::Reduced, shape.depth, c) } else { (Lines::Across, o, c * o) };
     if is_product(&[kh, kw], op.stride, op.padding) {
         let left = Operand { address: cx.address(op.x), lines: Lines::Reduced, stride: c };
         let right = Operand { address: cx.address(op.w), lines, stride: w_stride };
-        let product = Product { dtype, left, right, rows, columns: o, depth, sample_rows: pixels, half: 0 };
-        return vec![product.launch(cx, epilogue)];
+        return Product { shape, left, right, half: 0 }.launches(epilogue, cx.workspace);
     }
-    let gather =
-        Gather { x: op.x, kernel: [kh, kw], stride: op.stride, padding: op.padding, is_backward: false, output: y };
+    let gather = Gather {
+        shape,
+        x: op.x,
+        kernel: [kh, kw],
+        stride: op.stride,
+        padding: op.padding,
+        is_backward: false,
+        output: y,
+    };
     let name = if held { "conv2d_r" } else { "conv2d_a" };
-    vec![gather.launch(cx, name, epilogue, Right { w: op.w, lines, columns: o, w_stride, tap_stride })]
+    gather.launches(cx, name, epilogue, Right { w: op.w, lines, w_stride, tap_stride })
 }
 
 pub fn backward(op: &Conv2dBackward, cx: &Cx) -> Vec<Launch> {
-    let d_x = cx.output(0);
-    let (dtype, held) = (cx.dtype(op.d_y), cx.is_factor(op.w));
+    let (d_x, held) = (cx.output(0), cx.is_factor(op.w));
     let [kh, kw, i, o] = cx.shape(op.w)[..] else { unreachable!("checked by infer") };
-    let (rows, pixels) = rows(cx.shape(d_x));
-    let epilogue = Epilogue { sample: Divisor::new(pixels), ..Epilogue::new(cx, d_x, op.residual) };
+    let shape = backward_shape(op, cx.program, d_x, cx.hopper);
+    let epilogue = store(cx, d_x, op.residual);
     // Held [O, kh, kw, I], a line is one reduced channel; given [kh, kw, I, O], one output channel.
     let (lines, w_stride, tap_stride) = if held { (Lines::Across, kh * kw * i, i) } else { (Lines::Reduced, o, i * o) };
     if is_product(&[kh, kw], op.stride, op.padding) {
         let left = Operand { address: cx.address(op.d_y), lines: Lines::Reduced, stride: o };
         let right = Operand { address: cx.address(op.w), lines, stride: w_stride };
-        let product = Product { dtype, left, right, rows, columns: i, depth: o, sample_rows: pixels, half: 0 };
-        return vec![product.launch(cx, epilogue)];
+        return Product { shape, left, right, half: 0 }.launches(epilogue, cx.workspace);
     }
-    let gather =
-        Gather { x: op.d_y, kernel: [kh, kw], stride: op.stride, padding: op.padding, is_backward: true, output: d_x };
+    let gather = Gather {
+        shape,
+        x: op.d_y,
+        kernel: [kh, kw],
+        stride: op.stride,
+        padding: op.padding,
+        is_backward: true,
+        output: d_x,
+    };
     let name = if held { "conv2d_backward_a" } else { "conv2d_backward_r" };
-    vec![gather.launch(cx, name, epilogue, Right { w: op.w, lines, columns: i, w_stride, tap_stride })]
+    gather.launches(cx, name, epilogue, Right { w: op.w, lines, w_stride, tap_stride })
 }
 
 /// What is gathered, and for which output.
 struct Gather {
+    shape: Shape,
     x: ValueId,
     kernel: [usize; 2],
     stride: usize,
@@ -102,70 +151,65 @@ struct Gather {
 struct Right {
     w: ValueId,
     lines: Lines,
-    columns: usize,
     w_stride: usize,
     tap_stride: usize,
 }
 
 impl Gather {
-    /// The same on Hopper, if it can be.
-    fn hopper(&self, cx: &Cx, right: &Right) -> Option<HopperProduct> {
+    fn on_hopper(&self, cx: &Cx, right: &Right) -> HopperProduct {
         let [batch, height, width, channels] = cx.shape(self.x)[..] else { unreachable!("checked by infer") };
         let [_, y_height, y_width, _] = cx.shape(self.output)[..] else { unreachable!("checked by infer") };
         let direction = if self.is_backward { -1 } else { 1 };
         let [top, left, ..] = self.padding.map(|n| -direction * n as i32);
-        let product = HopperProduct {
-            dtype: cx.dtype(self.x),
+        let Right { w, lines, w_stride, tap_stride } = *right;
+        HopperProduct {
+            shape: self.shape,
             x: cx.address(self.x),
             extents: [channels, width, height, batch],
             output: [y_width, y_height],
             kernel: self.kernel,
             offset: [top, left],
             direction,
-            right: HopperRight {
-                w: cx.address(right.w),
-                lines: right.lines,
-                columns: right.columns,
-                stride: right.w_stride,
-                tap_stride: right.tap_stride,
-                half: 0,
-            },
-        };
-        (self.stride == 1 && product.is_possible()).then_some(product)
+            right: HopperRight { w: cx.address(w), lines, stride: w_stride, tap_stride, half: 0 },
+        }
     }
 
-    fn launch(&self, cx: &Cx, name: &str, epilogue: Epilogue, right: Right) -> Launch {
-        let (dtype, shape, output) = (cx.dtype(self.x), cx.shape(self.x), cx.shape(self.output));
-        let [kh, kw] = self.kernel;
-        let (rows, pixels) = rows(output);
-        let (channels, address, w) = (shape[3], cx.address(self.x), cx.address(right.w));
-        if let Some(product) = self.hopper(cx, &right).filter(|_| cx.hopper) {
-            return product.launch(Epilogue { sample: Divisor::new(pixels), ..epilogue });
+    fn launches(&self, cx: &Cx, name: &str, epilogue: Epilogue, right: Right) -> Vec<Launch> {
+        let (input, output) = (cx.shape(self.x), cx.shape(self.output));
+        let Shape { dtype, rows, columns, depth, .. } = self.shape;
+        let (channels, address, w) = (input[3], cx.address(self.x), cx.address(right.w));
+        let cut = self.shape.cut();
+        if cut.tile.hopper {
+            return self.on_hopper(cx, &right).launches(epilogue, cx.workspace);
         }
-        let blocking = Blocking::choose(dtype, pixels, right.columns);
         let params = ConvParams {
-            epilogue: Epilogue { sample: Divisor::new(pixels), ..epilogue },
+            epilogue,
             x: address,
             w,
             row: Divisor::new(output[2]),
             channels: Divisor::new(channels),
-            kernel_row: Divisor::new(kw),
+            kernel_row: Divisor::new(self.kernel[1]),
             stride: Divisor::new(self.stride),
             rows: rows as i32,
-            columns: right.columns as i32,
-            depth: (kh * kw * channels) as i32,
-            height: shape[1] as i32,
-            width: shape[2] as i32,
+            columns: columns as i32,
+            depth: depth as i32,
+            height: input[1] as i32,
+            width: input[2] as i32,
             top: self.padding[0] as i32,
             left: self.padding[1] as i32,
             w_stride: right.w_stride as i32,
             tap_stride: right.tap_stride as i32,
             x_aligned: i32::from(aligned(dtype, address, channels)),
-            w_aligned: i32::from(aligned(dtype, w, right.w_stride) && aligned(dtype, w, right.tap_stride)),
+            w_aligned: i32::from(
+                aligned(dtype, w, right.w_stride) && (!self.is_backward || aligned(dtype, w, right.tap_stride)),
+            ),
             unused: 0,
+            split: Split::new(&cut, cx.workspace),
         };
-        let grid = [right.columns.div_ceil(blocking.side), rows.div_ceil(blocking.side), 1];
-        let shared = blocking.shared(dtype, Lines::Reduced, right.lines);
-        Launch::new(format!("{name}_{}_{dtype}", blocking.side), grid, blocking.threads, shared, params)
+        let grid = [columns.div_ceil(cut.tile.columns), rows.div_ceil(cut.tile.rows), cut.splits];
+        let shared = ring_bytes(&cut.tile, dtype, Lines::Reduced, right.lines);
+        let kernel = format!("{name}_{}_{dtype}", cut.tile.name);
+        let product = Launch::new(kernel, grid, cut.tile.threads, shared, params);
+        [Some(product), finish(&self.shape, &cut, epilogue, cx.workspace)].into_iter().flatten().collect()
     }
 }

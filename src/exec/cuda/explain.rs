@@ -35,6 +35,12 @@ pub const PEAKS: [Peak; 8] = [
     Peak { name: "rtx5090", arch: "120", tensor: 209.5, vector: 104.8, bandwidth: 1792.0 },
 ];
 
+impl Peak {
+    pub fn is_hopper(&self) -> bool {
+        self.arch == HOPPER
+    }
+}
+
 impl std::str::FromStr for Peak {
     type Err = String;
 
@@ -45,7 +51,10 @@ impl std::str::FromStr for Peak {
 }
 
 /// Plans as a GPU would need it, on machines that have none; it runs nothing.
-pub struct Planner;
+pub struct Planner {
+    /// Whether for Hopper.
+    pub hopper: bool,
+}
 
 impl Planner {
     fn refuse<T>() -> Result<T> {
@@ -55,7 +64,7 @@ impl Planner {
 
 impl Executor for Planner {
     fn workspace(&self, program: &Program, node: &Node) -> usize {
-        workspace(program, node)
+        workspace(program, node, self.hopper)
     }
 
     fn load(&mut self, _: Planned, _: &Model) -> Result<ProgramId> {
@@ -83,7 +92,7 @@ pub struct Row {
     pub op: String,
     /// With the registers of a thread, where this build has the kernel for the GPU.
     pub launches: Vec<(Launch, Option<u32>)>,
-    /// Read and written, each value once.
+    /// Read and written, each value once, and scratch once each way.
     pub bytes: usize,
     pub flops: u64,
     /// The least time that the peak rates allow.
@@ -100,7 +109,7 @@ pub struct Explained {
     pub rows: Vec<Row>,
 }
 
-/// Explains a program that was planned with a [`Planner`]. Nothing runs.
+/// Explains a program that was planned with a [`Planner`] for this GPU. Nothing runs.
 pub fn explain(planned: &Planned, peak: Peak) -> Explained {
     let Planned { program, plan } = planned;
     // Somewhere, aligned as the executor aligns.
@@ -113,14 +122,14 @@ pub fn explain(planned: &Planned, peak: Peak) -> Explained {
     let registers = registers(peak.arch);
     let rows = program.nodes.iter().enumerate().map(|(index, node)| {
         let workspace = plan.workspace[index].map_or(Address::NULL, |region| arena.offset(region.offset));
-        let cx = Cx { program, node, addresses: &addresses, workspace, hopper: peak.arch == HOPPER };
+        let cx = Cx { program, node, addresses: &addresses, workspace, hopper: peak.is_hopper() };
         row(program, node, launches_of(&cx), peak, &registers)
     });
     Explained { program: program.name.clone(), peak, rows: rows.collect() }
 }
 
 fn row(program: &Program, node: &Node, launches: Vec<Launch>, peak: Peak, registers: &HashMap<&str, u32>) -> Row {
-    let bytes = program.bytes_of(node);
+    let bytes = program.bytes_of(node) + 2 * workspace(program, node, peak.is_hopper());
     let flops = 2 * node.op.macs(program, &node.outputs);
     let single = node.op.inputs().first().is_some_and(|id| program.value(*id).dtype == DType::F32);
     let rate = if single { peak.vector } else { peak.tensor };

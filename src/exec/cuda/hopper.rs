@@ -1,8 +1,9 @@
 //! Launches of products and convolutions on Hopper. Contract: kernels/product_hopper.cu.
 
-use super::gemm::{Epilogue, Lines};
+use super::epilogue::{Epilogue, Split, finish};
+use super::gemm::Lines;
 use super::launch::{Address, Divisor, Launch, TensorMap};
-use crate::program::DType;
+use super::tiles::Shape;
 use bytemuck::{Pod, Zeroable};
 
 /// Matches what is behind the tensor maps of `HopperParams` in kernels/product_hopper.cu.
@@ -10,7 +11,7 @@ use bytemuck::{Pod, Zeroable};
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct HopperParams {
     epilogue: Epilogue,
-    partial: Address,
+    split: Split,
     tiles_x: Divisor,
     tiles_y: Divisor,
     chunks: Divisor,
@@ -25,8 +26,7 @@ struct HopperParams {
     direction: i32,
     columns: i32,
     stages: i32,
-    split_stages: i32,
-    unused: [i32; 23],
+    unused: [i32; 22],
 }
 const _: () = assert!(size_of::<HopperParams>() + 2 * TensorMap::BYTES == 512);
 
@@ -35,12 +35,11 @@ const ROWS: usize = 128;
 /// Reduced elements of a stage.
 const DEPTH: usize = TensorMap::LINE;
 const STAGES: usize = 5;
-/// Eight warps that compute and one that fetches.
-const THREADS: usize = 9 * 32;
 
 /// A product over images; a plain one is a 1x1 convolution of one image of one row.
 pub struct HopperProduct {
-    pub dtype: DType,
+    /// Which [`Shape::hopper`] says the kernel can make.
+    pub shape: Shape,
     pub x: Address,
     /// Channels, width, height, samples of x, which is dense.
     pub extents: [usize; 4],
@@ -57,8 +56,6 @@ pub struct HopperProduct {
 pub struct HopperRight {
     pub w: Address,
     pub lines: Lines,
-    /// All of n, for GEGLU both halves.
-    pub columns: usize,
     /// Elements from line to line, and from tap to tap.
     pub stride: usize,
     pub tap_stride: usize,
@@ -67,26 +64,6 @@ pub struct HopperRight {
 }
 
 impl HopperProduct {
-    /// Whether the kernel can: 16 bits, and every line begins at a multiple of 16 bytes.
-    pub fn is_possible(&self) -> bool {
-        let HopperRight { w, lines, columns, stride, tap_stride, half } = self.right;
-        let eights = [self.extents[0], stride, tap_stride, half];
-        let paired = half == 0 || lines == Lines::Reduced;
-        let across = lines == Lines::Reduced || columns.is_multiple_of(8);
-        self.dtype.bytes() == 2
-            && self.x.is_aligned()
-            && w.is_aligned()
-            && eights.iter().all(|n| n.is_multiple_of(8))
-            && paired
-            && across
-    }
-
-    /// Columns of a block: those that leave fewer of the last block's for nothing.
-    fn side(&self) -> usize {
-        let padded = |side: usize| self.right.columns.next_multiple_of(side);
-        if padded(160) <= padded(128) { 160 } else { 128 }
-    }
-
     /// Extents of a block's box of pixels, powers of two: those that need the fewest blocks, wide ones first.
     fn pixels(&self) -> [usize; 3] {
         let ([width, height], batch) = (self.output, self.extents[3]);
@@ -99,11 +76,12 @@ impl HopperProduct {
     fn left_map(&self, [x, y, b]: [usize; 3]) -> TensorMap {
         let [c, width, height, _] = self.extents;
         let strides = [c, c * width, c * width * height];
-        TensorMap { dtype: self.dtype, address: self.x, extents: self.extents, strides, window: [DEPTH, x, y, b] }
+        TensorMap { dtype: self.shape.dtype, address: self.x, extents: self.extents, strides, window: [DEPTH, x, y, b] }
     }
 
     fn right_map(&self, side: usize) -> TensorMap {
-        let HopperRight { w, lines, columns, stride, tap_stride, half } = self.right;
+        let HopperRight { w, lines, stride, tap_stride, half } = self.right;
+        let columns = self.shape.columns;
         let (channels, taps) = (self.extents[0], self.kernel[0] * self.kernel[1]);
         let (extents, strides, window) = match lines {
             Lines::Reduced if half > 0 => {
@@ -112,18 +90,19 @@ impl HopperProduct {
             Lines::Reduced => ([channels, columns, taps, 1], [stride, tap_stride, 0], [DEPTH, side, 1, 1]),
             Lines::Across => ([columns, channels, taps, 1], [stride, tap_stride, 0], [TensorMap::LINE, DEPTH, 1, 1]),
         };
-        TensorMap { dtype: self.dtype, address: w, extents, strides, window }
+        TensorMap { dtype: self.shape.dtype, address: w, extents, strides, window }
     }
 
-    pub fn launch(&self, epilogue: Epilogue) -> Launch {
-        let HopperRight { lines, columns, .. } = self.right;
-        let (side, [x, y, b]) = (self.side(), self.pixels());
+    /// `workspace` as [`Shape::workspace`] asks for.
+    pub fn launches(&self, epilogue: Epilogue, workspace: Address) -> Vec<Launch> {
+        let (cut, lines, columns) = (self.shape.cut(), self.right.lines, self.shape.columns);
+        let (side, [x, y, b]) = (cut.tile.columns, self.pixels());
         let ([width, height], batch, chunks) = (self.output, self.extents[3], self.extents[0].div_ceil(DEPTH));
         let [tiles_x, tiles_y, tiles_b] = [width.div_ceil(x), height.div_ceil(y), batch.div_ceil(b)];
         let stages = chunks * self.kernel[0] * self.kernel[1];
         let params = HopperParams {
             epilogue,
-            partial: Address::NULL,
+            split: Split::new(&cut, workspace),
             tiles_x: Divisor::new(tiles_x),
             tiles_y: Divisor::new(tiles_y),
             chunks: Divisor::new(chunks),
@@ -138,18 +117,18 @@ impl HopperProduct {
             direction: self.direction,
             columns: columns as i32,
             stages: stages as i32,
-            split_stages: stages as i32,
-            unused: [0; 23],
+            unused: [0; 22],
         };
-        let grid = [columns.div_ceil(side), tiles_x * tiles_y * tiles_b, 1];
+        let grid = [columns.div_ceil(side), tiles_x * tiles_y * tiles_b, cut.splits];
         let (name, lines) = match lines {
             Lines::Reduced => ("r", side),
             Lines::Across => ("a", side.next_multiple_of(TensorMap::LINE)),
         };
         // The ring, and two barriers for each of its stages.
         let shared = STAGES * ((ROWS + lines) * TensorMap::LINE_BYTES + 2 * 8);
-        let kernel = format!("product_hopper_{name}_{side}_{}", self.dtype);
-        Launch::new(kernel, grid, THREADS, shared, params)
-            .with_maps(vec![self.left_map([x, y, b]), self.right_map(side)])
+        let kernel = format!("product_hopper_{name}_{side}_{}", self.shape.dtype);
+        let maps = vec![self.left_map([x, y, b]), self.right_map(side)];
+        let product = Launch::new(kernel, grid, cut.tile.threads, shared, params).with_maps(maps);
+        [Some(product), finish(&self.shape, &cut, epilogue, workspace)].into_iter().flatten().collect()
     }
 }

@@ -12,6 +12,7 @@ mod driver;
 mod elementwise;
 mod embedding;
 mod emulated;
+mod epilogue;
 mod explain;
 mod gemm;
 mod group_norm;
@@ -21,6 +22,7 @@ mod norm;
 mod reduce;
 mod resample;
 mod store;
+mod tiles;
 mod update;
 
 pub use device::{Gpu, Resources};
@@ -282,20 +284,23 @@ fn launches_of(cx: &Cx) -> Vec<Launch> {
     }
 }
 
-/// Bytes of scratch an op needs, on any GPU.
-fn workspace(program: &Program, node: &Node) -> usize {
+/// Bytes of scratch an op needs, with the kernels for Hopper or without.
+fn workspace(program: &Program, node: &Node, hopper: bool) -> usize {
     match &node.op {
+        Op::Gemm(op) => gemm::workspace(op, program, hopper),
+        Op::GemmBackward(op) => gemm::backward_workspace(op, program, hopper),
+        Op::Conv2d(op) => conv2d::workspace(op, program, node.outputs[0], hopper),
+        Op::Conv2dBackward(op) => conv2d::backward_workspace(op, program, node.outputs[0], hopper),
         Op::AttentionBackward(op) => attention::backward_workspace(op, program),
         Op::Norm(op) => norm::workspace(op, program),
         Op::Resample(op) => resample::workspace(op, program),
-        Op::Gemm(_) | Op::GemmBackward(_) | Op::Conv2d(_) | Op::Conv2dBackward(_) | Op::Attention(_) => 0,
-        Op::Elementwise(_) | Op::Embedding(_) | Op::Update(_) => 0,
+        Op::Attention(_) | Op::Elementwise(_) | Op::Embedding(_) | Op::Update(_) => 0,
     }
 }
 
 impl Executor for Cuda {
     fn workspace(&self, program: &Program, node: &Node) -> usize {
-        workspace(program, node)
+        workspace(program, node, self.hopper)
     }
 
     fn free_memory(&self) -> Result<Option<usize>> {

@@ -1,0 +1,95 @@
+//! What happens to the sums of a product: the epilogue, and where a product is split the launch that makes outputs of its parts.
+//! Contracts: kernels/epilogue.cuh and kernels/finish.cu.
+
+use super::elementwise::{Pieces, THREADS};
+use super::launch::{Address, Cx, Divisor, Launch, activation};
+use super::tiles::{Cut, Shape};
+use crate::program::{Activation, DType, ValueId};
+use bytemuck::{Pod, Zeroable};
+
+/// What happens to a sum before it is stored. Matches `Epilogue` in kernels/epilogue.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub struct Epilogue {
+    pub y: Address,
+    pub bias: Address,
+    pub shift: Address,
+    pub residual: Address,
+    pub sample: Divisor,
+    pub shift_stride: i32,
+    pub columns: i32,
+    pub activation: i32,
+    pub together: i32,
+    pub unused: i32,
+}
+const _: () = assert!(size_of::<Epilogue>() == 64);
+
+impl Epilogue {
+    /// A bare store of `[.., columns]` to `y`, added to a residual if there is one.
+    pub fn new(cx: &Cx, y: ValueId, residual: Option<ValueId>) -> Epilogue {
+        let columns = cx.width(y);
+        Epilogue {
+            y: cx.address(y),
+            bias: Address::NULL,
+            shift: Address::NULL,
+            residual: cx.optional(residual),
+            sample: Divisor::new(1),
+            shift_stride: 0,
+            columns: columns as i32,
+            activation: activation(Activation::None),
+            together: [4, 2, 1].into_iter().find(|n| columns.is_multiple_of(*n)).map_or(1, |n| n as i32),
+            unused: 0,
+        }
+    }
+}
+
+/// Which part of a product's sums a block stores. Matches `Split` in kernels/product.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub struct Split {
+    partial: Address,
+    depth: i32,
+    unused: i32,
+}
+const _: () = assert!(size_of::<Split>() == 16);
+
+impl Split {
+    /// `workspace` holds the parts where there are several.
+    pub fn new(cut: &Cut, workspace: Address) -> Split {
+        let partial = if cut.splits > 1 { workspace } else { Address::NULL };
+        Split { partial, depth: cut.depth as i32, unused: 0 }
+    }
+}
+
+/// Matches `FinishParams` in kernels/finish.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct FinishParams {
+    epilogue: Epilogue,
+    partial: Address,
+    stride: i64,
+    columns: i32,
+    splits: i32,
+    pieces: Pieces,
+    unused: i32,
+}
+const _: () = assert!(size_of::<FinishParams>() == 112);
+
+/// Makes outputs of the parts in `workspace`, where there are several.
+pub fn finish(shape: &Shape, cut: &Cut, epilogue: Epilogue, workspace: Address) -> Option<Launch> {
+    if cut.splits == 1 {
+        return None;
+    }
+    // Four neighbours of f32 parts are 16 bytes, whatever the outputs are.
+    let pieces = Pieces::new(DType::F32, shape.rows, epilogue.columns as usize, &[workspace]);
+    let params = FinishParams {
+        epilogue,
+        partial: workspace,
+        stride: (shape.rows * shape.columns) as i64,
+        columns: shape.columns as i32,
+        splits: cut.splits as i32,
+        pieces,
+        unused: 0,
+    };
+    Some(Launch::new(format!("finish_{}", shape.dtype), pieces.grid(), THREADS, 0, params))
+}

@@ -1,0 +1,231 @@
+//! How a product is cut over the multiprocessors: the tile of outputs that a block computes, and the parts its reduced dimension is
+//! split into. A pure function of the shape, fed by one table; the same on every GPU.
+//!
+//! Nothing here was measured. The model counts clocks of a nominal GPU of 132 multiprocessors: the busiest one's rounds of
+//! blocks, the weights' way from memory, and for split products the way of the parts through memory and one more launch.
+
+use crate::program::DType;
+
+/// A block of outputs as kernels/gemm.cu and kernels/conv2d.cu have it, or kernels/product_hopper.cu.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Tile {
+    /// In the kernels' names.
+    pub name: &'static str,
+    /// Of kernels/product_hopper.cu.
+    pub hopper: bool,
+    pub rows: usize,
+    pub columns: usize,
+    pub threads: usize,
+    /// Blocks that a multiprocessor runs at once, by their registers and shared memory.
+    resident: usize,
+    /// Products of one output and one reduced element that a multiprocessor makes in a clock, fully occupied.
+    rate: f64,
+}
+
+/// Of 16-bit types. Rates are what shared memory allows at 128 bytes a clock: for 16 reduced elements a warp of 64x32 reads 3 KiB
+/// and makes 32768 products, one of 32x32 2 KiB and 16384, and a block of 128x128 writes 8 KiB for 262144, one of 64x64 4 KiB for
+/// 65536; together 1/8 and 3/16 of a byte a product.
+const HALF: [Tile; 2] = [
+    Tile { name: "128", hopper: false, rows: 128, columns: 128, threads: 256, resident: 2, rate: 1024.0 },
+    Tile { name: "64", hopper: false, rows: 64, columns: 64, threads: 128, resident: 5, rate: 683.0 },
+];
+
+/// Of 16-bit types on Hopper: four fifths of its tensor cores' 2048, which shared memory does not limit: for 16 reduced elements
+/// 64x128 (64x160) read it for 48 (56) of 64 (80) clocks.
+const HOPPER: [Tile; 2] = [
+    Tile { name: "160", hopper: true, rows: 128, columns: 160, threads: 288, resident: 1, rate: 1638.0 },
+    Tile { name: "128", hopper: true, rows: 128, columns: 128, threads: 288, resident: 1, rate: 1638.0 },
+];
+
+/// Of f32: for 1024 products a warp reads 12 times 128 bytes.
+const SINGLE: [Tile; 1] =
+    [Tile { name: "64", hopper: false, rows: 64, columns: 64, threads: 128, resident: 5, rate: 85.0 }];
+
+/// The nominal GPU, about an H100: multiprocessors, and bytes of device memory a clock.
+const MULTIPROCESSORS: usize = 132;
+const BANDWIDTH: f64 = 2048.0;
+/// Clocks of one more launch in a graph; of a block before its first and after its last stage; of a stage that comes from memory,
+/// when the ring asks for it two stages ahead.
+const LAUNCH: f64 = 3000.0;
+const BLOCK: f64 = 2000.0;
+const WAIT: f64 = 400.0;
+
+/// Bytes of depth of a stage, and of what parts are made of: whole stages of every kernel, so that all tiles split alike.
+const STAGE: usize = 64;
+const GRAIN: usize = 128;
+const MOST_SPLITS: usize = 32;
+/// Of all splits that come this close to the best the fewest are taken: in a larger batch parts are as many bytes more, and of less
+/// use.
+const CLOSE: f64 = 1.25;
+/// Samples that splits are chosen for, whatever the batch: those of guidance.
+const NOMINAL_BATCH: usize = 2;
+
+/// A product of `[rows, depth]` and `[depth, columns]`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Shape {
+    pub dtype: DType,
+    pub rows: usize,
+    /// What splits are chosen for instead of `rows`.
+    pub nominal_rows: usize,
+    /// Of the right operand: 2 H for a GEGLU.
+    pub columns: usize,
+    pub depth: usize,
+    /// Whether kernels/product_hopper.cu can make it, on the device at hand.
+    pub hopper: bool,
+}
+
+/// How a product is cut.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Cut {
+    pub tile: Tile,
+    /// At least 1; none is empty.
+    pub splits: usize,
+    /// Reduced elements of a part, the last one's excepted.
+    pub depth: usize,
+}
+
+impl Shape {
+    /// Of rows that belong to samples: `[B, .., C]`.
+    pub fn of_samples(dtype: DType, of_rows: &[usize], columns: usize, depth: usize) -> Shape {
+        let per_sample: usize = of_rows[1..of_rows.len() - 1].iter().product();
+        let (rows, nominal_rows) = (of_rows[0] * per_sample, NOMINAL_BATCH * per_sample);
+        Shape { dtype, rows, nominal_rows, columns, depth, hopper: false }
+    }
+
+    /// The same where `hopper` says that kernels/product_hopper.cu runs and can make it in 16 bits.
+    pub fn on_hopper(self, hopper: bool) -> Shape {
+        Shape { hopper: hopper && self.dtype != DType::F32, ..self }
+    }
+
+    /// Splits and instructions change the order of additions, so they follow from what a sample has; a tile does not
+    /// (kernels/product.cuh), so it follows from all rows.
+    pub fn cut(&self) -> Cut {
+        let best = |cuts: Vec<(Cut, f64)>| cuts.into_iter().min_by(|(_, a), (_, b)| a.total_cmp(b)).expect("a tile");
+        let nominal = Shape { rows: self.nominal_rows, ..*self };
+        let every: Vec<(Cut, f64)> = (1..=MOST_SPLITS).map(|splits| best(nominal.cuts(splits))).collect();
+        let limit = CLOSE * every.iter().map(|(_, clocks)| *clocks).fold(f64::INFINITY, f64::min);
+        let (fewest, _) = every.into_iter().find(|(_, clocks)| *clocks <= limit).expect("the best one");
+        best(self.cuts_of(fewest.splits, fewest.tile.hopper)).0
+    }
+
+    /// Every tile with as many parts as asked for, or fewer where some would be empty, and the clocks it takes.
+    fn cuts(&self, splits: usize) -> Vec<(Cut, f64)> {
+        let mut cuts = self.cuts_of(splits, false);
+        if self.hopper {
+            cuts.extend(self.cuts_of(splits, true));
+        }
+        cuts
+    }
+
+    /// The same of one kind of instructions.
+    fn cuts_of(&self, splits: usize, hopper: bool) -> Vec<(Cut, f64)> {
+        let depth = self.depth.div_ceil(splits).next_multiple_of(GRAIN / self.dtype.bytes());
+        let splits = self.depth.div_ceil(depth);
+        let tiles: &[Tile] = match (hopper, self.dtype) {
+            (true, _) => &HOPPER,
+            (false, DType::F32) => &SINGLE,
+            (false, _) => &HALF,
+        };
+        tiles.iter().map(|&tile| (Cut { tile, splits, depth }, self.clocks(Cut { tile, splits, depth }))).collect()
+    }
+
+    /// The busiest multiprocessor's rounds of blocks, or the right operand's way from memory; then the parts' way to memory and back.
+    fn clocks(&self, Cut { tile, splits, depth }: Cut) -> f64 {
+        let blocks = self.rows.div_ceil(tile.rows) * self.columns.div_ceil(tile.columns) * splits;
+        let busiest = blocks.div_ceil(MULTIPROCESSORS);
+        let rounds = busiest.div_ceil(tile.resident);
+        let together = busiest.div_ceil(rounds);
+        let deep = STAGE / self.dtype.bytes();
+        let stage = (together * tile.rows * tile.columns * deep) as f64 / tile.rate;
+        let work = rounds as f64 * (BLOCK + depth.min(self.depth).div_ceil(deep) as f64 * stage.max(WAIT));
+        let memory = (self.columns * self.depth * self.dtype.bytes()) as f64 / BANDWIDTH;
+        let finish = if splits > 1 { LAUNCH + 2.0 * self.partial_bytes(splits) as f64 / BANDWIDTH } else { 0.0 };
+        work.max(memory) + finish
+    }
+
+    /// Bytes of the parts of a split product, f32 `[splits, rows, columns]`.
+    fn partial_bytes(&self, splits: usize) -> usize {
+        splits * self.rows * self.columns * size_of::<f32>()
+    }
+
+    /// Scratch of the product.
+    pub fn workspace(&self) -> usize {
+        match self.cut().splits {
+            1 => 0,
+            splits => self.partial_bytes(splits),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Products of rows `[batch, side, side, ..]`.
+    fn shape(dtype: DType, batch: usize, [side, columns, depth]: [usize; 3]) -> Shape {
+        Shape::of_samples(dtype, &[batch, side, side, 1], columns, depth)
+    }
+
+    /// Side, columns and depth of what Stable Diffusion 1.5 is made of at 512x512, by level: a 3x3 convolution, a projection, the
+    /// two products of a feed-forward.
+    const LEVELS: [[[usize; 3]; 4]; 4] = [
+        [[64, 320, 2880], [64, 320, 320], [64, 2560, 320], [64, 320, 1280]],
+        [[32, 640, 5760], [32, 640, 640], [32, 5120, 640], [32, 640, 2560]],
+        [[16, 1280, 11520], [16, 1280, 1280], [16, 10240, 1280], [16, 1280, 5120]],
+        [[8, 1280, 11520], [8, 1280, 1280], [8, 10240, 1280], [8, 1280, 5120]],
+    ];
+
+    /// Some more: one row, the time embedding, ragged sizes, the decoder's last.
+    const OTHERS: [[usize; 3]; 7] =
+        [[1, 1, 1], [1, 1280, 320], [1, 1280, 1280], [3, 77, 5003], [7, 33, 130], [24, 640, 8640], [512, 3, 1152]];
+
+    fn shapes() -> impl Iterator<Item = (DType, [usize; 3])> {
+        let dtypes = [DType::F32, DType::F16, DType::BF16];
+        let all = LEVELS.concat().into_iter().chain(OTHERS);
+        all.flat_map(move |size| dtypes.map(|dtype| (dtype, size)))
+    }
+
+    #[test]
+    fn small_images_split_and_large_ones_do_not() {
+        let splits = |size| shape(DType::F16, 2, size).cut().splits;
+        assert_eq!(LEVELS[0].map(splits), [1; 4]);
+        for level in &LEVELS[2..] {
+            assert!(splits(level[0]) > 1 && splits(level[3]) > 1, "{level:?}");
+        }
+        let Cut { tile, splits, .. } = shape(DType::F16, 2, LEVELS[3][0]).cut();
+        assert!(128usize.div_ceil(tile.rows) * 1280usize.div_ceil(tile.columns) * splits >= 100);
+    }
+
+    #[test]
+    fn splits_follow_from_the_sample() {
+        for (dtype, size) in shapes() {
+            let of_batch = |batch| {
+                let Cut { splits, depth, .. } = shape(dtype, batch, size).cut();
+                (splits, depth)
+            };
+            for batch in [2, 3, 16, 64] {
+                assert_eq!(of_batch(batch), of_batch(1), "{dtype} {size:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_follow_from_all_rows() {
+        let tile = |batch| shape(DType::F16, batch, [8, 1280, 1280]).cut().tile.name;
+        assert_eq!((tile(1), tile(64)), ("64", "128"));
+        for (_, size) in shapes() {
+            assert_eq!(shape(DType::F32, 64, size).cut().tile.name, "64");
+        }
+    }
+
+    #[test]
+    fn parts_are_whole_stages_and_none_is_empty() {
+        for (dtype, size) in shapes() {
+            let shape = shape(dtype, 2, size);
+            let Cut { splits, depth, .. } = shape.cut();
+            assert!(depth.is_multiple_of(GRAIN / dtype.bytes()), "{dtype} {size:?}");
+            assert!((splits - 1) * depth < shape.depth && shape.depth <= splits * depth, "{dtype} {size:?}");
+            assert_eq!(shape.workspace() > 0, splits > 1);
+        }
+    }
+}
