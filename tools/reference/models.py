@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -158,9 +159,9 @@ def write_component(spec, name, folder, seed, dtype, coarse=False, prefix="", sh
     else:
         module.save_config(path)
         stem = "diffusion_pytorch_model"
-    tensors = {
-        prefix + key: draw(f"{name}/{key}", tuple(value.shape), seed, coarse).to(DTYPES[dtype]) for key, value in module.state_dict().items()
-    }
+    one = lambda item: (prefix + item[0], draw(f"{name}/{item[0]}", tuple(item[1].shape), seed, coarse).to(DTYPES[dtype]))  # noqa: E731
+    with ThreadPoolExecutor() as pool:
+        tensors = dict(pool.map(one, module.state_dict().items()))
     if shards == 1:
         save_file(tensors, os.path.join(path, f"{stem}.safetensors"), metadata={"format": "pt"})
         return
