@@ -196,15 +196,17 @@ def write_tokenizer(source, folder, name, pad):
     write_json(os.path.join(path, "special_tokens_map.json"), dict(special, pad_token=pad))
 
 
-def write_pipeline(spec, folder, tokenizer):
-    """Writes what belongs to no network: model_index.json, the scheduler and the tokenizers."""
+def write_pipeline(spec, folder, tokenizer=None):
+    """Writes what belongs to no network: model_index.json, the scheduler and the tokenizers, copied from a folder; none without, where a reader
+    takes CLIP's own."""
     os.makedirs(os.path.join(folder, "scheduler"), exist_ok=True)
     write_json(os.path.join(folder, "scheduler", "scheduler_config.json"), spec["scheduler"])
     index = {"_class_name": spec["pipeline"], "_diffusers_version": "0.42.1"}
     if is_xl(spec):
         index |= {"force_zeros_for_empty_prompt": True, "feature_extractor": [None, None], "image_encoder": [None, None]}
         index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer_2": ["transformers", "CLIPTokenizer"]}
-        write_tokenizer(tokenizer, folder, "tokenizer_2", "!")
+        if tokenizer:
+            write_tokenizer(tokenizer, folder, "tokenizer_2", "!")
     else:
         index |= {"feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False, "safety_checker": [None, None]}
     index |= {
@@ -215,5 +217,6 @@ def write_pipeline(spec, folder, tokenizer):
         "vae": ["diffusers", "AutoencoderKL"],
     }
     is_sd2 = not is_xl(spec) and spec["text"][0]["hidden_act"] == "gelu"
-    write_tokenizer(tokenizer, folder, "tokenizer", "!" if is_sd2 else "<|endoftext|>")
+    if tokenizer:
+        write_tokenizer(tokenizer, folder, "tokenizer", "!" if is_sd2 else "<|endoftext|>")
     write_json(os.path.join(folder, "model_index.json"), index)

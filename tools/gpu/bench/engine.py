@@ -1,13 +1,20 @@
 """A process that answers a line of JSON on stdin with one on stdout: the engine (`gpu_check turns`), or compiled PyTorch (peer.py)."""
 
+import contextlib
 import json
+import os
 import queue
+import signal
 import subprocess
 import threading
 
 
 class Failed(Exception):
     """The process could not do what it was asked; what it said."""
+
+
+class Late(Failed):
+    """It did not answer in time."""
 
 
 class Process:
@@ -17,7 +24,7 @@ class Process:
         """`patience`: seconds that an answer may take."""
         self.patience = patience
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True)
         self.answers: queue.Queue[str | None] = queue.Queue()
         self.complaints: list[str] = []
         threading.Thread(target=self._listen, daemon=True).start()
@@ -41,7 +48,7 @@ class Process:
         try:
             line = self.answers.get(timeout=max(within, 0.1))
         except queue.Empty:
-            raise Failed(f"no answer within {within:.0f} s") from None
+            raise Late(f"no answer within {within:.0f} s") from None
         if line is None:
             status = self.process.wait()
             raise Failed(f"its process ended with {status}: {next((c for c in reversed(self.complaints) if c), 'without a word')}")
@@ -63,7 +70,9 @@ class Process:
         return self.ask({"run": calls})["ms"]
 
     def close(self) -> None:
-        self.process.kill()
+        """Ends it and what it started: compilers have workers."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def __enter__(self):

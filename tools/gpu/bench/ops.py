@@ -54,7 +54,7 @@ def calls(shape: dict, device: torch.device, dtype: str) -> dict[str, Call]:
 BACKENDS = {
     "FlashAttention": [SDPBackend.FLASH_ATTENTION],
     "cuDNN": [SDPBackend.CUDNN_ATTENTION],
-    "SDPA's choice": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "SDPA without cuDNN": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
 }
 
 
