@@ -91,7 +91,7 @@ class Bench:
 
     def patience(self) -> float:
         """Seconds after which a GPU hangs; a CPU may take longer."""
-        return 60 if self.cuda and not self.args.engine_device else 3600
+        return 120 if self.cuda and not self.args.engine_device else 3600
 
     def inputs(self, model: str, batch: int) -> tuple[Path, Tensors]:
         """What the networks of a model read, of unit scale, as a file and as tensors."""
@@ -325,7 +325,9 @@ def write(bench: Bench) -> dict:
     report["goals"] = tables.goals(report)
     folder = args.out / f"{report['date']}-{'-'.join(re.findall('[a-z0-9]+', device.lower()))}"
     folder.mkdir(parents=True, exist_ok=True)
-    for file, text in (("bench.json", json.dumps(report, indent=1) + "\n"), ("bench.md", tables.markdown(report))):
+    # A part does not take the place of the whole.
+    stem = "-".join(["bench", *(args.only or [])])
+    for file, text in ((f"{stem}.json", json.dumps(report, indent=1) + "\n"), (f"{stem}.md", tables.markdown(report))):
         (folder / f"{file}.partial").write_text(text)
         (folder / f"{file}.partial").replace(folder / file)
     bench.folder = folder
@@ -346,7 +348,7 @@ def main() -> int:
     parser.add_argument("--time-limit", type=float, default=540, help="seconds; what was not reached is reported as not run")
     parser.add_argument("--compile-limit", type=float, default=300, help="seconds that torch.compile may take")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--only", type=lambda text: text.split(","), help="these cases, such as image,unet,ops")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="these cases, such as image,unet,ops, in a report of their own")
     parser.add_argument("--quick", action="store_true", help="a tiny model and the smallest op of each kind: a test of this program")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "rarebit-bench", help="weights and what the compiler found, kept")
     programs = [HERE.parent / "gpu_check", *(parent / "target/release/examples/gpu_check" for parent in HERE.parents)]
