@@ -357,6 +357,8 @@ def main() -> int:
     args = parser.parse_args()
     if not args.program:
         parser.error("there is no gpu_check beside this folder: cargo build --release --example gpu_check, or give --program")
+    if args.device != "cpu" and not torch.cuda.is_available():
+        parser.error("PyTorch finds no CUDA device here; --device cpu --quick tests this program without one")
     args.dtype = args.dtype or ("f32" if args.device == "cpu" else "bf16")
     bench = Bench(args)
     if unknown := set(args.only or []) - set(cases(Bench(argparse.Namespace(**vars(args) | {"only": None, "quick": False})))):

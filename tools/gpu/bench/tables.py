@@ -87,7 +87,7 @@ def table_of_goals(found: list[dict]) -> str:
 
 
 def spread(times: list[float]) -> str:
-    """Median, and the slowest and the fastest tenth."""
+    """Median, and where the fastest and the slowest tenth end."""
     ordered = sorted(times)
     tenth = len(ordered) // 10
     return f"{statistics.median(ordered):.4g} [{ordered[tenth]:.4g}, {ordered[-1 - tenth]:.4g}]"
@@ -165,8 +165,8 @@ def markdown(report: dict) -> str:
 
 rarebit {report["revision"]}; {software}. {report["seconds"]:.0f} s{", a test with a tiny model" if report["quick"] else ""}.
 
-Random weights by the published configurations, the same files on both sides; medians of up to {report["rounds"]} rounds by turns, in brackets the slowest
-and the fastest tenth; wall time between two waits for the device, both sides warm. PyTorch: diffusers' networks with SDPA, cudnn.benchmark, parameters
+Random weights by the published configurations, the same files on both sides; medians of up to {report["rounds"]} rounds by turns, in brackets the fastest
+and the slowest tenth; wall time between two waits for the device, both sides warm. PyTorch: diffusers' networks with SDPA, cudnn.benchmark, parameters
 frozen, no checkpointing. Below 1, a ratio says that rarebit takes less. `held`: device memory that went with the case, CUDA's own before it left out;
 PyTorch's peak: what it allocated, with the weights of the network alone. Load: from opening the files to the first result. Ops: many of one kind in one CUDA graph on
 both sides, what they read warm in the cache where it fits.
