@@ -22,7 +22,7 @@ use measure::Plan;
 use report::Case;
 use serde_json::{Value, json};
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 #[derive(clap::Args)]
 pub struct Bench {
@@ -84,6 +84,8 @@ struct Setup<'a> {
     executor: Box<dyn Executor>,
     settings: Settings,
     device: DeviceFlags,
+    /// Seconds that opening the model took.
+    open_s: f64,
     /// Bytes of device memory before anything was loaded.
     free: Option<usize>,
     seed: u64,
@@ -115,7 +117,9 @@ impl Bench {
 
 pub fn run(args: Bench) -> Result<()> {
     let baseline = args.baseline.as_deref().map(report::read).transpose()?;
+    let opened = Instant::now();
     let pipeline = args.model.open()?;
+    let opened = opened.elapsed().as_secs_f64();
     let settings = args.sampling.settings(&pipeline, args.device.program_dtype()?)?;
     let board = match args.device.device {
         Device::Cuda(ordinal) => Board::of(ordinal)?,
@@ -124,6 +128,7 @@ pub fn run(args: Bench) -> Result<()> {
     let executor = args.device.executor(false)?;
     let mut setup = Setup {
         pipeline: &pipeline,
+        open_s: opened,
         free: executor.free_memory()?,
         executor,
         settings,

@@ -64,7 +64,7 @@ impl Lockstep {
 
     /// An op as a program of the host's, which shares its buffers with all ops of those shapes.
     fn repeat(&mut self, program: &Program, node: &Node, weights: &Model) -> Result<Repeat> {
-        let mut alone = in_f32(program.alone(node));
+        let mut alone = in_f32(program.alone(node, 1));
         // `alone` has a value for each that is read, in this order, and then the results.
         let mut read: Vec<ValueId> = vec![];
         for id in node.op.inputs() {

@@ -10,7 +10,7 @@ use crate::methods::pipeline::Pipeline;
 use crate::methods::programs::{self, buffer, gradient_of};
 use crate::models::unet::{Added, Unet};
 use crate::models::vae;
-use crate::plan::plan;
+use crate::plan::{Footprint, plan};
 use crate::program::{Builder, DType, Program};
 use crate::sampler::LATENTS;
 use crate::{Error, Result};
@@ -62,6 +62,7 @@ pub struct Networks<'p> {
     pipeline: &'p Pipeline,
     executor: Box<dyn Executor>,
     dtype: DType,
+    loaded: Option<(ProgramId, Footprint)>,
 }
 
 const PREDICTION: &str = "prediction";
@@ -78,14 +79,26 @@ fn vector_jacobian(program: &Program, to: &[&str]) -> Result<Program> {
 impl<'p> Networks<'p> {
     /// `dtype` must be one the executor runs.
     pub fn new(pipeline: &'p Pipeline, executor: Box<dyn Executor>, dtype: DType) -> Networks<'p> {
-        Networks { pipeline, executor, dtype }
+        Networks { pipeline, executor, dtype, loaded: None }
     }
 
     fn load(&mut self, program: Program) -> Result<ProgramId> {
         // Every call brings its own shapes, and buffers of one name have one shape.
         self.executor.clear();
         let planned = plan(program, |program, node| self.executor.workspace(program, node));
-        self.executor.load(planned, &self.pipeline.model)
+        let footprint = Footprint::of(&[&planned]);
+        let id = self.executor.load(planned, &self.pipeline.model)?;
+        self.loaded = Some((id, footprint));
+        Ok(id)
+    }
+
+    /// The program that was loaded last, whose buffers still hold what it read, and the memory it was planned to take.
+    pub fn loaded(&self) -> Option<&(ProgramId, Footprint)> {
+        self.loaded.as_ref()
+    }
+
+    pub fn executor(&mut self) -> &mut dyn Executor {
+        &mut *self.executor
     }
 
     fn read(&self, name: &str, len: usize) -> Result<Vec<f32>> {
@@ -122,7 +135,7 @@ impl<'p> Networks<'p> {
         added: Option<&AddedConditions>,
     ) -> Result<Tensor> {
         let step = self.load_unet(latents.image_shape()?, context.len(), added.is_some())?;
-        self.write_unet(latents, timestep, context, added)?;
+        self.write_unet(latents, timestep, context, added, None)?;
         self.executor.run(step)?;
         let [b, _, h, w] = latents.image_shape()?;
         let shape = [b, h, w, self.pipeline.config.unet.out_channels];
@@ -142,8 +155,7 @@ impl<'p> Networks<'p> {
         let mut to = vec![LATENTS, buffer::CONTEXT];
         to.extend(added.map(|_| buffer::POOLED));
         let gradient = self.load_unet_gradient(shape, context.len(), added.is_some(), &to)?;
-        self.write_unet(latents, timestep, context, added)?;
-        self.executor.write(&gradient_of(PREDICTION), Data::F32(&cotangent.channels_last()?))?;
+        self.write_unet(latents, timestep, context, added, Some(cotangent))?;
         self.executor.run(gradient)?;
         let [b, c, h, w] = shape;
         let d_latents = self.read(&gradient_of(LATENTS), b * c * h * w)?;
@@ -154,12 +166,14 @@ impl<'p> Networks<'p> {
         })
     }
 
-    fn write_unet(
+    /// What a program of [`Networks::load_unet`] reads, and one of [`Networks::load_unet_gradient`] with the cotangent.
+    pub fn write_unet(
         &mut self,
         latents: &Tensor,
         timestep: f64,
         context: &[f32],
         added: Option<&AddedConditions>,
+        cotangent: Option<&Tensor>,
     ) -> Result<()> {
         self.executor.write(LATENTS, Data::F32(&latents.channels_last()?))?;
         self.executor.write(buffer::TIMESTEPS, Data::F64(&[timestep]))?;
@@ -167,6 +181,9 @@ impl<'p> Networks<'p> {
         if let Some(added) = added {
             self.executor.write(buffer::POOLED, Data::F32(&added.pooled))?;
             self.executor.write(buffer::SIZE_IDS, Data::F32(&added.size_ids))?;
+        }
+        if let Some(cotangent) = cotangent {
+            self.executor.write(&gradient_of(PREDICTION), Data::F32(&cotangent.channels_last()?))?;
         }
         Ok(())
     }

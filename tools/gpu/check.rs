@@ -16,6 +16,7 @@ mod common {
     pub mod optimised;
     pub mod products;
     pub mod rounded;
+    pub mod speed;
     pub mod storage;
 }
 mod conformance;
@@ -25,8 +26,9 @@ mod models;
 mod ops;
 mod report;
 mod section;
+mod turns;
 
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use device::{Choice, Device};
 use report::{Report, Summary};
 use section::{Event, Item, Row};
@@ -39,7 +41,10 @@ use std::time::{Duration, Instant};
 
 /// Check every kernel on a GPU and write a report.
 #[derive(Parser)]
+#[command(args_conflicts_with_subcommands = true)]
 struct Args {
+    #[command(subcommand)]
+    other: Option<Other>,
     /// cuda:N, or emulated
     #[arg(long, default_value = "cuda:0")]
     device: Choice,
@@ -70,6 +75,11 @@ struct Args {
     /// Tell events on stdout, from this item of `--only` on: how this program calls itself
     #[arg(long, hide = true)]
     from: Option<usize>,
+}
+
+#[derive(Subcommand)]
+enum Other {
+    Turns(turns::Turns),
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -112,9 +122,10 @@ const RESTARTS: usize = 8;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let outcome = match args.from {
-        Some(from) => tell(&args, from).map(|()| true),
-        None => check(&args),
+    let outcome = match (&args.other, args.from) {
+        (Some(Other::Turns(turns)), _) => turns::serve(turns, || emulation(&args)).map(|()| true),
+        (None, Some(from)) => tell(&args, from).map(|()| true),
+        (None, None) => check(&args),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

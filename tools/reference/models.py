@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -158,9 +159,9 @@ def write_component(spec, name, folder, seed, dtype, coarse=False, prefix="", sh
     else:
         module.save_config(path)
         stem = "diffusion_pytorch_model"
-    tensors = {
-        prefix + key: draw(f"{name}/{key}", tuple(value.shape), seed, coarse).to(DTYPES[dtype]) for key, value in module.state_dict().items()
-    }
+    one = lambda item: (prefix + item[0], draw(f"{name}/{item[0]}", tuple(item[1].shape), seed, coarse).to(DTYPES[dtype]))  # noqa: E731
+    with ThreadPoolExecutor() as pool:
+        tensors = dict(pool.map(one, module.state_dict().items()))
     if shards == 1:
         save_file(tensors, os.path.join(path, f"{stem}.safetensors"), metadata={"format": "pt"})
         return
@@ -195,15 +196,17 @@ def write_tokenizer(source, folder, name, pad):
     write_json(os.path.join(path, "special_tokens_map.json"), dict(special, pad_token=pad))
 
 
-def write_pipeline(spec, folder, tokenizer):
-    """Writes what belongs to no network: model_index.json, the scheduler and the tokenizers."""
+def write_pipeline(spec, folder, tokenizer=None):
+    """Writes what belongs to no network: model_index.json, the scheduler and the tokenizers, copied from a folder; none without, where a reader
+    takes CLIP's own."""
     os.makedirs(os.path.join(folder, "scheduler"), exist_ok=True)
     write_json(os.path.join(folder, "scheduler", "scheduler_config.json"), spec["scheduler"])
     index = {"_class_name": spec["pipeline"], "_diffusers_version": "0.42.1"}
     if is_xl(spec):
         index |= {"force_zeros_for_empty_prompt": True, "feature_extractor": [None, None], "image_encoder": [None, None]}
         index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer_2": ["transformers", "CLIPTokenizer"]}
-        write_tokenizer(tokenizer, folder, "tokenizer_2", "!")
+        if tokenizer:
+            write_tokenizer(tokenizer, folder, "tokenizer_2", "!")
     else:
         index |= {"feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False, "safety_checker": [None, None]}
     index |= {
@@ -214,5 +217,6 @@ def write_pipeline(spec, folder, tokenizer):
         "vae": ["diffusers", "AutoencoderKL"],
     }
     is_sd2 = not is_xl(spec) and spec["text"][0]["hidden_act"] == "gelu"
-    write_tokenizer(tokenizer, folder, "tokenizer", "!" if is_sd2 else "<|endoftext|>")
+    if tokenizer:
+        write_tokenizer(tokenizer, folder, "tokenizer", "!" if is_sd2 else "<|endoftext|>")
     write_json(os.path.join(folder, "model_index.json"), index)

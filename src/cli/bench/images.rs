@@ -1,10 +1,11 @@
 //! Whole images: how long one takes or how many a second gives, and where the time goes.
 
 use super::board::Board;
-use super::measure::Row;
+use super::measure::{Row, Times};
 use super::report::Case;
 use super::{PROMPT, Setup};
-use crate::methods::generate::{Generator, Image, Job};
+use crate::exec::cuda::AHEAD;
+use crate::methods::generate::{Generator, Image, Job, Progress};
 use crate::plan::Planned;
 use crate::weights::fingerprint;
 use crate::{Error, Result};
@@ -29,8 +30,13 @@ pub fn run(setup: &mut Setup<'_>, board: &Board, batch: usize) -> Result<Case> {
         (0..batch).map(job).collect()
     };
     let mut first: Option<Image> = None;
+    let mut starts = Starts::default();
     let mut make = |run: usize| -> Result<()> {
-        let made = loaded.run(&jobs(run), &mut |_| Ok(()))?;
+        starts.last = None;
+        let made = loaded.run(&jobs(run), &mut |progress| {
+            starts.see(&progress);
+            Ok(())
+        })?;
         first = first.take().or(made.into_iter().next());
         Ok(())
     };
@@ -67,6 +73,9 @@ pub fn run(setup: &mut Setup<'_>, board: &Board, batch: usize) -> Result<Case> {
                 "buffers": footprint.buffer_bytes, "held": held,
             },
             "energy": {"joules_per_image": joules.map(|j| j / made), "avg_w": joules.map(|j| j / seconds)},
+            // On the CPU the host does the work itself.
+            "host_us_per_step": setup.free.and_then(|_| starts.median_us()),
+            "open_s": setup.open_s,
             "load_s": load,
             "first_image_s": first_image,
             "determinism": {"image_hash": format!("{:016x}", fingerprint(image.rgb))},
@@ -74,6 +83,29 @@ pub fn run(setup: &mut Setup<'_>, board: &Board, batch: usize) -> Result<Case> {
         rows,
         total: Some(total),
     })
+}
+
+/// When the host starts the first steps of an image, which do not wait for the device: later ones wait until there is room there.
+#[derive(Default)]
+struct Starts {
+    last: Option<Instant>,
+    seconds: Vec<f64>,
+}
+
+impl Starts {
+    fn see(&mut self, progress: &Progress<'_>) {
+        if let Progress::Step { done, .. } = progress {
+            let now = Instant::now();
+            let before = self.last.replace(now).filter(|_| *done <= AHEAD);
+            self.seconds.extend(before.map(|before| (now - before).as_secs_f64()));
+        }
+    }
+
+    /// Microseconds from one to the next.
+    fn median_us(&self) -> Option<f64> {
+        let times = Times { ms: self.seconds.iter().map(|seconds| 1e3 * seconds).collect() };
+        (!times.ms.is_empty()).then(|| 1e3 * times.median())
+    }
 }
 
 /// Every program alone, on what the last image left in its buffers; `calls` are those of one batch.

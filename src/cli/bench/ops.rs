@@ -1,15 +1,19 @@
 //! Every kind of op of a sampling step alone: what it takes, and how much of the step it is.
 
 use super::Setup;
-use super::measure::{Row, wave};
+use super::measure::{Row, Times, wave};
 use super::report::Case;
 use crate::Result;
+use crate::cli::flags::Device;
 use crate::exec::Data;
 use crate::methods::generate::Generator;
 use crate::plan::plan;
-use crate::program::{DType, Origin, Program, ValueId};
+use crate::program::{DType, Node, Origin, Program, ValueId};
 use serde_json::json;
 use std::collections::HashMap;
+
+/// On a GPU an op is done so many times in a run: what a start takes is not the op's.
+const TOGETHER: usize = 20;
 
 /// The ops of a step for this many images, those of one shape once. Their times need not add up to the step's: alone, an op finds
 /// its inputs where the last run left them.
@@ -17,22 +21,23 @@ pub fn run(setup: &mut Setup<'_>, batch: usize) -> Result<Case> {
     let generator = Generator::plan(setup.pipeline, &*setup.executor, setup.settings.clone(), batch)?;
     setup.check_memory(&generator.footprint(), batch)?;
     let step = &generator.programs().step.program;
-    let mut kinds: Vec<(String, Program, usize)> = vec![];
+    let together = if matches!(setup.device.device, Device::Cuda(_)) { TOGETHER } else { 1 };
+    let mut kinds: Vec<(String, &Node, usize)> = vec![];
     let mut numbers: HashMap<String, usize> = HashMap::new();
     for node in &step.nodes {
-        let alone = step.alone(node);
-        let name = name(&alone);
+        let name = name(&step.alone(node, 1));
         match numbers.get(&name) {
             Some(&number) => kinds[number].2 += 1,
             None => {
                 numbers.insert(name.clone(), kinds.len());
-                kinds.push((name, alone, 1));
+                kinds.push((name, node, 1));
             }
         }
     }
     let mut rows = vec![];
-    for (name, program, calls) in kinds {
+    for (name, node, calls) in kinds {
         setup.executor.clear();
+        let program = step.alone(node, together);
         let planned = plan(program.clone(), |program, node| setup.executor.workspace(program, node));
         let id = setup.executor.load(planned, &setup.pipeline.model)?;
         for value in program.inputs.iter().map(|id| program.value(*id)) {
@@ -41,7 +46,8 @@ pub fn run(setup: &mut Setup<'_>, batch: usize) -> Result<Case> {
             }
         }
         let times = setup.plan.time_program(&mut *setup.executor, id)?;
-        rows.push(Row::of(name, calls, &program, times));
+        let each = Times { ms: times.ms.into_iter().map(|ms| ms / together as f64).collect() };
+        rows.push(Row::of(name, calls, &step.alone(node, 1), each));
     }
     setup.executor.clear();
     let most = |row: &Row| row.calls as f64 * row.times.median();

@@ -66,6 +66,8 @@ impl Case {
         words.extend(number("/mem/held").map(|x| format!("held {}", show_bytes(x as usize))));
         words.extend(number("/energy/joules_per_image").map(|x| format!("{x:.1} J/image")));
         words.extend(number("/energy/avg_w").map(|x| format!("{x:.0} W")));
+        words.extend(number("/host_us_per_step").map(|x| format!("host {x:.0} us/step")));
+        words.extend(number("/open_s").map(|x| format!("open {x:.2} s")));
         words.extend(number("/load_s").map(|x| format!("load {x:.2} s")));
         words.extend(number("/first_image_s").map(|x| format!("first {x:.2} s")));
         words.extend(

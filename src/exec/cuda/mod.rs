@@ -25,7 +25,7 @@ mod store;
 mod tiles;
 mod update;
 
-pub use device::{Gpu, Resources};
+pub use device::{AHEAD, Gpu, Resources};
 pub use driver::{Driver, Function, Graph, Work};
 pub use emulated::{Copies, Emulated, Order, Settings};
 pub use explain::{Explained, PEAKS, Peak, Planner, Row, explain};

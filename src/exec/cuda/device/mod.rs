@@ -17,6 +17,7 @@ use crate::{Error, Result};
 use cudarc::driver::{DriverError, result, sys};
 use graphs::Graphs;
 use library::{Version, Words, failed, find, version};
+pub use pace::AHEAD;
 use pace::Pace;
 use staging::Staging;
 use std::collections::{BTreeMap, HashMap};

@@ -2,8 +2,8 @@
 
 use cudarc::driver::{DriverError, result, sys};
 
-/// Graphs that may be started and not done.
-const AHEAD: usize = 4;
+/// Graphs that may be started and not done: so many are started without waiting for one before.
+pub const AHEAD: usize = 4;
 
 /// An event behind each of the last graphs.
 pub struct Pace {
