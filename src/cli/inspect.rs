@@ -132,7 +132,7 @@ fn plan<'p>(args: &Inspect, pipeline: &'p Pipeline) -> Result<Generator<'p>> {
     let settings = args.sampling.settings(pipeline, device.program_dtype()?)?;
     match device.device {
         Device::Cuda(_) => {
-            let hopper = args.explain.is_none_or(|peak| peak.is_hopper());
+            let hopper = args.explain.map_or(cuda::Hopper::Auto, |peak| peak.hopper());
             Generator::plan(pipeline, &cuda::Planner { hopper }, settings, args.batch)
         }
         Device::Auto | Device::Cpu => Generator::plan(pipeline, &*device.executor(false)?, settings, args.batch),

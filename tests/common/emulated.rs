@@ -3,23 +3,37 @@
 //! `RAREBIT_KERNELS` names another folder of kernels (planted defects), `RAREBIT_CXXFLAGS` adds flags (sanitizers, coverage), and
 //! `RAREBIT_EMULATION` is where the library is kept.
 
-use rarebit::exec::cuda::{Cuda, Emulated, Settings};
+use rarebit::exec::cuda::{Cuda, Emulated, Hopper, Settings};
+use rarebit::program::{Op, Program};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 use std::{env, fs};
 
-/// An executor on the emulated driver, with the kernels that run on any GPU.
+/// An executor on the emulated driver, with the kernels for any GPU.
 pub fn cuda(settings: Settings) -> Cuda {
-    hopper(settings).with_hopper(env::var_os("RAREBIT_HOPPER").is_some())
+    on(settings, Hopper::Off)
 }
 
-/// The same with the kernels for Hopper, where there are such.
-pub fn hopper(settings: Settings) -> Cuda {
+/// Executors for a program: that, and where there are others for Hopper that it could use, one with those.
+pub fn cudas(settings: Settings, program: &Program) -> Vec<Cuda> {
+    let all = [Hopper::Off, Hopper::Always].into_iter().take(if could_use_hopper(program) { 2 } else { 1 });
+    all.map(|hopper| on(settings, hopper)).collect()
+}
+
+/// Whether it has products of 16 bits.
+pub fn could_use_hopper(program: &Program) -> bool {
+    let is_product = |op: &Op| {
+        matches!(op, Op::Gemm(_) | Op::GemmBackward(_) | Op::Conv2d(_) | Op::Conv2dBackward(_) | Op::Attention(_))
+    };
+    program.dtype.bytes() == 2 && program.nodes.iter().any(|node| is_product(&node.op))
+}
+
+fn on(settings: Settings, hopper: Hopper) -> Cuda {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     let path = LIBRARY.get_or_init(build);
-    Cuda::new(Box::new(Emulated::open(path, settings).unwrap()))
+    Cuda::new(Box::new(Emulated::open(path, settings).unwrap())).with_hopper(hopper)
 }
 
 /// Whether `RAREBIT_CASES` asks for a case: it names parts of names, separated by `|`.

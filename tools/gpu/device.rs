@@ -1,9 +1,10 @@
 //! The device under test, shared by every executor that a section makes: opening it loads all kernels, which is not done per case.
 
+use crate::common::emulated::could_use_hopper;
 use rarebit::exec::cuda::{
-    Address, Cuda, Driver, Emulated, Function, Gpu, Graph, Launch, Settings, TensorMap, Work, kernels,
+    Address, Cuda, Driver, Emulated, Function, Gpu, Graph, Hopper, Launch, Settings, TensorMap, Work, kernels,
 };
-use rarebit::program::{Op, Program};
+use rarebit::program::Program;
 use rarebit::{Error, Result};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -97,13 +98,9 @@ impl Device {
     /// What a program is checked on, with a word for its rows: the kernels for any GPU, and where there are others for Hopper that it
     /// could use, also those.
     pub fn cudas(&self, guards: bool, program: &Program) -> Vec<(Cuda, &'static str)> {
-        let product = |op: &Op| {
-            matches!(op, Op::Gemm(_) | Op::GemmBackward(_) | Op::Conv2d(_) | Op::Conv2dBackward(_) | Op::Attention(_))
-        };
-        let could = program.dtype.bytes() == 2 && program.nodes.iter().any(|node| product(&node.op));
-        let mut cudas = vec![(self.cuda(guards).with_hopper(false), "")];
-        if could && self.lease().hopper() {
-            cudas.push((self.cuda(guards), ", Hopper"));
+        let mut cudas = vec![(self.cuda(guards).with_hopper(Hopper::Off), "")];
+        if could_use_hopper(program) && self.lease().hopper() {
+            cudas.push((self.cuda(guards).with_hopper(Hopper::Always), ", Hopper"));
         }
         cudas
     }

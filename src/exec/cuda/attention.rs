@@ -2,6 +2,7 @@
 
 use super::gemm::{aligned, pitch};
 use super::launch::{Address, Cx, Divisor, Launch, TensorMap};
+use super::tiles::Hopper;
 use crate::program::{Attention, AttentionBackward, Cols, DType, Op, Program, ValueId};
 use crate::{Error, Result};
 use bytemuck::{Pod, Zeroable};
@@ -197,7 +198,7 @@ fn tensor_map(cx: &Cx, cols: Cols, sizes: &Sizes, tokens: usize, rows: usize) ->
 
 /// On Hopper, if its kernels can: rows and heads begin at multiples of 16 bytes.
 fn hopper(op: &Attention, cx: &Cx, sizes: &Sizes) -> Option<Launch> {
-    let tiles = HopperTiles::new(op, sizes).filter(|_| cx.hopper)?;
+    let tiles = HopperTiles::new(op, sizes).filter(|_| cx.hopper != Hopper::Off)?;
     let columns = [op.q, op.k, op.v].map(|cols| Columns::new(cx, cols, op.head_dim));
     if columns.iter().any(|columns| columns.aligned == 0) {
         return None;

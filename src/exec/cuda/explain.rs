@@ -1,6 +1,7 @@
 //! What a program will do on a GPU, op by op, before it runs there: kernels, grids, memory, and the time that peak rates allow.
 
 use super::launch::{Address, Cx, Launch};
+use super::tiles::Hopper;
 use super::{HOPPER, kernels, launches_of, workspace};
 use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::plan::Planned;
@@ -36,8 +37,9 @@ pub const PEAKS: [Peak; 8] = [
 ];
 
 impl Peak {
-    pub fn is_hopper(&self) -> bool {
-        self.arch == HOPPER
+    /// What the kernels for Hopper do there.
+    pub fn hopper(&self) -> Hopper {
+        Hopper::Auto.where_it_can(self.arch == HOPPER)
     }
 }
 
@@ -52,8 +54,7 @@ impl std::str::FromStr for Peak {
 
 /// Plans as a GPU would need it, on machines that have none; it runs nothing.
 pub struct Planner {
-    /// Whether for Hopper.
-    pub hopper: bool,
+    pub hopper: Hopper,
 }
 
 impl Planner {
@@ -122,14 +123,14 @@ pub fn explain(planned: &Planned, peak: Peak) -> Explained {
     let registers = registers(peak.arch);
     let rows = program.nodes.iter().enumerate().map(|(index, node)| {
         let workspace = plan.workspace[index].map_or(Address::NULL, |region| arena.offset(region.offset));
-        let cx = Cx { program, node, addresses: &addresses, workspace, hopper: peak.is_hopper() };
+        let cx = Cx { program, node, addresses: &addresses, workspace, hopper: peak.hopper() };
         row(program, node, launches_of(&cx), peak, &registers)
     });
     Explained { program: program.name.clone(), peak, rows: rows.collect() }
 }
 
 fn row(program: &Program, node: &Node, launches: Vec<Launch>, peak: Peak, registers: &HashMap<&str, u32>) -> Row {
-    let bytes = program.bytes_of(node) + 2 * workspace(program, node, peak.is_hopper());
+    let bytes = program.bytes_of(node) + 2 * workspace(program, node, peak.hopper());
     let flops = 2 * node.op.macs(program, &node.outputs);
     let single = node.op.inputs().first().is_some_and(|id| program.value(*id).dtype == DType::F32);
     let rate = if single { peak.vector } else { peak.tensor };

@@ -3,7 +3,7 @@
 use super::epilogue::{Epilogue, Split, finish};
 use super::hopper::{HopperProduct, HopperRight};
 use super::launch::{Address, Cx, Launch, activation, is_factor};
-use super::tiles::{Shape, Tile};
+use super::tiles::{Hopper, Shape, Tile};
 use crate::program::{Activation, DType, Gemm, GemmBackward, Program};
 use bytemuck::{Pod, Zeroable};
 
@@ -143,37 +143,37 @@ fn half(op: &Gemm, columns: usize) -> usize {
     if op.activation == Activation::Geglu { columns / 2 } else { 0 }
 }
 
-fn shape(op: &Gemm, program: &Program, hopper: bool) -> Shape {
+fn shape(op: &Gemm, program: &Program, hopper: Hopper) -> Shape {
     let [depth, columns] = program.shape(op.w)[..] else { unreachable!("checked by infer") };
     let shape = Shape::of_samples(program.value(op.x).dtype, program.shape(op.x), columns, depth);
     let lines = if is_factor(program, op.w) { Lines::Reduced } else { Lines::Across };
-    shape.on_hopper(hopper && hopper_can(&shape, lines, half(op, columns)))
+    shape.on_hopper(hopper, hopper_can(&shape, lines, half(op, columns)))
 }
 
-fn backward_shape(op: &GemmBackward, program: &Program, hopper: bool) -> Shape {
+fn backward_shape(op: &GemmBackward, program: &Program, hopper: Hopper) -> Shape {
     match *op {
         GemmBackward::Input { d_y, w, .. } => {
             let [k, n] = program.shape(w)[..] else { unreachable!("checked by infer") };
             let shape = Shape::of_samples(program.value(d_y).dtype, program.shape(d_y), k, n);
             let lines = if is_factor(program, w) { Lines::Across } else { Lines::Reduced };
-            shape.on_hopper(hopper && hopper_can(&shape, lines, 0))
+            shape.on_hopper(hopper, hopper_can(&shape, lines, 0))
         }
         GemmBackward::Weight { x, d_y } => {
             let of_x = program.shape(x);
             let (k, n) = (of_x[of_x.len() - 1], program.shape(d_y)[of_x.len() - 1]);
             let depth = of_x[..of_x.len() - 1].iter().product();
             // A sum over the batch: its rows are the weight's.
-            Shape { dtype: program.value(x).dtype, rows: k, nominal_rows: k, columns: n, depth, hopper: false }
+            Shape { dtype: program.value(x).dtype, rows: k, nominal_rows: k, columns: n, depth, hopper: Hopper::Off }
         }
     }
 }
 
 /// Bytes of a split product's parts.
-pub fn workspace(op: &Gemm, program: &Program, hopper: bool) -> usize {
+pub fn workspace(op: &Gemm, program: &Program, hopper: Hopper) -> usize {
     shape(op, program, hopper).workspace()
 }
 
-pub fn backward_workspace(op: &GemmBackward, program: &Program, hopper: bool) -> usize {
+pub fn backward_workspace(op: &GemmBackward, program: &Program, hopper: Hopper) -> usize {
     backward_shape(op, program, hopper).workspace()
 }
 

@@ -1,6 +1,7 @@
 //! A launch is a value: which kernel, how many blocks and threads, how much shared memory, and the bytes of its parameters.
 
 use super::driver::Driver;
+use super::tiles::Hopper;
 use crate::Result;
 use crate::program::{Activation, Cols, DType, Node, Origin, Program, ValueId};
 use bytemuck::Pod;
@@ -142,8 +143,7 @@ pub struct Cx<'a> {
     /// Per value.
     pub addresses: &'a [Address],
     pub workspace: Address,
-    /// Whether the kernels for Hopper run.
-    pub hopper: bool,
+    pub hopper: Hopper,
 }
 
 impl Cx<'_> {

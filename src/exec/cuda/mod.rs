@@ -30,6 +30,7 @@ pub use driver::{Driver, Function, Graph, Work};
 pub use emulated::{Copies, Emulated, Order, Settings};
 pub use explain::{Explained, PEAKS, Peak, Planner, Row, explain};
 pub use launch::{Address, Divisor, Launch, TensorMap};
+pub use tiles::Hopper;
 
 /// What build.rs made of kernels/.
 pub mod kernels {
@@ -61,7 +62,7 @@ pub struct Cuda {
     guards: bool,
     check_finite: bool,
     graphs: bool,
-    hopper: bool,
+    hopper: Hopper,
 }
 
 /// A program with its launches.
@@ -91,7 +92,7 @@ enum Replay {
 
 impl Cuda {
     pub fn new(driver: Box<dyn Driver>) -> Cuda {
-        let hopper = driver.hopper();
+        let hopper = Hopper::Auto.where_it_can(driver.hopper());
         Cuda {
             hopper,
             driver,
@@ -111,9 +112,9 @@ impl Cuda {
         self
     }
 
-    /// Whether the kernels for Hopper run, where the driver has them; else those for any GPU do all.
-    pub fn with_hopper(mut self, on: bool) -> Cuda {
-        self.hopper = on && self.driver.hopper();
+    /// What the kernels for Hopper do, where the driver has them.
+    pub fn with_hopper(mut self, hopper: Hopper) -> Cuda {
+        self.hopper = hopper.where_it_can(self.driver.hopper());
         self
     }
 
@@ -284,8 +285,8 @@ fn launches_of(cx: &Cx) -> Vec<Launch> {
     }
 }
 
-/// Bytes of scratch an op needs, with the kernels for Hopper or without.
-fn workspace(program: &Program, node: &Node, hopper: bool) -> usize {
+/// Bytes of scratch an op needs.
+fn workspace(program: &Program, node: &Node, hopper: Hopper) -> usize {
     match &node.op {
         Op::Gemm(op) => gemm::workspace(op, program, hopper),
         Op::GemmBackward(op) => gemm::backward_workspace(op, program, hopper),

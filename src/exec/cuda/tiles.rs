@@ -60,6 +60,24 @@ const CLOSE: f64 = 1.25;
 /// Samples that splits are chosen for, whatever the batch: those of guidance.
 const NOMINAL_BATCH: usize = 2;
 
+/// Which products are for kernels/product_hopper.cu.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hopper {
+    /// None: the kernels for any GPU do all.
+    Off,
+    /// Those that it is expected to be faster at.
+    Auto,
+    /// All that it can make: for tests.
+    Always,
+}
+
+impl Hopper {
+    /// The same where it can make something, else off.
+    pub fn where_it_can(self, can: bool) -> Hopper {
+        if can { self } else { Hopper::Off }
+    }
+}
+
 /// A product of `[rows, depth]` and `[depth, columns]`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Shape {
@@ -70,8 +88,8 @@ pub struct Shape {
     /// Of the right operand: 2 H for a GEGLU.
     pub columns: usize,
     pub depth: usize,
-    /// Whether kernels/product_hopper.cu can make it, on the device at hand.
-    pub hopper: bool,
+    /// Off where kernels/product_hopper.cu cannot make it.
+    pub hopper: Hopper,
 }
 
 /// How a product is cut.
@@ -89,12 +107,12 @@ impl Shape {
     pub fn of_samples(dtype: DType, of_rows: &[usize], columns: usize, depth: usize) -> Shape {
         let per_sample: usize = of_rows[1..of_rows.len() - 1].iter().product();
         let (rows, nominal_rows) = (of_rows[0] * per_sample, NOMINAL_BATCH * per_sample);
-        Shape { dtype, rows, nominal_rows, columns, depth, hopper: false }
+        Shape { dtype, rows, nominal_rows, columns, depth, hopper: Hopper::Off }
     }
 
-    /// The same where `hopper` says that kernels/product_hopper.cu runs and can make it in 16 bits.
-    pub fn on_hopper(self, hopper: bool) -> Shape {
-        Shape { hopper: hopper && self.dtype != DType::F32, ..self }
+    /// The same for kernels/product_hopper.cu, if it can make it in 16 bits.
+    pub fn on_hopper(self, hopper: Hopper, can: bool) -> Shape {
+        Shape { hopper: hopper.where_it_can(can && self.dtype != DType::F32), ..self }
     }
 
     /// Splits and instructions change the order of additions, so they follow from what a sample has; a tile does not
@@ -110,11 +128,11 @@ impl Shape {
 
     /// Every tile with as many parts as asked for, or fewer where some would be empty, and the clocks it takes.
     fn cuts(&self, splits: usize) -> Vec<(Cut, f64)> {
-        let mut cuts = self.cuts_of(splits, false);
-        if self.hopper {
-            cuts.extend(self.cuts_of(splits, true));
+        match self.hopper {
+            Hopper::Off => self.cuts_of(splits, false),
+            Hopper::Auto => [self.cuts_of(splits, false), self.cuts_of(splits, true)].concat(),
+            Hopper::Always => self.cuts_of(splits, true),
         }
-        cuts
     }
 
     /// The same of one kind of instructions.
