@@ -179,6 +179,20 @@ impl Store {
         Ok(())
     }
 
+    pub fn copy(
+        &self,
+        driver: &mut dyn Driver,
+        (from, from_at): (&str, usize),
+        (to, to_at): (&str, usize),
+        len: usize,
+    ) -> Result<()> {
+        let (source, target) = (self.find(from)?, self.find(to)?);
+        let given = (from, from_at, &source.shape[..], source.dtype);
+        buffer::copies(given, (to, to_at, &target.shape, target.dtype), len)?;
+        let bytes = source.dtype.bytes();
+        driver.copy(source.address.offset(from_at * bytes), target.address.offset(to_at * bytes), len * bytes)
+    }
+
     pub fn read(&self, driver: &dyn Driver, name: &str, out: DataMut<'_>) -> Result<()> {
         let held = self.find(name)?;
         buffer::holds(name, &held.shape, out.len())?;

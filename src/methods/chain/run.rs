@@ -100,9 +100,11 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
     /// Encodes a prompt per sample and, for guidance, what the unconditional branch is told, and conditions the run on them.
     pub fn prompts(&mut self, prompts: &[&str], negatives: &[&str]) -> Result<()> {
         let unconditional = if self.schedule.needs.uncond { negatives } else { &[] };
-        let texts =
-            unconditional.iter().chain(prompts).map(|prompt| self.encode(prompt)).collect::<Result<Vec<_>>>()?;
-        self.texts(&texts)
+        for (row, prompt) in unconditional.iter().chain(prompts).enumerate() {
+            text::encode(self.pipeline, self.executor, self.text, prompt)?;
+            text::copy(self.pipeline, self.executor, (text::ENCODED, 0), (text::TOLD, row))?;
+        }
+        text::condition(self.pipeline, self.executor, self.condition, self.sizes, &self.schedule)
     }
 
     /// Conditions the run on the text states of all rows, under guidance the unconditional ones first.
@@ -113,13 +115,17 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
 
     /// The same from states as [`Leaf::Context`] and [`Leaf::Pooled`] are laid out; `pooled` is empty where the model has none.
     pub fn condition(&mut self, context: Data<'_>, pooled: Data<'_>) -> Result<()> {
-        let data = [context, pooled];
-        text::condition(self.pipeline, self.executor, self.condition, self.sizes, &self.schedule, data)
+        self.executor.write(buffer::CONTEXT, context)?;
+        if self.pipeline.config.unet.added.is_some() {
+            self.executor.write(buffer::POOLED, pooled)?;
+        }
+        text::condition(self.pipeline, self.executor, self.condition, self.sizes, &self.schedule)
     }
 
     /// One prompt's text states.
     pub fn encode(&mut self, prompt: &str) -> Result<Text> {
-        text::encode(self.pipeline, self.executor, self.text, prompt)
+        text::encode(self.pipeline, self.executor, self.text, prompt)?;
+        Ok(text::read(self.pipeline, self.executor, text::ENCODED, 1, 0..1)?.swap_remove(0))
     }
 
     /// Runs from `noise` (`[B, h, w, C]`, unit variance) and back. `draws`: the fresh noise of every step, for samplers that add it.
