@@ -9,6 +9,7 @@ use crate::plan::Footprint;
 use crate::program::DType;
 use crate::sampler::{self, Noise, Rng, Schedule};
 use crate::{Error, Result};
+use rayon::prelude::*;
 use std::collections::HashMap;
 use std::ops::Range;
 
@@ -375,7 +376,7 @@ impl Loaded<'_, '_> {
             if index + 1 < batch {
                 self.decode(index + 1)?;
             }
-            let rgb = pixels.iter().map(|&x| to_byte(x)).collect();
+            let rgb = pixels.par_iter().with_min_len(1 << 14).map(|&x| to_byte(x)).collect();
             let latents = to_channels_first(latents, channels);
             let image = Image { width: self.settings.width, height: self.settings.height, rgb, latents };
             observe(Progress::Image { index, image: &image })?;

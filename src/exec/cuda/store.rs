@@ -7,6 +7,7 @@ use crate::exec::{Data, DataMut, buffer};
 use crate::program::{DType, Embedding, Norm, Op, Origin, Program, Shape, Value, ValueId};
 use crate::weights::{Model, Weight};
 use crate::{Error, Result};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -196,19 +197,37 @@ impl Store {
     pub fn read(&self, driver: &dyn Driver, name: &str, out: DataMut<'_>) -> Result<()> {
         let held = self.find(name)?;
         buffer::holds(name, &held.shape, out.len())?;
-        let mut bytes = vec![0; out.len() * held.dtype.bytes()];
-        driver.read(held.address, &mut bytes)?;
-        let values = to_f64(held.dtype, &bytes);
-        match out {
-            DataMut::F32(out) => out.iter_mut().zip(values).for_each(|(out, x)| *out = x as f32),
-            DataMut::F64(out) => out.copy_from_slice(&values),
+        match (out, held.dtype) {
+            // The way of latents and pixels, for which the device waits.
+            (DataMut::F32(out), DType::F32) => driver.read(held.address, bytemuck::cast_slice_mut(out)),
+            (DataMut::F32(out), DType::F16) => read_halves::<f16>(driver, held.address, out),
+            (DataMut::F32(out), DType::BF16) => read_halves::<bf16>(driver, held.address, out),
+            (out, dtype) => {
+                let mut bytes = vec![0; out.len() * dtype.bytes()];
+                driver.read(held.address, &mut bytes)?;
+                let values = to_f64(dtype, &bytes);
+                match out {
+                    DataMut::F32(out) => out.iter_mut().zip(values).for_each(|(out, x)| *out = x as f32),
+                    DataMut::F64(out) => out.copy_from_slice(&values),
+                }
+                Ok(())
+            }
         }
-        Ok(())
     }
 
     fn find(&self, name: &str) -> Result<&Named> {
         self.buffers.get(name).ok_or_else(|| buffer::unknown(name))
     }
+}
+
+fn read_halves<T: bytemuck::Pod>(driver: &dyn Driver, from: Address, out: &mut [f32]) -> Result<()>
+where
+    [T]: HalfFloatSliceExt,
+{
+    let mut held = vec![T::zeroed(); out.len()];
+    driver.read(from, bytemuck::cast_slice_mut(&mut held))?;
+    held.convert_to_f32_slice(out);
+    Ok(())
 }
 
 /// Numbers as a device holds them.
