@@ -7,7 +7,7 @@ use crate::exec::{Data, DataMut, buffer};
 use crate::program::{DType, Embedding, Norm, Op, Origin, Program, Shape, Value, ValueId};
 use crate::weights::{Model, Weight};
 use crate::{Error, Result};
-use half::slice::HalfFloatSliceExt;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -200,8 +200,16 @@ impl Store {
         match (out, held.dtype) {
             // The way of latents and pixels, for which the device waits.
             (DataMut::F32(out), DType::F32) => driver.read(held.address, bytemuck::cast_slice_mut(out)),
-            (DataMut::F32(out), DType::F16) => read_halves::<f16>(driver, held.address, out),
-            (DataMut::F32(out), DType::BF16) => read_halves::<bf16>(driver, held.address, out),
+            (DataMut::F32(out), DType::F16) => {
+                let bits = read_bits(driver, held.address, out.len())?;
+                bits.reinterpret_cast::<f16>().convert_to_f32_slice(out);
+                Ok(())
+            }
+            (DataMut::F32(out), DType::BF16) => {
+                let bits = read_bits(driver, held.address, out.len())?;
+                bits.reinterpret_cast::<bf16>().convert_to_f32_slice(out);
+                Ok(())
+            }
             (out, dtype) => {
                 let mut bytes = vec![0; out.len() * dtype.bytes()];
                 driver.read(held.address, &mut bytes)?;
@@ -220,14 +228,10 @@ impl Store {
     }
 }
 
-fn read_halves<T: bytemuck::Pod>(driver: &dyn Driver, from: Address, out: &mut [f32]) -> Result<()>
-where
-    [T]: HalfFloatSliceExt,
-{
-    let mut held = vec![T::zeroed(); out.len()];
-    driver.read(from, bytemuck::cast_slice_mut(&mut held))?;
-    held.convert_to_f32_slice(out);
-    Ok(())
+fn read_bits(driver: &dyn Driver, from: Address, len: usize) -> Result<Vec<u16>> {
+    let mut bits = vec![0u16; len];
+    driver.read(from, bytemuck::cast_slice_mut(&mut bits))?;
+    Ok(bits)
 }
 
 /// Numbers as a device holds them.
