@@ -1,7 +1,8 @@
 // Updates of state: linear combinations, optimisers, noise. Storage T, computed in f32; scalars are f32 read from memory, so
 // a captured graph replays with new ones. All are limited by memory: each operand and output is touched once.
 //
-//   combine   y = sum of coefficients[i] terms[i], terms with coefficient 0 not read; y may be the first term
+//   combine   y = sum of coefficients[i] terms[i], terms with coefficient 0 not read; y may be the first term. Guidance and a
+//             sampler's step are one of them: with y in f32, terms may be 16-bit predictions (combine_f16_f32, combine_bf16_f32)
 //   adamw     scalars rate, 1 - beta1, 1 - beta2, eps, decay, c1, c2:
 //             m' = m + (1 - beta1) (g - m), v' = v + (1 - beta2) (g g - v),
 //             p' = p (1 - rate decay) - rate (m' / c1) / (sqrt(v' / c2) + eps)
@@ -25,11 +26,11 @@ struct CombineParams {
   int32_t count;       // of terms
   int32_t accumulate;  // to what y holds
   int32_t aligned;
-  int32_t unused;
+  uint32_t narrow;  // bit n: term n holds N, not T
 };
 static_assert(sizeof(CombineParams) == 104, "as in update.rs");
 
-template <class T>
+template <class T, class N = T>
 DEVICE void combine(const CombineParams& p) {
   over_elements<VECTOR<T>>(p.elements, p.aligned, [&](int64_t i, auto width) {
     float sum[width.value] = {};
@@ -37,7 +38,11 @@ DEVICE void combine(const CombineParams& p) {
     for (int n = 0; n < p.count; n++) {
       float coefficient = ((const float*)p.coefficients)[n], x[width.value];
       if (coefficient == 0.0f) continue;
-      load_piece(x, (const T*)p.terms[n] + i);
+      if (p.narrow >> n & 1) {
+        load_piece(x, (const N*)p.terms[n] + i);
+      } else {
+        load_piece(x, (const T*)p.terms[n] + i);
+      }
 #pragma unroll
       for (int e = 0; e < width.value; e++) sum[e] = fmaf(coefficient, x[e], sum[e]);
     }
@@ -46,6 +51,8 @@ DEVICE void combine(const CombineParams& p) {
 }
 
 FOR_EACH_TYPE(combine, CombineParams, 256)
+KERNEL(combine_f16_f32, CombineParams, 256) { combine<float, f16>(p); }
+KERNEL(combine_bf16_f32, CombineParams, 256) { combine<float, bf16>(p); }
 
 // Matches `OptimiserParams` in src/exec/cuda/update.rs. No output overlaps an input.
 struct OptimiserParams {

@@ -438,6 +438,12 @@ fn full_disk() {
     let output = Command::new("bash").args(["-c", &command]).output().unwrap();
     check_failure(&output, 1, &["cannot write", "image.png", "File too large"]);
     assert!(files(out.path()).is_empty(), "{:?}", files(out.path()));
+
+    // Of many, the first that fails stops the run.
+    let command = command.replace("--steps 1", "--steps 1 --count 100000");
+    let output = Command::new("bash").args(["-c", &command]).output().unwrap();
+    check_failure(&output, 1, &["cannot write", "File too large"]);
+    assert!(files(out.path()).is_empty(), "{:?}", files(out.path()));
 }
 
 #[test]

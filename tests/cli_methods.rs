@@ -75,6 +75,22 @@ fn the_best_of_several_is_an_image_of_its_own() {
     fails(&args, 2, &["64x64", "128x32", "--size"]);
 }
 
+/// Images are written beside the sampling; what is said of them comes in the order in which they are made.
+#[test]
+fn events_keep_their_order() {
+    let out = TempDir::new().unwrap();
+    let folder = path(&out, "images");
+    let args = ["generate", PROMPT, "--steps", "1", "--count", "5", "--batch", "2", "--best-of", "2", "--by", "elbo"];
+    let events = lines(&succeeds(&[&args[..], &["--json", "--quiet", "--out", &folder]].concat()));
+    let names: Vec<&str> = events.iter().map(|event| event["event"].as_str().unwrap()).collect();
+    let batch = ["image", "image", "chosen", "chosen"];
+    assert_eq!(names, [&["load"][..], &batch, &batch, &["image", "chosen", "done"]].concat());
+    let paths = |name: &str| -> Vec<String> {
+        named(&events, name).iter().map(|event| event["path"].as_str().unwrap().to_string()).collect()
+    };
+    assert!(paths("image") == paths("chosen") && paths("image").is_sorted(), "{:?}", paths("image"));
+}
+
 #[test]
 fn mistakes() {
     let generate = |flags: &[&str], words: &[&str]| fails(&[&["generate", PROMPT][..], flags].concat(), 2, words);

@@ -6,9 +6,10 @@ mod common;
 use common::emulated::cuda;
 use common::feed::{no_weights, try_run};
 use common::naive::Buffers;
-use rarebit::exec::Executor;
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::cuda::Settings;
+use rarebit::exec::{Data, DataMut, Executor};
+use rarebit::plan::plan;
 use rarebit::program::*;
 use rarebit::sampler::{Noise, Rng};
 
@@ -171,5 +172,71 @@ fn noise_is_the_samplers() {
         let buffers = buffers(&[], &[("counter", &words)]);
         assert_eq!(emulated(&noise, &buffers), expected);
         assert_eq!(run(Cpu::<f32>::new(), &noise, &buffers), expected);
+    }
+}
+
+/// Outputs that carry an input's name: written in its place where nothing reads that any more, copied at the end elsewhere.
+#[test]
+fn state_is_replaced_when_it_has_been_read() {
+    let mut b = Builder::new("state", DType::F32);
+    let [x, h, p] = ["x", "h", "p"].map(|name| b.input(name, &[4, 40]));
+    let scalars = b.scalars("scalars", 2);
+    let silu = b.activate(x, Activation::Silu);
+    // The old one is read after the new one is there.
+    let sum = b.add(silu, x);
+    let shifted = b.affine(h, 2.0, 1.0);
+    let [p_next, m_next] = b.nesterov([p, sum, h], scalars);
+    let doubled = b.add(shifted, shifted);
+    for (name, id) in
+        [("x", silu), ("h", shifted), ("h twice", shifted), ("p", p_next), ("m", m_next), ("sum", doubled)]
+    {
+        b.output(name, id);
+    }
+    let program = b.finish().unwrap();
+    let values =
+        |seed: usize| -> Vec<f64> { (0..160).map(|i| f64::from(((i * seed) % 97) as f32 / 32.0 - 1.5)).collect() };
+    let (x, h, p) = (values(7), values(31), values(53));
+    let buffers = buffers(&[("x", &x), ("h", &h), ("p", &p), ("scalars", &[0.1, 0.9])], &[]);
+    let expected = try_run(&mut Cpu::<f32>::new(), &program, &buffers, &no_weights(), 1).unwrap();
+    for guards in [true, false] {
+        let mut device = cuda(Settings::default()).with_guards(guards);
+        // Launch by launch, recorded, and replayed.
+        let found = try_run(&mut device, &program, &buffers, &no_weights(), 3).unwrap();
+        for ((found, expected), (name, _)) in found.iter().zip(&expected).zip(&program.outputs) {
+            assert!(found.iter().zip(expected).all(|(a, b)| same(*a, *b)), "{name}, guards {guards}");
+        }
+    }
+}
+
+/// Parts of buffers, on every executor alike.
+#[test]
+fn buffers_are_copied_in_part() {
+    let mut b = Builder::new("copies", DType::F32);
+    let (x, wide) = (b.input("x", &[2, 3]), b.input("wide", &[5, 3]));
+    let at = b.input_i32("at", &[1]);
+    let y = b.select(wide, at);
+    let z = b.affine(x, 1.0, 0.0);
+    b.output("y", y);
+    b.output("z", z);
+    let program = b.finish().unwrap();
+    let mut executors: [Box<dyn Executor>; 2] = [Box::new(Cpu::<f32>::new()), Box::new(cuda(Settings::default()))];
+    for executor in &mut executors {
+        let planned = plan(program.clone(), |program, node| executor.workspace(program, node));
+        executor.load(planned, &no_weights()).unwrap();
+        executor.write("x", Data::F32(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])).unwrap();
+        executor.copy(("x", 2), ("wide", 10), 4).unwrap();
+        executor.copy(("wide", 11), ("wide", 0), 3).unwrap();
+        let mut wide = [0.0; 15];
+        executor.read("wide", DataMut::F32(&mut wide)).unwrap();
+        assert_eq!(wide, [4.0, 5.0, 6.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0, 4.0, 5.0, 6.0, 0.0]);
+        let mut refused = |from, to, len, word: &str| {
+            let error = executor.copy(from, to, len).unwrap_err().to_string();
+            assert!(error.contains(word) && !error.contains('\n'), "{error}");
+        };
+        refused(("x", 3), ("wide", 0), 4, "'x'");
+        refused(("x", 0), ("wide", 12), 4, "'wide'");
+        refused(("wide", 0), ("wide", 2), 3, "over themselves");
+        refused(("at", 0), ("wide", 2), 1, "i32");
+        refused(("nothing", 0), ("wide", 2), 1, "'nothing'");
     }
 }

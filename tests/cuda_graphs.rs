@@ -1,5 +1,5 @@
 //! Programs recorded as graphs, on the emulated driver: the same bits as launch by launch, where the arena lies elsewhere too, and
-//! what a sampling step asks of the driver.
+//! what a sampling step and a whole image ask of the driver.
 
 mod common;
 
@@ -94,4 +94,51 @@ fn a_step_is_one_replay_and_waits_for_nothing() {
         // The step's number and its coefficients, then all launches at once.
         assert_eq!(*step, ["stage", "stage", "replay"]);
     }
+}
+
+#[test]
+fn a_step_ends_in_one_kernel_that_writes_the_latents() {
+    let pipeline = Golden::open("tiny-sd1").pipeline();
+    for method in [Method::Ddim, Method::EulerAncestral] {
+        let calls = Rc::default();
+        let mut executor = noting(&calls, None).with_graphs(false);
+        let generator = Generator::plan(&pipeline, &executor, settings(method), 2).unwrap();
+        let step = executor.load(generator.programs().step.clone(), &pipeline.model).unwrap();
+        let kernels: Vec<&str> = executor.launches(step).flatten().map(|launch| launch.kernel.as_str()).collect();
+        let [.., before, last] = kernels[..] else { panic!("{kernels:?}") };
+        assert!(before.starts_with("conv2d") || before.starts_with("gemm"), "{before}");
+        assert_eq!(last, "combine_f16_f32", "predictions widened, guided and stepped by");
+        executor.run(step).unwrap();
+        assert_eq!(count(&calls, "copy"), 0, "{method}: the latents lie where the next step reads them");
+    }
+}
+
+#[test]
+fn an_image_stays_on_the_device_until_it_is_made() {
+    let pipeline = Golden::open("tiny-sd1").pipeline();
+    let calls = Rc::default();
+    let mut executor = noting(&calls, None);
+    let generator = Generator::plan(&pipeline, &executor, settings(Method::Ddim), 2).unwrap();
+    let mut loaded = generator.load(&mut executor).unwrap();
+    let mut run = |seeds: [u64; 2]| {
+        calls.borrow_mut().clear();
+        loaded.run(&seeds.map(job), &mut |_| Ok(())).unwrap();
+        calls.take()
+    };
+    run([0, 0]);
+    run([0, 1]);
+    // The other way round: one prompt is encoded, and what the unconditional rows are told is there.
+    let (image, decode) = (["stage", "stage", "replay"].repeat(STEPS), ["copy", "replay"]);
+    let text = ["stage", "replay", "copy"];
+    let condition = ["stage", "replay"];
+    let latents = ["stage"];
+    let expected = |rows: &[&'static str]| {
+        let first = [rows, &condition, &latents, &image, &decode, &["read", "read"]].concat();
+        [&first[..], &decode, &["read"]].concat()
+    };
+    // Each image's latents are entered once, and read once beside its pixels; nothing else is waited for.
+    assert_eq!(run([1, 1]), expected(&["copy"]), "a prompt that the other row holds");
+    assert_eq!(run([0, 1]), expected(&text), "a new prompt");
+    assert_eq!(run([2, 3]), expected(&[]), "the same prompts");
+    assert_eq!(run([1, 0]), expected(&[&["copy"][..], &text].concat()), "exchanged");
 }

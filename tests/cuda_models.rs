@@ -200,6 +200,10 @@ impl Executor for Noting<'_> {
         self.notes.borrow_mut().push((buffer.to_string(), 4 * len));
         self.device.write(buffer, data)
     }
+    fn copy(&mut self, from: (&str, usize), to: (&str, usize), len: usize) -> Result<()> {
+        self.notes.borrow_mut().push(("copy".into(), 4 * len));
+        self.device.copy(from, to, len)
+    }
     fn run(&mut self, program: ProgramId) -> Result<()> {
         self.notes.borrow_mut().push(("run".into(), 0));
         self.device.run(program)

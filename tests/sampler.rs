@@ -248,7 +248,7 @@ fn fragments_fit_their_tables() {
             let x = b.input(LATENTS, &shape);
             let e_cond = b.input("e_cond", &shape);
             let e_uncond = table.needs.uncond.then(|| b.input("e_uncond", &shape));
-            append_update(&mut b, table.needs, x, e_cond, e_uncond);
+            append_update(&mut b, table.needs, x, e_cond.into(), e_uncond.map(Into::into));
             let program = b.finish().expect("program");
             let inputs: Vec<(String, usize)> = program
                 .inputs
@@ -278,7 +278,7 @@ fn a_missing_branch_is_an_error() {
     let needs = Needs { history: 0, switch: false, noise: false, uncond: true };
     let mut b = Builder::new("step", DType::F32);
     let x = b.input(LATENTS, &[1, 2, 2, 4]);
-    append_update(&mut b, needs, x, x, None);
+    append_update(&mut b, needs, x, x.into(), None);
     assert!(b.finish().is_err());
 }
 

@@ -429,14 +429,27 @@ fn to_positions(w: &mut Walk, positions: ValueId, d_y: ValueId) {
     }
 }
 
+/// The gradient to a value from that to some rows of it, which may be of a wider type.
+fn rows(w: &mut Walk, term: Rows, mut d: ValueId) -> ValueId {
+    let Value { shape, dtype, .. } = w.b.program().value(term.value).clone();
+    if w.b.program().value(d).dtype != dtype {
+        d = w.push(Op::Elementwise(Elementwise::Cast { x: d, to: dtype }));
+    }
+    if w.b.shape(d)[0] < shape[0] {
+        d = w.push(Op::Elementwise(Elementwise::Unslice { x: d, start: term.at, rows: shape[0] }));
+    }
+    d
+}
+
 fn update(w: &mut Walk, op: &Update, d_y: ValueId) -> Result<()> {
     match op {
         Update::Combine { terms, coefficients } => {
             constant(w, Op::Update(op.clone()), "to the coefficients of a combination", *coefficients)?;
             for (index, &term) in terms.iter().enumerate() {
-                if w.wants(term) {
-                    let gradient = w.push(Op::Update(Update::Scale { x: d_y, coefficients: *coefficients, index }));
-                    w.add(term, gradient);
+                if w.wants(term.value) {
+                    let scaled = w.push(Op::Update(Update::Scale { x: d_y, coefficients: *coefficients, index }));
+                    let gradient = rows(w, term, scaled);
+                    w.add(term.value, gradient);
                 }
             }
         }

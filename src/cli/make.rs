@@ -5,6 +5,7 @@ use crate::cli::metadata::{self, Record};
 use crate::cli::method::{Loaded, Method, Planned};
 use crate::cli::progress::Reporter;
 use crate::cli::prompts::{self, Target};
+use crate::cli::writer::Writer;
 use crate::cli::{atomic, machine, tensors};
 use crate::exec::Executor;
 use crate::methods::generate::{Image, Job, Progress, Settings};
@@ -226,7 +227,7 @@ pub fn run(args: &ImageFlags, pipeline: &Pipeline, method: &Method, extras: &Ext
 
     let trace = extras.trace.as_ref().map(|path| Trace::create(path)).transpose()?;
     let interrupt = machine::catch_interrupt()?;
-    let mut run = Run { args, work, extras, noise, interrupt, reporter, trace };
+    let mut run = Run { args, work, extras, noise, interrupt, reporter, trace, writer: None };
     let latents = run.make(&missing, started)?;
     if let (Some(path), false) = (&args.latents_out, missing.is_empty()) {
         let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
@@ -257,11 +258,20 @@ struct Run<'a> {
     interrupt: Arc<AtomicBool>,
     reporter: Reporter,
     trace: Option<Trace>,
+    /// Once there is something to write.
+    writer: Option<Writer>,
 }
 
 impl Run<'_> {
-    /// Makes and saves the targets, batch by batch; returns the latents of all.
+    /// Makes and saves the targets; returns the latents of all. Whatever happens, images that are finished are written.
     fn make(&mut self, targets: &[Target], started: Instant) -> Result<Vec<f32>> {
+        let made = self.make_batches(targets, started);
+        let written = self.written();
+        self.reporter.finish();
+        written.and(made)
+    }
+
+    fn make_batches(&mut self, targets: &[Target], started: Instant) -> Result<Vec<f32>> {
         let mut latents = Vec::new();
         let mut executor = self.args.device.executor(self.args.check_finite)?;
         for (part, group) in groups(targets, self.args.batch).enumerate() {
@@ -280,7 +290,6 @@ impl Run<'_> {
                 latents.extend(self.make_batch(&mut loaded, targets)?);
             }
         }
-        self.reporter.finish();
         Ok(latents)
     }
 
@@ -303,6 +312,9 @@ impl Run<'_> {
                     return self.save(&targets[index], image, seconds);
                 }
             }
+            if self.writer.as_ref().is_some_and(Writer::has_failed) {
+                self.written()?;
+            }
             if self.interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
         })?;
         self.trace = trace;
@@ -313,9 +325,13 @@ impl Run<'_> {
             }
             if let Some(chosen) = loaded.chosen(index) {
                 let path = target.path.display().to_string();
-                self.reporter.note(&format!("{path}: seed {}, score {:.4}", chosen.seed, chosen.score));
-                self.reporter
-                    .event(json!({"event": "chosen", "path": path, "seed": chosen.seed, "score": chosen.score}))?;
+                let note = format!("{path}: seed {}, score {:.4}", chosen.seed, chosen.score);
+                let event = json!({"event": "chosen", "path": path, "seed": chosen.seed, "score": chosen.score});
+                let reporter = self.reporter.clone();
+                self.later(move || {
+                    reporter.note(&note);
+                    reporter.event(event)
+                })?;
             }
         }
         // Only --latents-out needs them; a long run must not pile them up.
@@ -334,13 +350,34 @@ impl Run<'_> {
         }))
     }
 
-    fn save(&self, target: &Target, image: &Image, seconds: f64) -> Result<()> {
+    /// Encodes, writes and reports an image while the next one is made.
+    fn save(&mut self, target: &Target, image: &Image, seconds: f64) -> Result<()> {
         let record = self.args.record(&self.work, &self.noise, target);
-        let chunks = (!self.args.no_metadata).then_some(&record);
-        atomic::write(&target.path, |out| metadata::write_png(out, image.width, image.height, &image.rgb, chunks))?;
-        let event =
-            json!({"event": "image", "path": target.path.display().to_string(), "seconds": seconds, "record": record});
-        self.reporter.image(&target.path, event)
+        let (with_record, reporter) = (!self.args.no_metadata, self.reporter.clone());
+        let (path, width, height, rgb) = (target.path.clone(), image.width, image.height, image.rgb.clone());
+        self.later(move || {
+            let chunks = with_record.then_some(&record);
+            atomic::write(&path, |out| metadata::write_png(out, width, height, &rgb, chunks))?;
+            let event =
+                json!({"event": "image", "path": path.display().to_string(), "seconds": seconds, "record": record});
+            reporter.image(&path, event)
+        })
+    }
+
+    /// Does something beside the sampling, after all that was put off before: what is said of images keeps its order.
+    fn later(&mut self, task: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+        let writer = match self.writer.take() {
+            Some(writer) => writer,
+            None => Writer::start()?,
+        };
+        let accepted = writer.add(task);
+        self.writer = Some(writer);
+        if accepted { Ok(()) } else { self.written() }
+    }
+
+    /// Waits for what was put off; its first failure.
+    fn written(&mut self) -> Result<()> {
+        self.writer.take().map_or(Ok(()), Writer::finish)
     }
 }
 

@@ -18,6 +18,7 @@ mod report;
 mod score;
 mod sheet;
 mod tensors;
+mod writer;
 
 use crate::{Error, Result};
 use clap::Parser;

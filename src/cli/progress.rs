@@ -5,6 +5,8 @@ use crate::cli::machine::{print_line, say};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::path::Path;
 
+/// Copies are of one bar.
+#[derive(Clone)]
 pub struct Reporter {
     json: bool,
     quiet: bool,

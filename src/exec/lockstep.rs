@@ -147,6 +147,10 @@ impl Executor for Lockstep {
         self.device.write(buffer, data)
     }
 
+    fn copy(&mut self, from: (&str, usize), to: (&str, usize), len: usize) -> Result<()> {
+        self.device.copy(from, to, len)
+    }
+
     fn run(&mut self, program: ProgramId) -> Result<()> {
         self.device.check_bounds(program)?;
         (0..self.programs[program.0].program.nodes.len()).try_for_each(|index| self.step(program, index))?;

@@ -104,6 +104,10 @@ pub trait Executor {
     /// Fills a named buffer; the length must fit.
     fn write(&mut self, buffer: &str, data: Data<'_>) -> Result<()>;
 
+    /// Copies `len` elements from element `from.1` of one float buffer to element `to.1` of another of its type, or elsewhere in the
+    /// same one; what goes from one program to the next in another arrangement stays on the device.
+    fn copy(&mut self, from: (&str, usize), to: (&str, usize), len: usize) -> Result<()>;
+
     /// Runs every op, then copies the outputs into their named buffers. Allocates nothing. It may return before all is done: `read`
     /// waits, and may be where an error shows.
     fn run(&mut self, program: ProgramId) -> Result<()>;

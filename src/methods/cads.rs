@@ -2,7 +2,7 @@
 
 use crate::Error;
 use crate::Result;
-use crate::methods::generate::{Image, Job, Loaded, Observer};
+use crate::methods::generate::{Branch, Image, Job, Loaded, Observer};
 use crate::methods::text::Text;
 use crate::sampler::{Cads, draw, normal};
 
@@ -13,18 +13,22 @@ pub fn run(images: &mut Loaded<'_, '_>, cads: &Cads, jobs: &[Job], observe: &mut
         return Err(Error::Usage("CADS with dynamic guidance does not go with CFG++".into()));
     }
     images.begin(jobs)?;
-    let (prompts, negatives) = (images.prompts().to_vec(), images.negatives().to_vec());
+    let (prompts, negatives) = (images.texts(Branch::Prompt)?, images.texts(Branch::Negative)?);
     let guidance = images.guidance();
     let steps = images.schedule.steps.len();
     let mut clean = true;
     for step in 0..steps {
         let gamma = cads.gamma(step, steps);
         if gamma < 1.0 || !clean {
-            let corrupted = |texts: &[Text], branch: u64| {
+            let corrupted = |texts: &[Text], branch: u64| -> Vec<Text> {
                 let draw = draw::TEXT + 2 * step as u64 + branch;
                 texts.iter().zip(jobs).map(|(text, job)| corrupted(text, cads, gamma, job.seed, draw)).collect()
             };
-            images.tell(Some(corrupted(&prompts, 0)), cads.negatives.then(|| corrupted(&negatives, 1)))?;
+            images.tell(Branch::Prompt, &corrupted(&prompts, 0))?;
+            if cads.negatives {
+                images.tell(Branch::Negative, &corrupted(&negatives, 1))?;
+            }
+            images.condition()?;
             clean = gamma >= 1.0;
         }
         if cads.dynamic_guidance {

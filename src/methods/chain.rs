@@ -150,15 +150,9 @@ impl<'p> Chain<'p> {
         Footprint::of(&self.programs())
     }
 
-    /// Bytes of host memory for the sampler's states between the steps, as f32.
+    /// Bytes of the buffer of the sampler's states between the steps; it is part of the footprint.
     pub fn state_bytes(&self) -> usize {
-        let states = match self.storage {
-            Storage::Latents(_) => self.schedule.steps.len() + 1,
-            Storage::Activations => 1,
-        };
-        let Sizes { batch, height, width, .. } = self.sizes;
-        let latents = batch * height * width * self.pipeline.config.unet.in_channels;
-        states * (1 + self.schedule.needs.history) * latents * size_of::<f32>()
+        self.parts.state_bytes()
     }
 
     /// Every planned program.

@@ -4,12 +4,14 @@ use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::methods::minority::Iteration;
 use crate::methods::pipeline::Pipeline;
 use crate::methods::programs::{Programs, Sizes, buffer};
-use crate::methods::text::{self, Text};
+use crate::methods::text::{self, ENCODED, States, TOLD, Text};
 use crate::plan::Footprint;
 use crate::program::DType;
 use crate::sampler::{self, Noise, Rng, Schedule};
 use crate::{Error, Result};
+use rayon::prelude::*;
 use std::collections::HashMap;
+use std::ops::Range;
 
 /// Everything that holds for a whole run.
 #[derive(Clone, Debug)]
@@ -33,11 +35,19 @@ pub struct Job {
     pub draws: Vec<Vec<f32>>,
 }
 
-impl Job {
-    /// What the unconditional branch is told.
-    fn negative(&self) -> &str {
-        self.negative.as_deref().unwrap_or("")
-    }
+/// The branches of classifier-free guidance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Branch {
+    Prompt,
+    Negative,
+}
+
+/// What a row of the batch is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Told {
+    Prompt(String),
+    /// Zeros.
+    Nothing,
 }
 
 /// A finished image.
@@ -142,8 +152,9 @@ impl<'p> Generator<'p> {
             settings: self.settings,
             schedule: self.schedule,
             sizes: self.sizes,
-            encoded: HashMap::new(),
-            texts: vec![],
+            given: HashMap::new(),
+            asked: vec![],
+            held: vec![],
             jobs: vec![],
             noises: vec![],
         })
@@ -162,10 +173,12 @@ pub struct Loaded<'p, 'e> {
     condition: ProgramId,
     step: ProgramId,
     decode: ProgramId,
-    /// Prompts encoded so far.
-    encoded: HashMap<String, Text>,
+    /// Prompts that are not encoded, with their states.
+    given: HashMap<String, Text>,
     /// What the rows of the batch are told, under guidance the unconditional ones first.
-    texts: Vec<Text>,
+    asked: Vec<Told>,
+    /// Of which prompts those rows hold the states; `None`: of none.
+    held: Vec<Option<Told>>,
     jobs: Vec<Job>,
     /// Per job.
     noises: Vec<Noise>,
@@ -174,7 +187,11 @@ pub struct Loaded<'p, 'e> {
 impl Loaded<'_, '_> {
     /// Gives the states of a prompt, which is then not encoded: embeddings that come from elsewhere.
     pub fn set_text(&mut self, prompt: &str, text: Text) {
-        self.encoded.insert(prompt.to_string(), text);
+        self.held
+            .iter_mut()
+            .filter(|held| **held == Some(Told::Prompt(prompt.to_string())))
+            .for_each(|held| *held = None);
+        self.given.insert(prompt.to_string(), text);
     }
 
     /// Makes one full batch of images.
@@ -192,30 +209,15 @@ impl Loaded<'_, '_> {
             return Err(Error::Usage(format!("{} jobs for a batch of {}", jobs.len(), self.sizes.batch)));
         }
         self.jobs = jobs.to_vec();
-        // A long prompt file must not pile up its states.
-        self.encoded.retain(|text, _| jobs.iter().any(|job| job.prompt == *text || job.negative() == text));
         let negatives = if self.schedule.needs.uncond { jobs } else { &[] };
-        self.texts = negatives.iter().map(|job| self.negative(job)).collect::<Result<_>>()?;
-        for job in jobs {
-            let text = self.encode(&job.prompt)?;
-            self.texts.push(text);
-        }
-        self.condition()?;
+        let negatives = negatives.iter().map(|job| self.told(Branch::Negative, job));
+        self.asked = negatives.chain(jobs.iter().map(|job| self.told(Branch::Prompt, job))).collect();
+        self.tell_asked()?;
 
         self.noises = jobs.iter().map(|job| Noise::new(self.settings.rng, job.seed)).collect();
         let scale = self.schedule.initial_scale as f32;
         let latents: Vec<f32> = self.draw(0).into_iter().map(|x| x * scale).collect();
         self.executor.write(sampler::LATENTS, Data::F32(&latents))
-    }
-
-    /// What the prompts' branch is told, per image.
-    pub(super) fn prompts(&self) -> &[Text] {
-        &self.texts[self.texts.len() - self.sizes.batch..]
-    }
-
-    /// What the unconditional branch is told, per image; empty where there is none.
-    pub(super) fn negatives(&self) -> &[Text] {
-        &self.texts[..self.texts.len() - self.sizes.batch]
     }
 
     pub(super) fn guidance(&self) -> f64 {
@@ -237,43 +239,87 @@ impl Loaded<'_, '_> {
         super::minority::loss_scale(self.settings.dtype)
     }
 
-    /// Tells a branch, or both, something else from now on; the unconditional one only where there is one.
-    pub(super) fn tell(&mut self, prompts: Option<Vec<Text>>, negatives: Option<Vec<Text>>) -> Result<()> {
-        let batch = self.sizes.batch;
-        if let Some(prompts) = prompts {
-            self.texts.truncate(self.texts.len() - batch);
-            self.texts.extend(prompts);
+    /// What a branch of an image is told when nothing is optimised.
+    fn told(&self, branch: Branch, job: &Job) -> Told {
+        match (branch, &job.negative) {
+            (Branch::Prompt, _) => Told::Prompt(job.prompt.clone()),
+            (Branch::Negative, None) if self.pipeline.config.zero_empty_negative => Told::Nothing,
+            (Branch::Negative, negative) => Told::Prompt(negative.clone().unwrap_or_default()),
         }
-        if let Some(negatives) = negatives.filter(|_| self.schedule.needs.uncond) {
-            self.texts.splice(..batch, negatives);
+    }
+
+    /// The rows of a branch; none where the unconditional one is left out.
+    fn rows(&self, branch: Branch) -> Range<usize> {
+        let prompts = self.asked.len() - self.sizes.batch;
+        match branch {
+            Branch::Prompt => prompts..self.asked.len(),
+            Branch::Negative => 0..prompts,
+        }
+    }
+
+    /// Enters the states of what a branch of an image is told when nothing is optimised into row `row` of other buffers.
+    pub(super) fn enter(&mut self, branch: Branch, job: &Job, to: States<'_>, row: usize) -> Result<()> {
+        let told = self.told(branch, job);
+        self.fetch(&told, to, row)
+    }
+
+    /// The same from whichever row of the batch holds it already, else encoded anew.
+    fn fetch(&mut self, told: &Told, to: States<'_>, row: usize) -> Result<()> {
+        let executor = &mut *self.executor;
+        if let Some(from) = self.held.iter().position(|held| held.as_ref() == Some(told)) {
+            return text::copy(self.pipeline, executor, (TOLD, from), (to, row));
+        }
+        match told {
+            Told::Nothing => text::write_nothing(self.pipeline, executor)?,
+            Told::Prompt(prompt) => match self.given.get(prompt) {
+                Some(given) => text::write(self.pipeline, executor, given)?,
+                None => text::encode(self.pipeline, executor, self.text, prompt)?,
+            },
+        }
+        text::copy(self.pipeline, executor, (ENCODED, 0), (to, row))
+    }
+
+    /// Tells both branches what the jobs ask for, from now on.
+    pub(super) fn tell_asked(&mut self) -> Result<()> {
+        self.held.resize(self.asked.len(), None);
+        for row in 0..self.asked.len() {
+            let told = Some(self.asked[row].clone());
+            if let (true, Some(asked)) = (self.held[row] != told, &told) {
+                self.held[row] = None;
+                self.fetch(asked, TOLD, row)?;
+                self.held[row] = told;
+            }
         }
         self.condition()
     }
 
-    fn condition(&mut self) -> Result<()> {
-        let Text { context, pooled } = text::stacked(&self.texts);
-        let data = [Data::F32(&context), Data::F32(&pooled)];
-        text::condition(self.pipeline, &mut *self.executor, self.condition, self.sizes, &self.schedule, data)
+    /// What a branch is told, per image, on the host.
+    pub(super) fn texts(&self, branch: Branch) -> Result<Vec<Text>> {
+        text::read(self.pipeline, &*self.executor, TOLD, self.asked.len(), self.rows(branch))
     }
 
-    /// What the unconditional branch of an image is told.
-    pub(super) fn negative(&mut self, job: &Job) -> Result<Text> {
-        let mut text = self.encode(job.negative())?;
-        if self.pipeline.config.zero_empty_negative && job.negative.is_none() {
-            text.context.fill(0.0);
-            text.pooled.fill(0.0);
+    /// Tells a branch, where there is it, something else from the next [`Loaded::condition`] on.
+    pub(super) fn tell(&mut self, branch: Branch, texts: &[Text]) -> Result<()> {
+        for (row, text) in self.rows(branch).zip(texts) {
+            self.held[row] = None;
+            text::write(self.pipeline, &mut *self.executor, text)?;
+            text::copy(self.pipeline, &mut *self.executor, (ENCODED, 0), (TOLD, row))?;
         }
-        Ok(text)
+        Ok(())
     }
 
-    /// One prompt's text states; each prompt is encoded once.
-    fn encode(&mut self, prompt: &str) -> Result<Text> {
-        if let Some(text) = self.encoded.get(prompt) {
-            return Ok(text.clone());
+    /// Tells a branch, from now on, what buffers of a row per image hold; without pooled states there, it keeps its own.
+    pub(super) fn tell_states(&mut self, branch: Branch, from: States<'_>) -> Result<()> {
+        for (image, row) in self.rows(branch).enumerate() {
+            self.held[row] = None;
+            text::copy(self.pipeline, &mut *self.executor, (from, image), (TOLD, row))?;
         }
-        let text = text::encode(self.pipeline, &mut *self.executor, self.text, prompt)?;
-        self.encoded.insert(prompt.to_string(), text.clone());
-        Ok(text)
+        self.condition()
+    }
+
+    /// Computes what the steps read from what the branches are told.
+    pub(super) fn condition(&mut self) -> Result<()> {
+        text::condition(self.pipeline, &mut *self.executor, self.condition, self.sizes, &self.schedule)
     }
 
     /// Draw `index` of every image, channels last: 0 is the starting noise, `k + 1` belongs to step `k`.
@@ -314,8 +360,9 @@ impl Loaded<'_, '_> {
 
     /// Decodes the batch image by image: the decoder needs more memory than the UNet.
     pub(super) fn finish(&mut self, observe: &mut Observer<'_>) -> Result<Vec<Image>> {
-        let Sizes { batch, height, width, .. } = self.sizes;
+        let batch = self.sizes.batch;
         let channels = self.pipeline.config.unet.in_channels;
+        self.decode(0)?;
         let latents = self.latents()?;
         if latents.iter().any(|x| !x.is_finite()) {
             let what = "the final latents are not finite; --check-finite names the op where it begins";
@@ -324,17 +371,26 @@ impl Loaded<'_, '_> {
         let mut pixels =
             vec![0.0; self.settings.height * self.settings.width * self.pipeline.config.vae.image_channels];
         let mut images = Vec::with_capacity(batch);
-        for (index, latents) in latents.chunks(height * width * channels).enumerate() {
-            self.executor.write(buffer::DECODE_LATENTS, Data::F32(latents))?;
-            self.executor.run(self.decode)?;
+        for (index, latents) in latents.chunks(latents.len() / batch).enumerate() {
             self.executor.read(buffer::IMAGE, DataMut::F32(&mut pixels))?;
-            let rgb = pixels.iter().map(|&x| to_byte(x)).collect();
+            if index + 1 < batch {
+                self.decode(index + 1)?;
+            }
+            let rgb = pixels.par_iter().with_min_len(1 << 14).map(|&x| to_byte(x)).collect();
             let latents = to_channels_first(latents, channels);
             let image = Image { width: self.settings.width, height: self.settings.height, rgb, latents };
             observe(Progress::Image { index, image: &image })?;
             images.push(image);
         }
         Ok(images)
+    }
+
+    /// Starts decoding one image.
+    fn decode(&mut self, index: usize) -> Result<()> {
+        let Sizes { height, width, .. } = self.sizes;
+        let len = height * width * self.pipeline.config.unet.in_channels;
+        self.executor.copy((sampler::LATENTS, index * len), (buffer::DECODE_LATENTS, 0), len)?;
+        self.executor.run(self.decode)
     }
 }
 

@@ -10,11 +10,11 @@ mod settings;
 pub use settings::{Schedule, Settings, loss_scale};
 
 use crate::exec::{Data, DataMut, Executor, ProgramId};
-use crate::methods::generate::{self, Generator, Image, Job, Observer, Progress};
+use crate::methods::generate::{self, Branch, Generator, Image, Job, Observer, Progress};
 use crate::methods::objective::{Look, Passes, score_name};
 use crate::methods::pipeline::{LearnedToken, Pipeline};
 use crate::methods::programs::gradient_of;
-use crate::methods::text::{self, Text};
+use crate::methods::text::{self, States};
 use crate::methods::token::Placed;
 use crate::methods::variable::{ADAM, CONTEXT, Names, POOLED, Parameter, Variable, moments_of};
 use crate::plan::{Footprint, Planned, plan};
@@ -196,17 +196,15 @@ impl Loaded<'_, '_> {
             return Err(Error::Usage(format!("{} seeds of the optimiser for {} images", seeds.len(), jobs.len())));
         }
         self.images.begin(jobs)?;
-        let base = self.base(jobs)?;
-        self.begin(jobs, seeds, &base)?;
+        self.begin(jobs, seeds)?;
         let mut learned = false;
         for step in 0..self.visits.len() {
             if let Some(visit) = self.visits[step] {
                 self.optimise(step, visit, observe)?;
-                let texts = self.texts(&base)?;
-                self.tell(texts)?;
+                self.tell()?;
                 learned = true;
             } else if self.settings.schedule.base_prompt_after && learned {
-                self.tell(base.clone())?;
+                self.images.tell_asked()?;
                 learned = false;
             }
             self.images.step(step, observe)?;
@@ -235,31 +233,33 @@ impl Loaded<'_, '_> {
         Ok(())
     }
 
-    /// What the optimised branch is told without optimisation.
-    fn base(&mut self, jobs: &[Job]) -> Result<Vec<Text>> {
+    /// The branch that is optimised.
+    fn branch(&self) -> Branch {
         match self.settings.variable {
-            Variable::Token(_) | Variable::Text => Ok(self.images.prompts().to_vec()),
-            Variable::Null => jobs.iter().map(|job| self.images.negative(job)).collect(),
+            Variable::Token(_) | Variable::Text => Branch::Prompt,
+            Variable::Null => Branch::Negative,
         }
     }
 
-    fn tell(&mut self, texts: Vec<Text>) -> Result<()> {
-        match self.settings.variable {
-            Variable::Token(_) | Variable::Text => self.images.tell(Some(texts), None),
-            Variable::Null => self.images.tell(None, Some(texts)),
-        }
+    /// Tells that branch what was learned.
+    fn tell(&mut self) -> Result<()> {
+        self.images.executor.run(self.prefixes[&self.prefix].forward)?;
+        // Where the text states are optimised themselves, the pooled text stays the prompt's.
+        let pooled = matches!(self.settings.variable, Variable::Token(_)).then_some(POOLED);
+        self.images.tell_states(self.branch(), States { context: CONTEXT, pooled })
     }
 
     /// Writes what stays the same for all iterations of a batch, and the parameters as they begin.
-    fn begin(&mut self, jobs: &[Job], seeds: &[u64], base: &[Text]) -> Result<()> {
+    fn begin(&mut self, jobs: &[Job], seeds: &[u64]) -> Result<()> {
         (self.seeds, self.drawn) = (seeds.to_vec(), 0);
-        let stacked = text::stacked(base);
         if let Variable::Token(token) = &self.settings.variable {
             let prompts: Vec<&str> = jobs.iter().map(|job| job.prompt.as_str()).collect();
             let placed = token.place(self.images.pipeline, &prompts)?;
             self.rows = token.initial(self.images.pipeline, seeds)?;
             self.place(&placed)?;
         } else {
+            // As numbers of the wide type, which the distance from them is measured with, too.
+            let stacked = text::stacked(&self.images.texts(self.branch())?);
             self.rows = vec![stacked.context];
             self.prefixes[&self.prefix].objectives.write(&mut self.images, POOLED, Data::F32(&stacked.pooled))?;
         }
@@ -305,23 +305,6 @@ impl Loaded<'_, '_> {
             }
         }
         Ok(())
-    }
-
-    /// What the optimised branch is told now.
-    fn texts(&mut self, base: &[Text]) -> Result<Vec<Text>> {
-        self.images.executor.run(self.prefixes[&self.prefix].forward)?;
-        let mut context = vec![0.0; base.iter().map(|text| text.context.len()).sum()];
-        self.images.executor.read(CONTEXT, DataMut::F32(&mut context))?;
-        let mut pooled: Vec<f32> = base.iter().flat_map(|text| &text.pooled).copied().collect();
-        if matches!(self.settings.variable, Variable::Token(_)) && self.images.pipeline.config.unet.added.is_some() {
-            self.images.executor.read(POOLED, DataMut::F32(&mut pooled))?;
-        }
-        let (rows, width) = (context.len() / base.len(), pooled.len() / base.len());
-        let text = |i: usize| Text {
-            context: context[i * rows..][..rows].to_vec(),
-            pooled: pooled[i * width..][..width].to_vec(),
-        };
-        Ok((0..base.len()).map(text).collect())
     }
 
     /// What was optimised, as it is now: per parameter, `[B · rows, C]` of a token's.

@@ -6,7 +6,7 @@ use crate::models::clip_text::{self, Prompt};
 use crate::models::unet::{Added, Unet};
 use crate::models::vae;
 use crate::plan::{Footprint, Planned, plan};
-use crate::program::{Builder, DType, Program, ValueId};
+use crate::program::{Builder, DType, Program, Rows, ValueId};
 use crate::sampler::{LATENTS, Needs, Schedule, append_update};
 use crate::{Error, Result};
 
@@ -149,7 +149,7 @@ impl Conditions {
     }
 }
 
-/// The UNet at step `index [1]`: its predictions with and, under guidance, without the prompt; like the latents of the wide type.
+/// The UNet at step `index [1]`: its predictions with and, under guidance, without the prompt, as rows of what it makes of both.
 pub fn predict(
     b: &mut Builder,
     unet: &Unet,
@@ -157,17 +157,15 @@ pub fn predict(
     latents: ValueId,
     conditions: Conditions,
     index: ValueId,
-) -> (ValueId, Option<ValueId>) {
+) -> (Rows, Option<Rows>) {
     let time = b.select(conditions.time, index);
     if !needs.uncond {
-        let prediction = unet.forward(b, latents, conditions.kv, time);
-        return (b.widen(prediction), None);
+        return (unet.forward(b, latents, conditions.kv, time).into(), None);
     }
     let batch = b.shape(latents)[0];
     let x = b.repeat(latents, 2);
-    let prediction = unet.forward(b, x, conditions.kv, time);
-    let prediction = b.widen(prediction);
-    (b.slice(prediction, batch, batch), Some(b.slice(prediction, 0, batch)))
+    let value = unet.forward(b, x, conditions.kv, time);
+    (Rows { value, at: batch }, Some(Rows { value, at: 0 }))
 }
 
 /// One sampling step: UNet, guidance, update; latents in, latents out.

@@ -387,8 +387,9 @@ impl Builder {
     }
 
     #[track_caller]
-    pub fn combine(&mut self, terms: &[ValueId], coefficients: ValueId) -> ValueId {
-        self.push(Op::Update(Update::Combine { terms: terms.to_vec(), coefficients }))[0]
+    pub fn combine(&mut self, terms: &[impl Into<Rows> + Copy], coefficients: ValueId) -> ValueId {
+        let terms = terms.iter().map(|&term| term.into()).collect();
+        self.push(Op::Update(Update::Combine { terms, coefficients }))[0]
     }
 
     /// Standard normals of the wide type; `counter [B, 4]` i32 holds each sample's seed and draw.

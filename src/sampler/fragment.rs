@@ -1,7 +1,7 @@
 //! The ops of a sampler step: guidance and update as linear combinations whose coefficients the host writes before each run.
 
 use super::Needs;
-use crate::program::{Builder, ValueId};
+use crate::program::{Builder, Rows, ValueId};
 
 /// Latents `[B, H, W, C]`, read and written by a step; like all that is carried from step to step of the wide type.
 pub const LATENTS: &str = "latents";
@@ -25,12 +25,13 @@ pub struct State {
 
 /// Appends guidance and the sampler's update to a step program and returns the new latents.
 ///
-/// `x` is the program's input [`LATENTS`]; `e_cond` and `e_uncond` are the network's outputs, all of one shape.
+/// `x` is the program's input [`LATENTS`]; `e_cond` and `e_uncond` are rows of the network's output, each as
+/// many as there are latents, of the wide type or the program's own: one kernel widens, guides and steps.
 /// Declares the inputs `needs` asks for (coefficients, [`NOISE`], [`HISTORY`]) and the outputs [`LATENTS`] and [`HISTORY`],
 /// which carry the state to the next step. The history needs no initial value: coefficients of unfilled slots are zero.
 /// A program that lacks a branch the needs ask for fails when it is finished.
 #[track_caller]
-pub fn append_update(b: &mut Builder, needs: Needs, x: ValueId, e_cond: ValueId, e_uncond: Option<ValueId>) -> ValueId {
+pub fn append_update(b: &mut Builder, needs: Needs, x: ValueId, e_cond: Rows, e_uncond: Option<Rows>) -> ValueId {
     let shape = b.shape(x);
     let history = HISTORY[..needs.history].iter().map(|name| b.wide_input(*name, &shape)).collect();
     let next = update(b, needs, &State { latents: x, history }, e_cond, e_uncond, "");
@@ -48,19 +49,19 @@ pub fn update(
     b: &mut Builder,
     needs: Needs,
     state: &State,
-    e_cond: ValueId,
-    e_uncond: Option<ValueId>,
+    e_cond: Rows,
+    e_uncond: Option<Rows>,
     suffix: &str,
 ) -> State {
     if needs.uncond != e_uncond.is_some() {
         b.fail(format!("sampler needs unconditional branch: {}, got: {}", needs.uncond, e_uncond.is_some()));
     }
     let x = state.latents;
-    let mut terms = vec![x, e_cond];
+    let mut terms = vec![x.into(), e_cond];
     terms.extend(e_uncond);
     if needs.noise {
         let shape = b.shape(x);
-        terms.push(b.wide_input(format!("{NOISE}{suffix}"), &shape));
+        terms.push(b.wide_input(format!("{NOISE}{suffix}"), &shape).into());
     }
     if needs.history == 0 {
         return State { latents: combine(b, UPDATE, suffix, &terms), history: vec![] };
@@ -78,7 +79,7 @@ pub fn update(
 }
 
 #[track_caller]
-fn combine(b: &mut Builder, coefficients: &str, suffix: &str, terms: &[ValueId]) -> ValueId {
+fn combine(b: &mut Builder, coefficients: &str, suffix: &str, terms: &[impl Into<Rows> + Copy]) -> ValueId {
     let coefficients = b.scalars(format!("{coefficients}{suffix}"), terms.len());
     b.combine(terms, coefficients)
 }

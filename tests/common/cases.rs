@@ -603,6 +603,21 @@ pub fn moves_and_sums() -> Vec<Case> {
             let at = f.b.input_i32("at", &[1]);
             vec![f.b.select(x, at)]
         }),
+        // Guidance and a sampler's step: latents of the wide type, both predictions in one value of the program's, fresh noise.
+        Case::new("combine rows", |f| {
+            let (x, noise) = (f.batched_wide("latents", &[33, 12]), f.batched_wide("noise", &[33, 12]));
+            let value = f.shared("predictions", &[2 * f.batch, 33, 12]);
+            let coefficients = f.b.scalars("coefficients", 4);
+            let terms = [x.into(), Rows { value, at: f.batch }, value.into(), noise.into()];
+            vec![f.b.combine(&terms, coefficients)]
+        }),
+        // Second predictions that are not aligned to 16 bytes, of more rows than are read.
+        Case::new("combine rows of odd width", |f| {
+            let x = f.batched_wide("latents", &[37]);
+            let value = f.shared("predictions", &[f.batch + 2, 37]);
+            let coefficients = f.b.scalars("coefficients", 2);
+            vec![f.b.combine(&[x.into(), Rows { value, at: 1 }], coefficients)]
+        }),
     ];
     moves.into_iter().chain(sums).collect()
 }

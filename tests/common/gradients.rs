@@ -155,6 +155,25 @@ fn functions() -> Vec<Gradient> {
             one(f, Op::Update(Update::Scale { x: d_y, coefficients, index: 1 }))
         },
     ));
+    // Of both halves of a value at once, as guidance reads a prediction.
+    let halves = Gradient::new(
+        "rows of a combination",
+        &[6, 129],
+        |f, value| {
+            let (x, coefficients) = (f.shared("latents", &[3, 129]), f.b.scalars("coefficients", 3));
+            f.b.combine(&[x.into(), Rows { value, at: 3 }, value.into()], coefficients)
+        },
+        |f, _, d_y| {
+            let coefficients = f.b.scalars("coefficients", 3);
+            let half = |f: &mut Feed, index: usize, start: usize| {
+                let scaled = one(f, Op::Update(Update::Scale { x: d_y, coefficients, index }));
+                one(f, Op::Elementwise(Elementwise::Unslice { x: scaled, start, rows: 6 }))
+            };
+            let (first, second) = (half(f, 2, 0), half(f, 1, 3));
+            f.b.add(first, second)
+        },
+    );
+    cases.push(halves.shared());
     cases
 }
 

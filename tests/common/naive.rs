@@ -187,9 +187,10 @@ fn op(
             vec![v(*x)[ints(*at)[0] as usize * size..][..size].to_vec()]
         }
         Op::Update(Update::Combine { terms, coefficients }) => {
-            let mut out = vec![0.0; v(terms[0]).len()];
+            let mut out = vec![0.0; v(terms[0].value).len()];
+            let row = out.len() / shape(terms[0].value)[0];
             for (&term, &c) in terms.iter().zip(v(*coefficients)).filter(|(_, c)| **c != 0.0) {
-                out.iter_mut().zip(v(term)).for_each(|(out, x)| *out += c * x);
+                out.iter_mut().zip(&v(term.value)[term.at * row..]).for_each(|(out, x)| *out += c * x);
             }
             vec![out]
         }

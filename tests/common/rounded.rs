@@ -119,6 +119,13 @@ impl Executor for Rounded {
         Ok(())
     }
 
+    fn copy(&mut self, from: (&str, usize), to: (&str, usize), len: usize) -> Result<()> {
+        let values = self.buffer(from.0)?.floats[from.1..from.1 + len].to_vec();
+        let held = self.buffers.get_mut(to.0).ok_or_else(|| Error::Usage(format!("no buffer '{}'", to.0)))?;
+        held.floats[to.1..to.1 + len].copy_from_slice(&values);
+        Ok(())
+    }
+
     fn run(&mut self, id: ProgramId) -> Result<()> {
         let nothing = no_weights();
         let (program, weights) = &self.programs[id.0];

@@ -277,6 +277,10 @@ impl<T: Real> Executor for Cpu<T> {
         self.store.write(buffer, data)
     }
 
+    fn copy(&mut self, from: (&str, usize), to: (&str, usize), len: usize) -> Result<()> {
+        self.store.copy(from, to, len)
+    }
+
     fn run(&mut self, program: ProgramId) -> Result<()> {
         T::run(self, program)
     }

@@ -110,6 +110,25 @@ impl<T: Real> Store<T> {
         Ok(())
     }
 
+    pub fn copy(&mut self, from: (&str, usize), to: (&str, usize), len: usize) -> Result<()> {
+        let [source, target] = [self.find(from.0)?, self.find(to.0)?];
+        let (a, b) = (&self.buffers[source], &self.buffers[target]);
+        buffer::copies((from.0, from.1, &a.shape, a.dtype), (to.0, to.1, &b.shape, b.dtype), len)?;
+        if source == target {
+            if let Buffer::Float(values) = &mut self.buffers[source].values {
+                values.copy_within(from.1..from.1 + len, to.1);
+            }
+            return Ok(());
+        }
+        let taken = self.buffers.get_disjoint_mut([source, target]);
+        if let Ok([Named { values: Buffer::Float(from_values), .. }, Named { values: Buffer::Float(to_values), .. }]) =
+            taken
+        {
+            to_values[to.1..][..len].copy_from_slice(&from_values[from.1..][..len]);
+        }
+        Ok(())
+    }
+
     pub fn read(&self, name: &str, out: DataMut<'_>) -> Result<()> {
         let held = &self.buffers[self.find(name)?];
         buffer::holds(name, &held.shape, out.len())?;

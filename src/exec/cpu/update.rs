@@ -1,6 +1,6 @@
 //! Updates of state with scalars from memory: linear combinations (guidance, sampler steps), optimisers, noise.
 //!
-//! Contract: `Combine` adds in the order of the terms; a term with coefficient 0 is not read, so it may hold anything; `out` may
+//! Contract: `Combine` adds in the order of the terms, each from its own first row; a term with coefficient 0 is not read, so it may hold anything; `out` may
 //! be the first term. Optimisers compute each element in f64 and round what they write once; formulas at `program::Update`.
 //! Elementwise, cut into chunks.
 
@@ -8,7 +8,7 @@ use super::elementwise::{CHUNK, fill, transform};
 use super::real::Real;
 use super::{Cx, Outputs};
 use crate::exec::philox;
-use crate::program::{Update, ValueId};
+use crate::program::{Rows, Update, ValueId};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -100,20 +100,25 @@ fn step<T: Real>(
     });
 }
 
-fn combine<T: Real>(cx: &Cx<'_, T>, terms: &[ValueId], coefficients: &[T], outputs: Outputs<'_, T>) {
+fn combine<T: Real>(cx: &Cx<'_, T>, terms: &[Rows], coefficients: &[T], outputs: Outputs<'_, T>) {
     let Outputs { values: [out, ..], in_place, .. } = outputs;
+    let row = out.len() / cx.shape(terms[0].value)[0];
     transform(out, None, |at, out| {
         if coefficients[0] == T::ZERO {
             out.fill(T::ZERO);
         } else {
             if !in_place {
-                out.copy_from_slice(&cx.value(terms[0])[at..][..out.len()]);
+                out.copy_from_slice(&cx.value(terms[0].value)[at..][..out.len()]);
             }
             out.iter_mut().for_each(|out| *out *= coefficients[0]);
         }
         for (&term, &coefficient) in terms.iter().zip(coefficients).skip(1) {
             if coefficient != T::ZERO {
-                cx.machine.arch.dispatch(AddTerm { out, term: &cx.value(term)[at..], coefficient });
+                cx.machine.arch.dispatch(AddTerm {
+                    out,
+                    term: &cx.value(term.value)[term.at * row + at..],
+                    coefficient,
+                });
             }
         }
     });

@@ -78,6 +78,10 @@ impl Executor for Planner {
         Planner::refuse()
     }
 
+    fn copy(&mut self, _: (&str, usize), _: (&str, usize), _: usize) -> Result<()> {
+        Planner::refuse()
+    }
+
     fn run(&mut self, _: ProgramId) -> Result<()> {
         Planner::refuse()
     }

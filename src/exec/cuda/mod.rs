@@ -70,7 +70,9 @@ struct Loaded {
     planned: Planned,
     /// Per value: where its weight or buffer lies; null for what ops make.
     outside: Vec<Address>,
-    /// What the output buffers are copied from: address in the arena, buffer, bytes.
+    /// Per value: where it lies now.
+    addresses: Vec<Address>,
+    /// What the output buffers are copied from that no op writes itself: address in the arena, buffer, bytes.
     outputs: Vec<(Address, Address, usize)>,
     /// Per op.
     launches: Vec<Vec<(Function, Launch)>>,
@@ -179,11 +181,9 @@ impl Cuda {
 
     /// What a value of a program holds now, read from the device.
     pub(super) fn value(&self, program: ProgramId, id: ValueId) -> Result<Vec<f64>> {
-        let Loaded { planned: Planned { program, plan }, outside, .. } = &self.programs[program.0];
-        let region = plan.regions[id.index()];
-        let address = region.map_or(outside[id.index()], |region| self.arena.offset(region.offset));
+        let Loaded { planned: Planned { program, .. }, addresses, .. } = &self.programs[program.0];
         let mut bytes = vec![0; program.value(id).bytes()];
-        self.driver.read(address, &mut bytes)?;
+        self.driver.read(addresses[id.index()], &mut bytes)?;
         Ok(store::to_f64(program.value(id).dtype, &bytes))
     }
 
@@ -195,6 +195,14 @@ impl Cuda {
         for (address, region) in addresses.iter_mut().zip(&plan.regions) {
             if let Some(region) = region {
                 *address = self.arena.offset(region.offset);
+            }
+        }
+        let mut outputs = vec![];
+        for (index, (name, id)) in program.outputs.iter().enumerate() {
+            let buffer = self.store.address(name)?;
+            match writes_buffer(program, index) {
+                true => addresses[id.index()] = buffer,
+                false => outputs.push((addresses[id.index()], buffer, program.value(*id).bytes())),
             }
         }
         let mut launches = Vec::with_capacity(program.nodes.len());
@@ -209,12 +217,8 @@ impl Cuda {
             }
             launches.push(found);
         }
-        let mut outputs = vec![];
-        for (name, id) in &program.outputs {
-            outputs.push((addresses[id.index()], self.store.address(name)?, program.value(*id).bytes()));
-        }
         let loaded = &mut self.programs[index];
-        (loaded.launches, loaded.outputs) = (launches, outputs);
+        (loaded.addresses, loaded.launches, loaded.outputs) = (addresses, launches, outputs);
         Ok(())
     }
 
@@ -269,6 +273,20 @@ impl Cuda {
     }
 }
 
+/// Whether the op that makes an output may write it where it is kept, instead of a copy at the end: no other output is the same
+/// value, and no op reads the buffer's old content after that op, which itself may only overwrite it element by element.
+fn writes_buffer(program: &Program, index: usize) -> bool {
+    let (name, id) = &program.outputs[index];
+    let Origin::Op(maker) = program.value(*id).origin else { return false };
+    let mut same = program.outputs.iter().filter(|(_, other)| other == id);
+    let Some(old) = program.input(name) else { return same.nth(1).is_none() };
+    let node = &program.nodes[maker];
+    let reads = |node: &Node| node.op.inputs().iter().filter(|read| **read == old).count();
+    let in_place = node.op.may_alias() == Some(old) && node.outputs[0] == *id;
+    let kept = reads(node) <= usize::from(in_place) && program.nodes[maker + 1..].iter().all(|node| reads(node) == 0);
+    same.nth(1).is_none() && kept
+}
+
 fn launches_of(cx: &Cx) -> Vec<Launch> {
     match &cx.node.op {
         Op::Gemm(op) => gemm::launches(op, cx),
@@ -321,6 +339,7 @@ impl Executor for Cuda {
         self.programs.push(Loaded {
             planned,
             outside,
+            addresses: vec![],
             outputs: vec![],
             launches: vec![],
             bounds,
@@ -355,6 +374,10 @@ impl Executor for Cuda {
 
     fn write(&mut self, buffer: &str, data: Data<'_>) -> Result<()> {
         self.store.write(&mut *self.driver, buffer, data)
+    }
+
+    fn copy(&mut self, from: (&str, usize), to: (&str, usize), len: usize) -> Result<()> {
+        self.store.copy(&mut *self.driver, from, to, len)
     }
 
     fn run(&mut self, program: ProgramId) -> Result<()> {

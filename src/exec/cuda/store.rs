@@ -7,6 +7,7 @@ use crate::exec::{Data, DataMut, buffer};
 use crate::program::{DType, Embedding, Norm, Op, Origin, Program, Shape, Value, ValueId};
 use crate::weights::{Model, Weight};
 use crate::{Error, Result};
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -179,22 +180,58 @@ impl Store {
         Ok(())
     }
 
+    pub fn copy(
+        &self,
+        driver: &mut dyn Driver,
+        (from, from_at): (&str, usize),
+        (to, to_at): (&str, usize),
+        len: usize,
+    ) -> Result<()> {
+        let (source, target) = (self.find(from)?, self.find(to)?);
+        let given = (from, from_at, &source.shape[..], source.dtype);
+        buffer::copies(given, (to, to_at, &target.shape, target.dtype), len)?;
+        let bytes = source.dtype.bytes();
+        driver.copy(source.address.offset(from_at * bytes), target.address.offset(to_at * bytes), len * bytes)
+    }
+
     pub fn read(&self, driver: &dyn Driver, name: &str, out: DataMut<'_>) -> Result<()> {
         let held = self.find(name)?;
         buffer::holds(name, &held.shape, out.len())?;
-        let mut bytes = vec![0; out.len() * held.dtype.bytes()];
-        driver.read(held.address, &mut bytes)?;
-        let values = to_f64(held.dtype, &bytes);
-        match out {
-            DataMut::F32(out) => out.iter_mut().zip(values).for_each(|(out, x)| *out = x as f32),
-            DataMut::F64(out) => out.copy_from_slice(&values),
+        match (out, held.dtype) {
+            // The way of latents and pixels, for which the device waits.
+            (DataMut::F32(out), DType::F32) => driver.read(held.address, bytemuck::cast_slice_mut(out)),
+            (DataMut::F32(out), DType::F16) => {
+                let bits = read_bits(driver, held.address, out.len())?;
+                bits.reinterpret_cast::<f16>().convert_to_f32_slice(out);
+                Ok(())
+            }
+            (DataMut::F32(out), DType::BF16) => {
+                let bits = read_bits(driver, held.address, out.len())?;
+                bits.reinterpret_cast::<bf16>().convert_to_f32_slice(out);
+                Ok(())
+            }
+            (out, dtype) => {
+                let mut bytes = vec![0; out.len() * dtype.bytes()];
+                driver.read(held.address, &mut bytes)?;
+                let values = to_f64(dtype, &bytes);
+                match out {
+                    DataMut::F32(out) => out.iter_mut().zip(values).for_each(|(out, x)| *out = x as f32),
+                    DataMut::F64(out) => out.copy_from_slice(&values),
+                }
+                Ok(())
+            }
         }
-        Ok(())
     }
 
     fn find(&self, name: &str) -> Result<&Named> {
         self.buffers.get(name).ok_or_else(|| buffer::unknown(name))
     }
+}
+
+fn read_bits(driver: &dyn Driver, from: Address, len: usize) -> Result<Vec<u16>> {
+    let mut bits = vec![0u16; len];
+    driver.read(from, bytemuck::cast_slice_mut(&mut bits))?;
+    Ok(bits)
 }
 
 /// Numbers as a device holds them.

@@ -2,7 +2,7 @@
 
 use super::elementwise::{Pieces, THREADS, flat};
 use super::launch::{Address, Cx, Divisor, Launch};
-use crate::program::{Update, ValueId};
+use crate::program::{Rows, Update, ValueId};
 use bytemuck::{Pod, Zeroable};
 
 /// Terms of a launch.
@@ -19,7 +19,7 @@ struct CombineParams {
     count: i32,
     accumulate: i32,
     aligned: i32,
-    unused: i32,
+    narrow: u32,
 }
 const _: () = assert!(size_of::<CombineParams>() == 104);
 
@@ -52,7 +52,9 @@ const _: () = assert!(size_of::<NoiseParams>() == 64);
 pub fn launches(op: &Update, cx: &Cx) -> Vec<Launch> {
     match *op {
         Update::Combine { ref terms, coefficients } => combine(cx, terms, cx.address(coefficients)),
-        Update::Scale { x, coefficients, index } => combine(cx, &[x], cx.address(coefficients).offset(4 * index)),
+        Update::Scale { x, coefficients, index } => {
+            combine(cx, &[x.into()], cx.address(coefficients).offset(4 * index))
+        }
         Update::AdamW { p, g, m, v, scalars } => vec![optimiser(cx, "adamw", &[p, g, m, v], scalars)],
         Update::RmsProp { p, g, v, b, scalars } => vec![optimiser(cx, "rmsprop", &[p, g, v, b], scalars)],
         Update::Nesterov { p, g, b, scalars } => vec![optimiser(cx, "nesterov", &[p, g, b], scalars)],
@@ -61,11 +63,18 @@ pub fn launches(op: &Update, cx: &Cx) -> Vec<Launch> {
 }
 
 /// The sum of the terms, [`MOST_TERMS`] a launch.
-fn combine(cx: &Cx, terms: &[ValueId], coefficients: Address) -> Vec<Launch> {
+fn combine(cx: &Cx, terms: &[Rows], coefficients: Address) -> Vec<Launch> {
     let y = cx.output(0);
-    let (dtype, elements, y) = (cx.dtype(y), cx.len(y), cx.address(y));
-    let launch = |(i, terms): (usize, &[ValueId])| {
-        let addresses = std::array::from_fn(|n| terms.get(n).map_or(Address::NULL, |&term| cx.address(term)));
+    let (dtype, elements, row, y) = (cx.dtype(y), cx.len(y), cx.len(y) / cx.shape(y)[0], cx.address(y));
+    let type_of = |term: &Rows| cx.dtype(term.value);
+    let kernel = match terms.iter().map(type_of).find(|term| *term != dtype) {
+        Some(narrow) => format!("combine_{narrow}_{dtype}"),
+        None => format!("combine_{dtype}"),
+    };
+    let first = |term: &Rows| cx.address(term.value).offset(term.at * row * type_of(term).bytes());
+    let launch = |(i, terms): (usize, &[Rows])| {
+        let addresses = std::array::from_fn(|n| terms.get(n).map_or(Address::NULL, first));
+        let narrow = terms.iter().enumerate().filter(|(_, term)| type_of(term) != dtype);
         let params = CombineParams {
             terms: addresses,
             coefficients: coefficients.offset(4 * i * MOST_TERMS),
@@ -74,9 +83,9 @@ fn combine(cx: &Cx, terms: &[ValueId], coefficients: Address) -> Vec<Launch> {
             count: terms.len() as i32,
             accumulate: i32::from(i > 0),
             aligned: i32::from(y.is_aligned() && addresses.iter().all(|term| term.is_aligned())),
-            unused: 0,
+            narrow: narrow.map(|(n, _)| 1 << n).sum(),
         };
-        flat(format!("combine_{dtype}"), elements, dtype.bytes(), params)
+        flat(kernel.clone(), elements, dtype.bytes(), params)
     };
     terms.chunks(MOST_TERMS).enumerate().map(launch).collect()
 }

@@ -7,7 +7,7 @@ use crate::methods::pipeline::Pipeline;
 use crate::methods::programs::{self, Conditions, Sizes, buffer, gradient_of};
 use crate::models::unet::Unet;
 use crate::plan::{Planned, plan, plan_gradient, show_bytes};
-use crate::program::{Builder, DType, Node, Program, ValueId};
+use crate::program::{Builder, DType, Node, Origin, Program, Value, ValueId};
 use crate::sampler::{HISTORY, LATENTS, Schedule, State, update};
 use crate::{Error, Result};
 
@@ -20,6 +20,9 @@ pub fn loss_name(index: usize) -> String {
 pub fn of_step(index: usize) -> String {
     format!(".{index}")
 }
+
+/// The sampler's state before every step and after the last: latents, then the history, `[steps + 1, 1 + depth, B, h, w, C]`.
+pub const STATES: &str = "chain.states";
 
 /// Everything that is asked for.
 pub struct Design<'a> {
@@ -53,6 +56,15 @@ pub enum Run {
 }
 
 impl Parts {
+    pub fn state_bytes(&self) -> usize {
+        match &self.run {
+            Run::Latents { step: Planned { program, .. }, .. } => {
+                program.input(STATES).map_or(0, |states| program.value(states).bytes())
+            }
+            Run::Activations(_) => 0,
+        }
+    }
+
     pub fn all(&self) -> Vec<&Planned> {
         let mut all = vec![&self.text, &self.condition];
         all.extend(&self.condition_backward);
@@ -125,13 +137,23 @@ impl Design<'_> {
             objectives.push(planned);
         }
         let step_backward = Box::new(step_backward);
-        let run = Run::Latents { step: plan(forward, workspace), step_backward, objectives };
+        let step = plan(self.with_states(forward), workspace);
+        let run = Run::Latents { step, step_backward, objectives };
         Ok((run, Storage::Latents(recompute)))
     }
 
     fn latents_shape(&self) -> [usize; 4] {
         let Sizes { batch, height, width, .. } = self.sizes;
         [batch, height, width, self.pipeline.config.unet.in_channels]
+    }
+
+    /// A step program that has the buffer of all states made; its ops neither read nor write it.
+    fn with_states(&self, mut step: Program) -> Program {
+        let slots = [self.schedule.steps.len() + 1, 1 + self.schedule.needs.history];
+        let shape = [&slots[..], &self.latents_shape()].concat();
+        step.inputs.push(ValueId(step.values.len() as u32));
+        step.values.push(Value { shape, dtype: self.dtype.wide(), origin: Origin::Input(STATES.into()) });
+        step
     }
 
     /// A step as a vector-Jacobian product: gradients to the new state in, gradients to the old state out, and those to the

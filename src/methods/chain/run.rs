@@ -1,6 +1,6 @@
 //! Running a differentiable chain: forward over the steps, losses, and back.
 
-use super::programs::{Run, loss_name, of_step};
+use super::programs::{Run, STATES, loss_name, of_step};
 use super::{Chain, Leaf};
 use crate::exec::{Data, Executor, HostFloat, ProgramId};
 use crate::methods::pipeline::Pipeline;
@@ -33,8 +33,8 @@ pub struct Loaded<'p, 'e, F = f32> {
     run: LoadedRun,
     /// Steps done before each objective.
     after: Vec<usize>,
-    /// The sampler's state before every step and after the last: latents, then the history.
-    states: Vec<Vec<Vec<F>>>,
+    /// The latents before the first step.
+    start: Vec<F>,
 }
 
 enum LoadedRun {
@@ -72,11 +72,7 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
                 LoadedRun::Activations(executor.load(whole, model)?, inputs)
             }
         };
-        let state = vec![vec![F::default(); latents_len(pipeline, sizes)]; 1 + schedule.needs.history];
-        let states = match run {
-            LoadedRun::Latents { .. } => vec![state; schedule.steps.len() + 1],
-            LoadedRun::Activations(..) => vec![state],
-        };
+        let start = vec![F::default(); latents_len(pipeline, sizes)];
         Ok(Loaded {
             pipeline,
             executor,
@@ -88,7 +84,7 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
             condition_backward,
             run,
             after,
-            states,
+            start,
         })
     }
 
@@ -100,9 +96,11 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
     /// Encodes a prompt per sample and, for guidance, what the unconditional branch is told, and conditions the run on them.
     pub fn prompts(&mut self, prompts: &[&str], negatives: &[&str]) -> Result<()> {
         let unconditional = if self.schedule.needs.uncond { negatives } else { &[] };
-        let texts =
-            unconditional.iter().chain(prompts).map(|prompt| self.encode(prompt)).collect::<Result<Vec<_>>>()?;
-        self.texts(&texts)
+        for (row, prompt) in unconditional.iter().chain(prompts).enumerate() {
+            text::encode(self.pipeline, self.executor, self.text, prompt)?;
+            text::copy(self.pipeline, self.executor, (text::ENCODED, 0), (text::TOLD, row))?;
+        }
+        text::condition(self.pipeline, self.executor, self.condition, self.sizes, &self.schedule)
     }
 
     /// Conditions the run on the text states of all rows, under guidance the unconditional ones first.
@@ -113,13 +111,17 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
 
     /// The same from states as [`Leaf::Context`] and [`Leaf::Pooled`] are laid out; `pooled` is empty where the model has none.
     pub fn condition(&mut self, context: Data<'_>, pooled: Data<'_>) -> Result<()> {
-        let data = [context, pooled];
-        text::condition(self.pipeline, self.executor, self.condition, self.sizes, &self.schedule, data)
+        self.executor.write(buffer::CONTEXT, context)?;
+        if self.pipeline.config.unet.added.is_some() {
+            self.executor.write(buffer::POOLED, pooled)?;
+        }
+        text::condition(self.pipeline, self.executor, self.condition, self.sizes, &self.schedule)
     }
 
     /// One prompt's text states.
     pub fn encode(&mut self, prompt: &str) -> Result<Text> {
-        text::encode(self.pipeline, self.executor, self.text, prompt)
+        text::encode(self.pipeline, self.executor, self.text, prompt)?;
+        Ok(text::read(self.pipeline, self.executor, text::ENCODED, 1, 0..1)?.swap_remove(0))
     }
 
     /// Runs from `noise` (`[B, h, w, C]`, unit variance) and back. `draws`: the fresh noise of every step, for samplers that add it.
@@ -128,7 +130,9 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
         if draws.len() != needed {
             return Err(Error::Usage(format!("{} draws of noise, this sampler takes {needed}", draws.len())));
         }
-        self.states[0][0] = noise.iter().map(|x| x.scaled(self.schedule.initial_scale)).collect();
+        // Unfilled slots of the history have coefficient 0.
+        self.start = noise.iter().map(|x| x.scaled(self.schedule.initial_scale)).collect();
+        self.executor.write(LATENTS, F::data(&self.start))?;
         match self.run {
             LoadedRun::Latents { step, step_backward, .. } => {
                 self.forward(step, draws)?;
@@ -161,22 +165,26 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
         Ok(())
     }
 
-    fn write_state(&mut self, done: usize) -> Result<()> {
-        for (name, values) in names().zip(&self.states[done]) {
-            self.executor.write(name, F::data(values))?;
-        }
-        Ok(())
+    /// Keeps the state after `done` steps.
+    fn keep(&mut self, done: usize) -> Result<()> {
+        let (len, slots) = (self.start.len(), 1 + self.schedule.needs.history);
+        let mut slot = (done * slots..).zip(names().take(slots));
+        slot.try_for_each(|(slot, name)| self.executor.copy((name, 0), (STATES, slot * len), len))
+    }
+
+    /// Takes up the state after `done` steps.
+    fn restore(&mut self, done: usize) -> Result<()> {
+        let (len, slots) = (self.start.len(), 1 + self.schedule.needs.history);
+        let mut slot = (done * slots..).zip(names().take(slots));
+        slot.try_for_each(|(slot, name)| self.executor.copy((STATES, slot * len), (name, 0), len))
     }
 
     fn forward(&mut self, step: ProgramId, draws: &[Vec<F>]) -> Result<()> {
-        // Unfilled slots of the history have coefficient 0.
-        self.write_state(0)?;
+        self.keep(0)?;
         for index in 0..self.schedule.steps.len() {
             self.prepare(index, draws, "")?;
             self.executor.run(step)?;
-            for (name, values) in names().zip(&mut self.states[index + 1]) {
-                self.executor.read(name, F::data_mut(values))?;
-            }
+            self.keep(index + 1)?;
         }
         Ok(())
     }
@@ -185,11 +193,11 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
         self.clear_gradients()?;
         for done in (0..=self.schedule.steps.len()).rev() {
             if self.after.contains(&done) {
-                self.write_state(done)?;
+                self.restore(done)?;
                 self.objectives(done)?;
             }
             if done > 0 {
-                self.write_state(done - 1)?;
+                self.restore(done - 1)?;
                 self.prepare(done - 1, draws, "")?;
                 self.executor.run(step_backward)?;
             }
@@ -207,8 +215,8 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
 
     /// Gradients that steps and objectives add to begin at 0.
     fn clear_gradients(&mut self) -> Result<()> {
-        let zeros = vec![0.0; self.states[0][0].len()];
-        for name in names().take(self.states[0].len()) {
+        let zeros = vec![0.0; self.start.len()];
+        for name in names().take(1 + self.schedule.needs.history) {
             self.executor.write(&gradient_of(name), Data::F32(&zeros))?;
         }
         let (rows, steps) = (rows(self.sizes, &self.schedule), self.schedule.steps.len());
@@ -225,7 +233,6 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
     }
 
     fn at_once(&mut self, whole: ProgramId, draws: &[Vec<F>]) -> Result<()> {
-        self.write_state(0)?;
         for index in 0..self.schedule.steps.len() {
             self.prepare(index, draws, &of_step(index))?;
         }

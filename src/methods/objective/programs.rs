@@ -3,10 +3,10 @@
 use super::{Objective, Scene, Told, scene};
 use crate::autodiff::{Cotangent, Request};
 use crate::exec::{Data, Executor, ProgramId};
-use crate::methods::generate::{self, Job};
+use crate::methods::generate::{self, Branch, Job};
 use crate::methods::pipeline::Pipeline;
 use crate::methods::programs::{Sizes, gradient_of};
-use crate::methods::text;
+use crate::methods::text::{self, States};
 use crate::methods::variable::{Design, Variable};
 use crate::models::unet::Unet;
 use crate::plan::{Planned, plan, plan_gradient};
@@ -228,18 +228,14 @@ impl Loaded {
 
     /// What the network is told besides what varies, and the size of the images: once per batch, after it has begun.
     pub fn constants(&self, images: &mut generate::Loaded<'_, '_>, jobs: &[Job]) -> Result<()> {
-        let prompts = images.prompts().to_vec();
-        let negatives = match self.null {
-            Some(_) => jobs.iter().map(|job| images.negative(job)).collect::<Result<_>>()?,
-            None => vec![],
-        };
-        let branches = [(self.prompt, prompts, scene::PROMPT[1]), (self.null, negatives, scene::NULL[1])];
-        for (program, texts, pooled) in branches {
+        let branches = [(self.prompt, Branch::Prompt, scene::PROMPT[1]), (self.null, Branch::Negative, scene::NULL[1])];
+        for (program, branch, pooled) in branches {
             let Some(program) = program else { continue };
-            let texts = text::stacked(&texts);
-            images.executor.write(CONSTANT_CONTEXT, Data::F32(&texts.context))?;
+            let states = States { context: CONSTANT_CONTEXT, pooled: self.reads(pooled).then_some(pooled) };
+            for (row, job) in jobs.iter().enumerate() {
+                images.enter(branch, job, states, row)?;
+            }
             images.executor.run(program)?;
-            self.write(images, pooled, Data::F32(&texts.pooled))?;
         }
         let size_ids = text::size_ids(images.pipeline, images.sizes, jobs.len());
         self.write(images, scene::SIZE_IDS, Data::F32(&size_ids))

@@ -35,6 +35,19 @@ impl From<ValueId> for Cols {
     }
 }
 
+/// Rows `at ..` of a value's first dimension; how the two halves of a guided prediction are read without a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rows {
+    pub value: ValueId,
+    pub at: usize,
+}
+
+impl From<ValueId> for Rows {
+    fn from(value: ValueId) -> Rows {
+        Rows { value, at: 0 }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
     None,

@@ -1,14 +1,17 @@
 //! Updates of state: guidance and sampler steps, optimisers, noise. What changes from run to run comes from memory.
 
-use super::OpKind;
+use super::{OpKind, Rows};
 use crate::program::infer::{Infer, Types, ensure};
 use crate::program::{DType, Program, ValueId};
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Update {
-    /// `Σ coefficients[i] · terms[i]`, terms of one shape, `coefficients [n]` f32 read from memory: guidance, every sampler step.
-    /// A zero coefficient leaves its term out even where the term is not finite.
-    Combine { terms: Vec<ValueId>, coefficients: ValueId },
+    /// `Σ coefficients[i] · terms[i]`, `coefficients [n]` f32 read from memory: guidance and sampler step in one.
+    ///
+    /// The first term is a whole value and gives the result its shape and type. The others are as many rows of values that have the
+    /// same dimensions after the first, of that type or all of one narrower type. A zero coefficient leaves its term out even where
+    /// the term is not finite.
+    Combine { terms: Vec<Rows>, coefficients: ValueId },
     /// `coefficients[index] · x`, 0 where that is 0: the gradient of `Combine` to one of its terms.
     Scale { x: ValueId, coefficients: ValueId, index: usize },
     /// AdamW (Loshchilov & Hutter 2019, as torch has it; Adam with decay 0): `scalars [7]` are the learning rate, `1 − β1`,
@@ -41,7 +44,9 @@ const NESTEROV_SCALARS: usize = 2;
 impl OpKind for Update {
     fn operands(&mut self) -> Vec<&mut ValueId> {
         match self {
-            Update::Combine { terms, coefficients } => terms.iter_mut().chain([coefficients]).collect(),
+            Update::Combine { terms, coefficients } => {
+                terms.iter_mut().map(|t| &mut t.value).chain([coefficients]).collect()
+            }
             Update::Scale { x, coefficients, .. } => vec![x, coefficients],
             Update::AdamW { p, g, m, v, scalars } => vec![p, g, m, v, scalars],
             Update::RmsProp { p, g, v, b, scalars } => vec![p, g, v, b, scalars],
@@ -54,10 +59,13 @@ impl OpKind for Update {
         match *self {
             Update::Combine { ref terms, coefficients } => {
                 let Some(&first) = terms.first() else { return Err("no terms".into()) };
-                let s = cx.float(first, 1)?;
-                for &term in &terms[1..] {
-                    cx.exactly("term", term, s)?;
-                }
+                let s = cx.float(first.value, 1)?;
+                ensure!(first.at == 0, "the first term begins at row {}", first.at);
+                terms[1..].iter().try_for_each(|term| rows(cx, *term, s))?;
+                let mut narrow =
+                    terms.iter().map(|term| cx.type_of(term.value).1).filter(|dtype| *dtype != cx.of(vec![]).1);
+                let one = narrow.next();
+                ensure!(narrow.all(|dtype| Some(dtype) == one), "terms of more than two types");
                 scalars(cx, coefficients, terms.len())?;
                 Ok(cx.one(s.to_vec()))
             }
@@ -80,7 +88,7 @@ impl OpKind for Update {
 
     fn alias(&self) -> Option<ValueId> {
         match self {
-            Update::Combine { terms, .. } => terms.first().copied(),
+            Update::Combine { terms, .. } => terms.first().map(|term| term.value),
             Update::Scale { x, .. } => Some(*x),
             // Parameters and state are buffers, which nothing takes over; the gradient is read by every output.
             Update::AdamW { .. } | Update::RmsProp { .. } | Update::Nesterov { .. } => None,
@@ -92,7 +100,11 @@ impl OpKind for Update {
         let show = |id: &ValueId| p.show(*id);
         match self {
             Update::Combine { terms, coefficients } => {
-                let terms: Vec<String> = terms.iter().map(show).collect();
+                let of = |term: &Rows| match p.shape(term.value) == p.shape(terms[0].value) {
+                    true => show(&term.value),
+                    false => format!("{}[{}..]", show(&term.value), term.at),
+                };
+                let terms: Vec<String> = terms.iter().map(of).collect();
                 format!("combine {} . {}", show(coefficients), terms.join(" "))
             }
             Update::Scale { x, coefficients, index } => format!("scale {}[{index}] {}", show(coefficients), show(x)),
@@ -108,6 +120,16 @@ fn scalars(cx: &Infer, id: ValueId, count: usize) -> Result<(), String> {
     let (shape, dtype) = cx.type_of(id);
     let fits = shape == [count] && matches!(dtype, DType::F32 | DType::F64);
     ensure!(fits, "scalars %{} are {dtype} {shape:?}, need {count} of f32 or f64", id.0);
+    Ok(())
+}
+
+/// A term of a combination of shape `s`.
+fn rows(cx: &Infer, term: Rows, s: &[usize]) -> Result<(), String> {
+    let (shape, dtype) = cx.type_of(term.value);
+    let (id, wide) = (term.value.0, cx.of(vec![]).1);
+    ensure!(dtype == wide || dtype != DType::I32 && dtype.wide() == wide, "term %{id} is {dtype} beside {wide}");
+    let fits = shape.len() == s.len() && shape[1..] == s[1..] && term.at + s[0] <= shape[0];
+    ensure!(fits, "term %{id} is {shape:?} from row {}, needs {s:?}", term.at);
     Ok(())
 }
 
