@@ -8,8 +8,8 @@
 //   softmax and sums are in f32; the probabilities, not yet divided by their sum, are rounded to T for their product with v.
 //
 // A block computes 128 queries of one head, two warpgroups 64 each; a third, which leaves them its registers, keeps two slots of
-// keys and two of values filled. A tile has KEYS keys. head_dim, a multiple of 8, is padded with zeros to the next of 40, 64, 80, 128, 160 (scores to
-// the next multiple of 16).
+// keys and two of values filled. A tile has KEYS keys. head_dim, a multiple of 8, is padded with zeros to the next of 40, 64, 80,
+// 128, 160 (scores to the next multiple of 16).
 // Bytes: q and out once, k and v once per 128 queries, through L2. FLOPs: 4 Tq Tk head_dim per head; at head_dim 40 to 64 one
 // exponential per 160 to 256 FLOPs limits as much as the tensor cores do. Limits: up to 160 accumulators a thread and 160 KiB
 // of shared memory; one block a multiprocessor.
@@ -243,12 +243,12 @@ DEVICE void attention_hopper(const AttentionHopperParams& p) {
   }
 }
 
-#define ATTENTION_HOPPER(DIM)                                                                                       \
-  KERNEL_TRADING(attention_hopper_##DIM##_f16, AttentionHopperParams, (AttentionTiles<f16, DIM>::THREADS)) {                \
-    attention_hopper<AttentionTiles<f16, DIM>>(p);                                                                  \
-  }                                                                                                                 \
-  KERNEL_TRADING(attention_hopper_##DIM##_bf16, AttentionHopperParams, (AttentionTiles<bf16, DIM>::THREADS)) {              \
-    attention_hopper<AttentionTiles<bf16, DIM>>(p);                                                                 \
+#define ATTENTION_HOPPER(DIM)                                                                                      \
+  KERNEL_RESIDENT(attention_hopper_##DIM##_f16, AttentionHopperParams, (AttentionTiles<f16, DIM>::THREADS), 1) {   \
+    attention_hopper<AttentionTiles<f16, DIM>>(p);                                                                 \
+  }                                                                                                                \
+  KERNEL_RESIDENT(attention_hopper_##DIM##_bf16, AttentionHopperParams, (AttentionTiles<bf16, DIM>::THREADS), 1) { \
+    attention_hopper<AttentionTiles<bf16, DIM>>(p);                                                                \
   }
 
 ATTENTION_HOPPER(40)

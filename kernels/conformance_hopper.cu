@@ -37,7 +37,7 @@ DEVICE void bring_boxes(int bytes, const Start& start) {
   barrier_wait(address, 0);
 }
 
-KERNEL(conformance_hopper_boxes, ConformanceHopperParams, WARPGROUP) {
+DEVICE void copy_boxes(const ConformanceHopperParams& p) {
   DYNAMIC_BOXES(shared);
   const int32_t* at = (const int32_t*)p.c;
   bring_boxes((int)p.count * 4, [&](uint32_t barrier) {
@@ -45,6 +45,8 @@ KERNEL(conformance_hopper_boxes, ConformanceHopperParams, WARPGROUP) {
   });
   for (int64_t i = threadIdx.x; i < p.count; i += WARPGROUP) ((uint32_t*)p.out)[i] = ((const uint32_t*)shared)[i];
 }
+
+KERNEL(conformance_hopper_boxes, ConformanceHopperParams, WARPGROUP) { copy_boxes(p); }
 
 template <class T, int COLUMNS, Lines RIGHT, bool REGISTERS>
 DEVICE void multiply_boxes(const ConformanceHopperParams& p) {
@@ -82,12 +84,12 @@ DEVICE void multiply_boxes(const ConformanceHopperParams& p) {
   for (int i = 0; i < 4 * EIGHTS; i++) ((float*)p.out)[threadIdx.x * 4 * EIGHTS + i] = d[i / 4][i % 4];
 }
 
-#define WGMMA_TRIAL(NAME, COLUMNS, RIGHT, REGISTERS)                                          \
-  KERNEL(conformance_hopper_wgmma_##NAME##_##COLUMNS##_f16, ConformanceHopperParams, WARPGROUP) {    \
-    multiply_boxes<f16, COLUMNS, RIGHT, REGISTERS>(p);                                        \
-  }                                                                                           \
-  KERNEL(conformance_hopper_wgmma_##NAME##_##COLUMNS##_bf16, ConformanceHopperParams, WARPGROUP) {   \
-    multiply_boxes<bf16, COLUMNS, RIGHT, REGISTERS>(p);                                       \
+#define WGMMA_TRIAL(NAME, COLUMNS, RIGHT, REGISTERS)                                               \
+  KERNEL(conformance_hopper_wgmma_##NAME##_##COLUMNS##_f16, ConformanceHopperParams, WARPGROUP) {  \
+    multiply_boxes<f16, COLUMNS, RIGHT, REGISTERS>(p);                                             \
+  }                                                                                                \
+  KERNEL(conformance_hopper_wgmma_##NAME##_##COLUMNS##_bf16, ConformanceHopperParams, WARPGROUP) { \
+    multiply_boxes<bf16, COLUMNS, RIGHT, REGISTERS>(p);                                            \
   }
 
 WGMMA_TRIAL(boxes_r, 64, Lines::Reduced, false)

@@ -145,11 +145,11 @@ DEVICE void conv2d_backward(const ConvParams& p) {
   end<B, false>(acc, p.epilogue, p.split, RowsFrom{row, p.rows}, p.rows, column, p.columns, 0);
 }
 
-#define CONV(KERNEL_NAME, FUNCTION, RIGHT)                                                                        \
-  KERNEL(KERNEL_NAME##_64_f16, ConvParams, 128) { FUNCTION<Blocking<f16, 64, 64, 2, 2>, RIGHT>(p); }              \
-  KERNEL(KERNEL_NAME##_64_bf16, ConvParams, 128) { FUNCTION<Blocking<bf16, 64, 64, 2, 2>, RIGHT>(p); }            \
-  KERNEL(KERNEL_NAME##_64_f32, ConvParams, 128) { FUNCTION<Blocking<float, 64, 64, 2, 2>, RIGHT>(p); }            \
-  KERNEL(KERNEL_NAME##_128_f16, ConvParams, 256) { FUNCTION<Blocking<f16, 128, 128, 2, 4>, RIGHT>(p); }           \
+#define CONV(KERNEL_NAME, FUNCTION, RIGHT)                                                                         \
+  KERNEL(KERNEL_NAME##_64_f16, ConvParams, 128) { FUNCTION<Blocking<f16, 64, 64, 2, 2>, RIGHT>(p); }               \
+  KERNEL(KERNEL_NAME##_64_bf16, ConvParams, 128) { FUNCTION<Blocking<bf16, 64, 64, 2, 2>, RIGHT>(p); }             \
+  KERNEL_RESIDENT(KERNEL_NAME##_64_f32, ConvParams, 128, 5) { FUNCTION<Blocking<float, 64, 64, 2, 2>, RIGHT>(p); } \
+  KERNEL(KERNEL_NAME##_128_f16, ConvParams, 256) { FUNCTION<Blocking<f16, 128, 128, 2, 4>, RIGHT>(p); }            \
   KERNEL(KERNEL_NAME##_128_bf16, ConvParams, 256) { FUNCTION<Blocking<bf16, 128, 128, 2, 4>, RIGHT>(p); }
 
 CONV(conv2d_r, conv2d, Lines::Reduced)

@@ -40,11 +40,11 @@ DEVICE void gemm(const GemmParams& p) {
   end<B, LEFT == Lines::Reduced>(acc, p.epilogue, p.split, RowsFrom{row, p.rows}, p.rows, column, p.columns, p.half);
 }
 
-#define GEMM(NAME, LEFT, RIGHT)                                                                                              \
-  KERNEL(gemm_##NAME##_64_f16, GemmParams, 128) { gemm<Blocking<f16, 64, 64, 2, 2>, LEFT, RIGHT>(p); }                       \
-  KERNEL(gemm_##NAME##_64_bf16, GemmParams, 128) { gemm<Blocking<bf16, 64, 64, 2, 2>, LEFT, RIGHT>(p); }                     \
-  KERNEL(gemm_##NAME##_64_f32, GemmParams, 128) { gemm<Blocking<float, 64, 64, 2, 2>, LEFT, RIGHT>(p); }                     \
-  KERNEL(gemm_##NAME##_128_f16, GemmParams, 256) { gemm<Blocking<f16, 128, 128, 2, 4>, LEFT, RIGHT>(p); }                    \
+#define GEMM(NAME, LEFT, RIGHT)                                                                                      \
+  KERNEL(gemm_##NAME##_64_f16, GemmParams, 128) { gemm<Blocking<f16, 64, 64, 2, 2>, LEFT, RIGHT>(p); }               \
+  KERNEL(gemm_##NAME##_64_bf16, GemmParams, 128) { gemm<Blocking<bf16, 64, 64, 2, 2>, LEFT, RIGHT>(p); }             \
+  KERNEL_RESIDENT(gemm_##NAME##_64_f32, GemmParams, 128, 5) { gemm<Blocking<float, 64, 64, 2, 2>, LEFT, RIGHT>(p); } \
+  KERNEL(gemm_##NAME##_128_f16, GemmParams, 256) { gemm<Blocking<f16, 128, 128, 2, 4>, LEFT, RIGHT>(p); }            \
   KERNEL(gemm_##NAME##_128_bf16, GemmParams, 256) { gemm<Blocking<bf16, 128, 128, 2, 4>, LEFT, RIGHT>(p); }
 
 GEMM(rr, Lines::Reduced, Lines::Reduced)

@@ -12,14 +12,11 @@ constexpr int LINE = 64, LINE_BYTES = 128;
 constexpr int WARPGROUP = 128;
 
 #ifdef __CUDACC__
-// A kernel of which a multiprocessor has one block, whose warpgroups may trade registers.
-#define KERNEL_TRADING(NAME, PARAMS, THREADS) \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ PARAMS p)
-
 // The shared memory whose size the launch gives, for boxes.
 #define DYNAMIC_BOXES(NAME) extern __shared__ __align__(1024) unsigned char NAME[]
 
-// Sets the registers of each thread of a warpgroup, a multiple of 8: fewer, or as many more as others have given up.
+// Sets the registers of each thread of a warpgroup, a multiple of 8: fewer, or as many more as others have given up. Only in
+// kernels that say how many blocks a multiprocessor runs.
 template <int N>
 DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));

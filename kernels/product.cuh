@@ -146,8 +146,8 @@ DEVICE void store_parts(float* to, int column, int end, bool whole, const float 
   }
 }
 
-// What a block ends with whose first column is `first_column` of `columns`: outputs, or its part of the sums. row_of(i) is row i of
-// the block among `rows`, or -1; `half` as in Matrix. Kernels of ops without an activation leave them out (not ACTIVATES).
+// What a block ends with whose first column is `first_column` of `columns`: outputs, or its part of the sums. row_of(i) is row i
+// of the block among `rows`, or -1; `half` as in Matrix. Kernels of ops without an activation leave them out (not ACTIVATES).
 template <class B, bool ACTIVATES, class Row>
 DEVICE void end(const float (&acc)[B::HIGH][B::WIDE][4], const Epilogue& e, const Split& split, const Row& row_of, int rows,
                 int first_column, int columns, int half) {

@@ -144,10 +144,10 @@ DEVICE void product_hopper(const HopperParams& p) {
   end<B, true>(acc, p.epilogue, p.split, row, rows, blockIdx.x * H::COLUMNS, p.columns, half);
 }
 
-#define HOPPER(NAME, RIGHT, COLUMNS)                                                                        \
-  KERNEL(product_hopper_##NAME##_##COLUMNS##_f16, HopperParams, (HopperTiles<f16, COLUMNS, RIGHT>::THREADS)) { \
-    product_hopper<HopperTiles<f16, COLUMNS, RIGHT>>(p);                                                       \
-  }                                                                                                            \
+#define HOPPER(NAME, RIGHT, COLUMNS)                                                                             \
+  KERNEL(product_hopper_##NAME##_##COLUMNS##_f16, HopperParams, (HopperTiles<f16, COLUMNS, RIGHT>::THREADS)) {   \
+    product_hopper<HopperTiles<f16, COLUMNS, RIGHT>>(p);                                                         \
+  }                                                                                                              \
   KERNEL(product_hopper_##NAME##_##COLUMNS##_bf16, HopperParams, (HopperTiles<bf16, COLUMNS, RIGHT>::THREADS)) { \
     product_hopper<HopperTiles<bf16, COLUMNS, RIGHT>>(p);                                                        \
   }

@@ -8,9 +8,11 @@
 
 #define DEVICE __device__ __forceinline__
 
-// Declares a kernel of one parameter structure `p`.
+// Declares a kernel of one parameter structure `p`, and of how many blocks a multiprocessor should have the registers.
 #define KERNEL(NAME, PARAMS, THREADS) \
   extern "C" __global__ void __launch_bounds__(THREADS) NAME(const __grid_constant__ PARAMS p)
+#define KERNEL_RESIDENT(NAME, PARAMS, THREADS, BLOCKS) \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ PARAMS p)
 
 // A shared array, and the shared memory whose size the launch gives.
 #define SHARED_ARRAY(T, NAME, N) __shared__ __align__(16) T NAME[N]
@@ -84,6 +86,8 @@ DEVICE float exp2_approx(float x) {
                                                  NAME(*(const PARAMS*)params);                            \
                                                }});                                                       \
   static void NAME(const PARAMS& p)
+
+#define KERNEL_RESIDENT(NAME, PARAMS, THREADS, BLOCKS) KERNEL(NAME, PARAMS, THREADS)
 
 #define SHARED_ARRAY(T, NAME, N) \
   T* const NAME = (T*)emulated::shared_array([] { static char key; return (const void*)&key; }(), sizeof(T) * (N))

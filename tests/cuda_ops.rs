@@ -6,13 +6,13 @@
 mod common;
 
 use common::cases::{Built, Case};
-use common::emulated::{cuda, wanted};
+use common::emulated::{cuda, cudas, wanted};
 use common::feed::{no_weights, operands, run, try_run};
 use common::gradients::{self, Gradient};
 use common::storage::{TYPES, judge, report, round, same_bits};
 use common::{cases, naive};
 use rarebit::exec::cpu::Cpu;
-use rarebit::exec::cuda::{Copies, Order, Settings};
+use rarebit::exec::cuda::{Copies, Cuda, Order, Settings};
 use rarebit::program::*;
 
 /// Cases in which each sample is its own.
@@ -44,11 +44,12 @@ fn as_exact_as_storage_allows() {
             };
             let exact = outputs(naive::evaluate(&double, &buffers));
             let honest = outputs(naive::evaluate_rounded(&built.program, &buffers, round));
-            let mut executor = cuda(Settings::default()).with_guards(true);
-            let name = format!("{} {dtype} batch {batch}", case.name);
-            match try_run(&mut executor, &built.program, &buffers, &model, 1) {
-                Ok(found) => wrong.extend(judge(&found, &exact, &honest).map(|what| format!("{name}: {what}"))),
-                Err(error) => wrong.push(format!("{name}: {error}")),
+            for cuda in cudas(Settings::default(), &built.program) {
+                let name = format!("{} {dtype} batch {batch} Hopper {:?}", case.name, cuda.hopper());
+                match try_run(&mut cuda.with_guards(true), &built.program, &buffers, &model, 1) {
+                    Ok(found) => wrong.extend(judge(&found, &exact, &honest).map(|what| format!("{name}: {what}"))),
+                    Err(error) => wrong.push(format!("{name}: {error}")),
+                }
             }
         }
     }
@@ -91,22 +92,25 @@ fn bits_do_not_depend_on_the_order_of_threads() {
     let mut wrong = vec![];
     let mut check = |name: &str, built: Built| {
         let buffers = operands(&built, 0, 2);
-        let result = |settings, times| {
-            let mut executor = cuda(settings).with_guards(times == 1);
-            try_run(&mut executor, &built.program, &buffers, &model, times)
-        };
-        let expected = result(Settings::default(), 2);
-        let others = [
-            Settings::new(Order::Reverse, Copies::Early, 1),
-            Settings::new(Order::Random, Copies::Either, 2),
-            Settings::new(Order::Random, Copies::Early, 3),
-        ];
-        for settings in others {
-            match (&expected, result(settings, 1)) {
-                (Ok(expected), Ok(found)) if same_bits(expected, &found) => {}
-                (Ok(_), Ok(_)) => wrong.push(format!("{name} differs with {settings:?}")),
-                (Err(error), _) => wrong.push(format!("{name}: {error}")),
-                (_, Err(error)) => wrong.push(format!("{name} with {settings:?}: {error}")),
+        for hopper in cudas(Settings::default(), &built.program).iter().map(Cuda::hopper) {
+            let name = format!("{name} Hopper {hopper:?}");
+            let result = |settings, times| {
+                let mut executor = cuda(settings).with_hopper(hopper).with_guards(times == 1);
+                try_run(&mut executor, &built.program, &buffers, &model, times)
+            };
+            let expected = result(Settings::default(), 2);
+            let others = [
+                Settings::new(Order::Reverse, Copies::Early, 1),
+                Settings::new(Order::Random, Copies::Either, 2),
+                Settings::new(Order::Random, Copies::Early, 3),
+            ];
+            for settings in others {
+                match (&expected, result(settings, 1)) {
+                    (Ok(expected), Ok(found)) if same_bits(expected, &found) => {}
+                    (Ok(_), Ok(_)) => wrong.push(format!("{name} differs with {settings:?}")),
+                    (Err(error), _) => wrong.push(format!("{name}: {error}")),
+                    (_, Err(error)) => wrong.push(format!("{name} with {settings:?}: {error}")),
+                }
             }
         }
     };

@@ -1,15 +1,16 @@
 //! Products and convolutions on the emulated driver, forward and backward, with weights as checkpoints give them and as plain
-//! inputs: as exact as their storage allows, the same bits in any order of threads and in any batch.
+//! inputs, by the kernels for any GPU and by those for Hopper: as exact as their storage allows, the same bits in any order of
+//! threads and in any batch.
 
 mod common;
 
-use common::emulated::{cuda, wanted};
+use common::emulated::{cuda, cudas, wanted};
 use common::feed::no_weights;
 use common::products::{self, Case, How, programs, rounded, run, stored};
 use common::storage::{TYPES, judge, report, round};
 use rarebit::exec::Executor;
 use rarebit::exec::cpu::Cpu;
-use rarebit::exec::cuda::{Copies, Cuda, Order, Settings};
+use rarebit::exec::cuda::{Copies, Cuda, Hopper, Order, Settings};
 use rarebit::plan::plan;
 use rarebit::program::{Activation, DType, Program};
 use rarebit::weights::Model;
@@ -34,10 +35,14 @@ fn as_exact_as_storage_allows() {
             // The gradient to a weight has none to hold.
             for held in [false, true].into_iter().filter(|held| !held || !matches!(case, Case::Weight(_))) {
                 for ((name, program), exact) in programs(&case, How { held, ..how }).iter().zip(&exact) {
-                    let honest = exact.iter().map(|x| round(dtype, *x)).collect();
-                    let found = run(cuda(Settings::default()).with_guards(true), program, &values, &model, 1);
-                    let off = judge(&[found], std::slice::from_ref(exact), &[honest]);
-                    wrong.extend(off.map(|what| format!("{name} of {case:?} {dtype} held {held}: {what}")));
+                    let honest = [exact.iter().map(|x| round(dtype, *x)).collect()];
+                    for cuda in cudas(Settings::default(), program) {
+                        let which = cuda.hopper();
+                        let found = run(cuda.with_guards(true), program, &values, &model, 1);
+                        let off = judge(&[found], std::slice::from_ref(exact), &honest);
+                        let name = format!("{name} of {case:?} {dtype} held {held} Hopper {which:?}");
+                        wrong.extend(off.map(|what| format!("{name}: {what}")));
+                    }
                 }
             }
         }
@@ -55,18 +60,23 @@ fn bits_depend_on_neither_the_order_of_threads_nor_the_batch() {
         let model = if is_weight { no_weights() } else { stored(&case.shapes(3)[1], &values.w) };
         let one = rounded(case.values(2, 1), how.dtype);
         for ((name, program), (_, alone)) in programs(&case, how).iter().zip(programs(&case, How { batch: 1, ..how })) {
-            let expected = run(cuda(Settings::default()), program, &values, &model, 2);
-            for settings in
-                [Settings::new(Order::Reverse, Copies::Early, 1), Settings::new(Order::Random, Copies::Either, 2)]
-            {
-                if run(cuda(settings), program, &values, &model, 1) != expected {
-                    wrong.push(format!("{name} of {case:?} differs with {settings:?}"));
-                }
-            }
             let sums_over_the_batch = is_weight && name == "backward";
-            let found = run(cuda(Settings::default()), &alone, &one, &model, 1);
-            if !sums_over_the_batch && found != expected[2 * found.len()..] {
-                wrong.push(format!("{name} of {case:?}: the third sample differs alone"));
+            for first in cudas(Settings::default(), program) {
+                let which = first.hopper();
+                let name = format!("{name} of {case:?} Hopper {which:?}");
+                let on = |settings| cuda(settings).with_hopper(which);
+                let expected = run(first, program, &values, &model, 2);
+                for settings in
+                    [Settings::new(Order::Reverse, Copies::Early, 1), Settings::new(Order::Random, Copies::Either, 2)]
+                {
+                    if run(on(settings), program, &values, &model, 1) != expected {
+                        wrong.push(format!("{name} differs with {settings:?}"));
+                    }
+                }
+                let found = run(on(Settings::default()), &alone, &one, &model, 1);
+                if !sums_over_the_batch && found != expected[2 * found.len()..] {
+                    wrong.push(format!("{name}: the third sample differs alone"));
+                }
             }
         }
     }
@@ -89,8 +99,9 @@ fn cases_reach_every_kernel() {
             for model in [Some(&held), None].into_iter().filter(|m| m.is_none() || !matches!(case, Case::Weight(_))) {
                 let how = How { held: model.is_some(), ..How::new(dtype, batch) };
                 for (_, program) in programs(&case, how) {
-                    let mut executor = cuda(Settings::default());
-                    reached.extend(kernels(&mut executor, program, model.unwrap_or(&no_weights())));
+                    for mut executor in cudas(Settings::default(), &program) {
+                        reached.extend(kernels(&mut executor, program.clone(), model.unwrap_or(&no_weights())));
+                    }
                 }
             }
         }
@@ -106,22 +117,41 @@ fn cases_reach_every_kernel() {
             }
         }
         assert!(reached.contains(&(format!("finish_{dtype}"), false)));
+        // A tile of 160 columns is for shapes that are too large here.
+        let tiles = [("r_128", false), ("r_128", true), ("a_128", false), ("a_128", true)];
+        for (tile, split) in tiles.into_iter().filter(|_| dtype != DType::F32) {
+            let kernel = (format!("product_hopper_{tile}_{dtype}"), split);
+            assert!(reached.contains(&kernel), "no case launches {} split {split}", kernel.0);
+        }
     }
 }
 
 /// A batch may have another tile than its samples alone, with the same splits: the same bits.
 #[test]
 fn bits_do_not_depend_on_the_tile() {
-    let case = Case::Input([620, 1472, 160]);
-    let how = How::new(DType::F16, 3);
-    let [together, alone] = [3, 1].map(|batch| How { batch, ..how }.forward(&case, Activation::None));
-    let ends = [(&together, "gemm_ra_128_f16"), (&alone, "gemm_ra_64_f16")];
-    for (program, kernel) in ends {
-        let launched = kernels(&mut cuda(Settings::default()), program.clone(), &no_weights());
-        assert_eq!(launched[0], (kernel.to_string(), true));
+    let (split, wide) = (Case::Input([620, 1472, 160]), Case::Input([2850, 64, 160]));
+    let hopper = |lines: &str, dtype| [160, 128].map(|tile| format!("product_hopper_{lines}_{tile}_{dtype}"));
+    let any = ["gemm_ra_128_f16", "gemm_ra_64_f16"].map(String::from);
+    let ends = [
+        (split, DType::F16, false, Hopper::Off, any),
+        (wide.clone(), DType::F16, true, Hopper::Always, hopper("r", "f16")),
+        (wide, DType::BF16, false, Hopper::Always, hopper("a", "bf16")),
+    ];
+    for (case, dtype, held, hopper, expected) in ends {
+        let how = How { held, ..How::new(dtype, 3) };
+        let on = || cuda(Settings::default()).with_hopper(hopper);
+        let [values, one] = [case.values(0, 3), case.values(2, 1)].map(|values| rounded(values, dtype));
+        let model = if held { stored(&case.shapes(3)[1], &values.w) } else { no_weights() };
+        let programs = [3, 1].map(|batch| How { batch, ..how }.forward(&case, Activation::None));
+        for (program, kernel) in programs.iter().zip(expected) {
+            assert_eq!(kernels(&mut on(), program.clone(), &model)[0].0, kernel);
+        }
+        let together = run(on(), &programs[0], &values, &model, 1);
+        let alone = run(on(), &programs[1], &one, &model, 1);
+        assert!(alone == together[2 * alone.len()..], "{case:?} {dtype}");
+        let double = How { dtype: DType::F64, held: false, ..how }.forward(&case, Activation::None);
+        let exact = run(Cpu::<f64>::new(), &double, &values, &no_weights(), 1);
+        let honest = exact.iter().map(|x| round(dtype, *x)).collect();
+        assert_eq!(judge(&[together], &[exact], &[honest]), None, "{case:?} {dtype}");
     }
-    let [values, one] = [case.values(0, 3), case.values(2, 1)].map(|values| rounded(values, how.dtype));
-    let expected = run(cuda(Settings::default()), &together, &values, &no_weights(), 1);
-    let found = run(cuda(Settings::default()), &alone, &one, &no_weights(), 1);
-    assert!(found == expected[2 * found.len()..]);
 }

@@ -5,7 +5,6 @@
 #pragma once
 #include "ptx.h"
 
-#define KERNEL_TRADING KERNEL
 #define DYNAMIC_BOXES DYNAMIC_SHARED
 
 template <int N>

@@ -120,6 +120,11 @@ impl Cuda {
         self
     }
 
+    /// What the kernels for Hopper do.
+    pub fn hopper(&self) -> Hopper {
+        self.hopper
+    }
+
     /// For tests, slow: fills dead memory with NaN and fails when an op writes outside its outputs and workspace.
     pub fn with_guards(mut self, on: bool) -> Cuda {
         self.guards = on;

@@ -20,35 +20,86 @@ pub struct Tile {
     resident: usize,
     /// Products of one output and one reduced element that a multiprocessor makes in a clock, fully occupied.
     rate: f64,
+    /// Clocks between stages that come from memory: its latency, about 800, by the stages that the ring asks for ahead.
+    wait: f64,
+    /// Clocks of a block before its first and after its last stage.
+    ends: f64,
 }
 
 /// Of 16-bit types. Rates are what shared memory allows at 128 bytes a clock: for 16 reduced elements a warp of 64x32 reads 3 KiB
 /// and makes 32768 products, one of 32x32 2 KiB and 16384, and a block of 128x128 writes 8 KiB for 262144, one of 64x64 4 KiB for
 /// 65536; together 1/8 and 3/16 of a byte a product.
 const HALF: [Tile; 2] = [
-    Tile { name: "128", hopper: false, rows: 128, columns: 128, threads: 256, resident: 2, rate: 1024.0 },
-    Tile { name: "64", hopper: false, rows: 64, columns: 64, threads: 128, resident: 5, rate: 683.0 },
+    Tile {
+        name: "128",
+        hopper: false,
+        rows: 128,
+        columns: 128,
+        threads: 256,
+        resident: 2,
+        rate: 1024.0,
+        wait: 400.0,
+        ends: 2000.0,
+    },
+    Tile {
+        name: "64",
+        hopper: false,
+        rows: 64,
+        columns: 64,
+        threads: 128,
+        resident: 5,
+        rate: 683.0,
+        wait: 400.0,
+        ends: 2000.0,
+    },
 ];
 
 /// Of 16-bit types on Hopper: four fifths of its tensor cores' 2048, which shared memory does not limit: for 16 reduced elements
-/// 64x128 (64x160) read it for 48 (56) of 64 (80) clocks.
+/// 64x128 (64x160) read it for 48 (56) of 64 (80) clocks. Their ring is four stages of 128 bytes ahead; a
+/// block begins with barriers and tensor maps that are new to its multiprocessor.
 const HOPPER: [Tile; 2] = [
-    Tile { name: "160", hopper: true, rows: 128, columns: 160, threads: 288, resident: 1, rate: 1638.0 },
-    Tile { name: "128", hopper: true, rows: 128, columns: 128, threads: 288, resident: 1, rate: 1638.0 },
+    Tile {
+        name: "160",
+        hopper: true,
+        rows: 128,
+        columns: 160,
+        threads: 288,
+        resident: 1,
+        rate: 1638.0,
+        wait: 100.0,
+        ends: 3000.0,
+    },
+    Tile {
+        name: "128",
+        hopper: true,
+        rows: 128,
+        columns: 128,
+        threads: 288,
+        resident: 1,
+        rate: 1638.0,
+        wait: 100.0,
+        ends: 3000.0,
+    },
 ];
 
 /// Of f32: for 1024 products a warp reads 12 times 128 bytes.
-const SINGLE: [Tile; 1] =
-    [Tile { name: "64", hopper: false, rows: 64, columns: 64, threads: 128, resident: 5, rate: 85.0 }];
+const SINGLE: [Tile; 1] = [Tile {
+    name: "64",
+    hopper: false,
+    rows: 64,
+    columns: 64,
+    threads: 128,
+    resident: 5,
+    rate: 85.0,
+    wait: 400.0,
+    ends: 2000.0,
+}];
 
 /// The nominal GPU, about an H100: multiprocessors, and bytes of device memory a clock.
 const MULTIPROCESSORS: usize = 132;
 const BANDWIDTH: f64 = 2048.0;
-/// Clocks of one more launch in a graph; of a block before its first and after its last stage; of a stage that comes from memory,
-/// when the ring asks for it two stages ahead.
+/// Clocks of one more launch in a graph.
 const LAUNCH: f64 = 3000.0;
-const BLOCK: f64 = 2000.0;
-const WAIT: f64 = 400.0;
 
 /// Bytes of depth of a stage, and of what parts are made of: whole stages of every kernel, so that all tiles split alike.
 const STAGE: usize = 64;
@@ -155,7 +206,7 @@ impl Shape {
         let together = busiest.div_ceil(rounds);
         let deep = STAGE / self.dtype.bytes();
         let stage = (together * tile.rows * tile.columns * deep) as f64 / tile.rate;
-        let work = rounds as f64 * (BLOCK + depth.min(self.depth).div_ceil(deep) as f64 * stage.max(WAIT));
+        let work = rounds as f64 * (tile.ends + depth.min(self.depth).div_ceil(deep) as f64 * stage.max(tile.wait));
         let memory = (self.columns * self.depth * self.dtype.bytes()) as f64 / BANDWIDTH;
         let finish = if splits > 1 { LAUNCH + 2.0 * self.partial_bytes(splits) as f64 / BANDWIDTH } else { 0.0 };
         work.max(memory) + finish
@@ -212,6 +263,30 @@ mod tests {
         }
         let Cut { tile, splits, .. } = shape(DType::F16, 2, LEVELS[3][0]).cut();
         assert!(128usize.div_ceil(tile.rows) * 1280usize.div_ceil(tile.columns) * splits >= 100);
+    }
+
+    /// Its kernel is for all of these, the deep ones in one round of blocks; at 8x8, where the weights' way from memory is what takes
+    /// the time, on half of the multiprocessors.
+    #[test]
+    fn hopper_takes_the_levels_of_stable_diffusion() {
+        for size in LEVELS.concat() {
+            let shape = shape(DType::F16, 2, size).on_hopper(Hopper::Auto, true);
+            let Cut { tile, splits, .. } = shape.cut();
+            let blocks = shape.rows.div_ceil(tile.rows) * shape.columns.div_ceil(tile.columns) * splits;
+            let least = if size[0] == 8 { 40 } else { 80 };
+            assert!(tile.hopper, "{size:?}");
+            assert!(size[2] < 2560 || (least..=132).contains(&blocks), "{size:?}: {blocks} blocks");
+        }
+    }
+
+    #[test]
+    fn hopper_is_where_it_can() {
+        let small = shape(DType::F16, 1, [1, 8, 16]);
+        assert!(!small.on_hopper(Hopper::Auto, true).cut().tile.hopper);
+        assert!(small.on_hopper(Hopper::Always, true).cut().tile.hopper);
+        let large = LEVELS[0][0];
+        assert!(!shape(DType::F16, 2, large).on_hopper(Hopper::Always, false).cut().tile.hopper);
+        assert!(!shape(DType::F32, 2, large).on_hopper(Hopper::Always, true).cut().tile.hopper);
     }
 
     #[test]
