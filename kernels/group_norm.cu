@@ -15,7 +15,7 @@
 // block holds in registers and put together by Chan's formula, so a mean far from 0 costs no digits. A group wider than a
 // block counts as several equal parts.
 //
-// Bytes: forward 2 reads (the second through L2 where the sample fits it) and 1 write, backward 4 reads and 1 write. FLOPs:
+// Bytes: forward 2 reads (the second through L2 as far as it holds x) and 1 write, backward 4 reads and 1 write. FLOPs:
 // some 10 per element, 20 with SiLU. Limited by memory.
 #include "activation.cuh"
 #include "rows.cuh"
@@ -52,10 +52,15 @@ constexpr int GROUP_THREADS = 256, GROUP_WARPS = GROUP_THREADS / WARP_SIZE;
 // Parts of a block at most.
 constexpr int PARTS = 64;
 
-// What a thread has to do: block (chunk, range, sample), a vector of channels, every side-th pixel from `pixel` on.
+// The order in which blocks take chunks, ranges and samples: the second launch begins with what the first one read last, which an
+// L2 that cannot hold all still has.
+enum class Walk { Forward, Backward };
+
+// What a thread has to do: block (chunk, range, index of the sample), a vector of channels, every side-th pixel from `pixel` on.
 template <class T>
 struct GroupPlace {
   static constexpr int V = VECTOR<T>;
+  int chunk, index;
   int first_part, parts;  // of the block
   int column, channel;    // in the range, in the sample
   int count;              // channels of the vector, 0 for a thread without work
@@ -63,13 +68,16 @@ struct GroupPlace {
   int64_t sample;         // its first element
   int part[V];            // of each channel, in the block
 
-  DEVICE GroupPlace(const GroupCut& cut) {
+  DEVICE GroupPlace(const GroupCut& cut, Walk walk) {
+    bool back = walk == Walk::Backward;
     int lane = threadIdx.x % cut.lanes, row = threadIdx.x / cut.lanes, size = cut.size.divisor;
-    first_part = blockIdx.y * cut.range, parts = min(cut.range, cut.parts - first_part);
+    int range = back ? gridDim.y - 1 - blockIdx.y : blockIdx.y;
+    chunk = back ? gridDim.x - 1 - blockIdx.x : blockIdx.x, index = back ? gridDim.z - 1 - blockIdx.z : blockIdx.z;
+    first_part = range * cut.range, parts = min(cut.range, cut.parts - first_part);
     column = lane * V, channel = first_part * size + column;
     count = row < cut.side ? max(0, min(parts * size - column, V)) : 0;
-    begin = blockIdx.x * cut.length, end = min(begin + cut.length, cut.pixels), pixel = begin + row;
-    sample = (int64_t)blockIdx.z * cut.pixels * cut.channels;
+    begin = chunk * cut.length, end = min(begin + cut.length, cut.pixels), pixel = begin + row;
+    sample = (int64_t)index * cut.pixels * cut.channels;
 #pragma unroll
     for (int e = 0; e < V; e++) part[e] = min((int)divide(column + e, cut.size), parts - 1);
   }
@@ -77,9 +85,9 @@ struct GroupPlace {
   DEVICE int64_t at(const GroupCut& cut, int pixel) const { return sample + (int64_t)pixel * cut.channels + channel; }
 };
 
-// Where the statistics of a part's group lie.
-DEVICE int64_t group_index(const GroupCut& cut, int part) {
-  return (int64_t)blockIdx.z * (cut.parts / cut.split) + part / cut.split;
+// Where the statistics of the group of a sample's part lie.
+DEVICE int64_t group_index(const GroupCut& cut, int index, int part) {
+  return (int64_t)index * (cut.parts / cut.split) + part / cut.split;
 }
 
 // Of scratch [side, lanes V] the sum over a part's channels and all pixels, in every lane of the calling warp.
@@ -110,7 +118,7 @@ DEVICE void group_norm_statistics(const GroupNormParams& p) {
   SHARED_ARRAY(float, mean, PARTS);     // of the pixels so far
   SHARED_ARRAY(float, squares, PARTS);  // of their deviations from it
   SHARED_ARRAY(float, near, PARTS);     // about the mean of those in registers
-  GroupPlace<T> place(cut);
+  GroupPlace<T> place(cut, Walk::Forward);
   int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE, size = cut.size.divisor, pitch = cut.lanes * V;
   if ((int)threadIdx.x < place.parts) mean[threadIdx.x] = squares[threadIdx.x] = 0.0f;
   __syncthreads();
@@ -166,19 +174,19 @@ DEVICE void group_norm_statistics(const GroupNormParams& p) {
     __syncthreads();
   }
   if ((int)threadIdx.x < place.parts) {
-    int64_t chunk = (int64_t)blockIdx.z * gridDim.x + blockIdx.x;
+    int64_t chunk = (int64_t)place.index * gridDim.x + place.chunk;
     Vector<float, 2> result = {{mean[threadIdx.x], squares[threadIdx.x]}};
     ((Vector<float, 2>*)p.partial)[chunk * cut.parts + place.first_part + threadIdx.x] = result;
   }
 }
 
-// Calls f(partial, elements) for the partials of the whole group that `part` of the block belongs to; a warp's lanes take
-// chunks in turn.
+// Calls f(partial, elements) for the partials of the whole group that `part` of a sample belongs to; a warp's lanes take chunks
+// in turn.
 template <class F>
-DEVICE void for_each_partial(const GroupNormParams& p, int part, const F& f) {
+DEVICE void for_each_partial(const GroupNormParams& p, int index, int part, const F& f) {
   const GroupCut& cut = p.cut;
   int chunks = gridDim.x, size = cut.size.divisor;
-  int64_t sample = (int64_t)blockIdx.z * chunks;
+  int64_t sample = (int64_t)index * chunks;
   for (int chunk = threadIdx.x % WARP_SIZE; chunk < chunks; chunk += WARP_SIZE) {
     float elements = (float)min(cut.length, cut.pixels - chunk * cut.length) * size;
     const Vector<float, 2>* partial = (const Vector<float, 2>*)p.partial + (sample + chunk) * cut.parts;
@@ -192,22 +200,22 @@ DEVICE void group_norm(const GroupNormParams& p) {
   const GroupCut& cut = p.cut;
   SHARED_ARRAY(float, mean, PARTS);
   SHARED_ARRAY(float, rstd, PARTS);
-  GroupPlace<T> place(cut);
+  GroupPlace<T> place(cut, Walk::Backward);
   float elements = (float)cut.pixels * cut.size.divisor * cut.split;
   for (int i = threadIdx.x / WARP_SIZE; i < place.parts; i += GROUP_WARPS) {
     int part = place.first_part + i;
-    int64_t sample = (int64_t)blockIdx.z * gridDim.x * cut.parts;
+    int64_t sample = (int64_t)place.index * gridDim.x * cut.parts;
     float origin = ((const float*)p.partial)[2 * (sample + part / cut.split * cut.split)], sum = 0.0f, squares = 0.0f;
-    for_each_partial(p, part, [&](const Vector<float, 2>& of, float count) { sum += count * (of.at[0] - origin); });
+    for_each_partial(p, place.index, part, [&](const Vector<float, 2>& of, float count) { sum += count * (of.at[0] - origin); });
     float center = origin + warp_sum(sum) / elements;
-    for_each_partial(p, part, [&](const Vector<float, 2>& of, float count) {
+    for_each_partial(p, place.index, part, [&](const Vector<float, 2>& of, float count) {
       squares += of.at[1] + count * (of.at[0] - center) * (of.at[0] - center);
     });
     float scale = 1.0f / sqrtf(warp_sum(squares) / elements + p.eps);
     if (threadIdx.x % WARP_SIZE == 0) {
       mean[i] = center, rstd[i] = scale;
-      if (blockIdx.x == 0 && part % cut.split == 0) {
-        int64_t group = group_index(cut, part);
+      if (place.chunk == 0 && part % cut.split == 0) {
+        int64_t group = group_index(cut, place.index, part);
         ((float*)p.mean)[group] = center, ((float*)p.rstd)[group] = scale;
       }
     }
@@ -252,7 +260,7 @@ struct GroupChannels {
     read_floats(beta, (const T*)p.beta + place.channel, place.count, p.cut.aligned);
 #pragma unroll
     for (int e = 0; e < V; e++) {
-      int64_t group = group_index(p.cut, place.first_part + place.part[e]);
+      int64_t group = group_index(p.cut, place.index, place.first_part + place.part[e]);
       mean[e] = ((const float*)p.mean)[group], rstd[e] = ((const float*)p.rstd)[group];
     }
   }
@@ -270,7 +278,7 @@ DEVICE void group_norm_backward_sums(const GroupNormParams& p) {
   constexpr int V = VECTOR<T>;
   const GroupCut& cut = p.cut;
   SHARED_ARRAY(float, scratch, GROUP_THREADS * V);
-  GroupPlace<T> place(cut);
+  GroupPlace<T> place(cut, Walk::Forward);
   float sums[2][V] = {};
   if (place.count) {
     GroupChannels<T> channels(p, place);
@@ -288,7 +296,7 @@ DEVICE void group_norm_backward_sums(const GroupNormParams& p) {
       }
     }
   }
-  int64_t chunk = (int64_t)blockIdx.z * gridDim.x + blockIdx.x;
+  int64_t chunk = (int64_t)place.index * gridDim.x + place.chunk;
   float* out = (float*)p.partial + 2 * (chunk * cut.parts + place.first_part);
 #pragma unroll
   for (int which = 0; which < 2; which++) {
@@ -308,11 +316,11 @@ DEVICE void group_norm_backward(const GroupNormParams& p) {
   const GroupCut& cut = p.cut;
   SHARED_ARRAY(float, plain, PARTS);
   SHARED_ARRAY(float, along, PARTS);
-  GroupPlace<T> place(cut);
+  GroupPlace<T> place(cut, Walk::Backward);
   float elements = (float)cut.pixels * cut.size.divisor * cut.split;
   for (int part = threadIdx.x / WARP_SIZE; part < place.parts; part += GROUP_WARPS) {
     float sums[2] = {};
-    for_each_partial(p, place.first_part + part, [&](const Vector<float, 2>& of, float) {
+    for_each_partial(p, place.index, place.first_part + part, [&](const Vector<float, 2>& of, float) {
       sums[0] += of.at[0];
       sums[1] += of.at[1];
     });

@@ -197,6 +197,7 @@ pub fn attentions() -> Vec<Case> {
         (100, 110, 1, 168),
         (520, 520, 2, 8),
         (100, 1000, 1, 40),
+        (150, 300, 1, 64),
     ];
     for (queries, keys, heads, dim) in shapes {
         for causal in [false, true] {
