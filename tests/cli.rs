@@ -193,6 +193,8 @@ fn bad_flags() {
     fails(&["generate", PROMPT, "--spacing", "even"], 2, &["--spacing", "even", "linspace"]);
     fails(&["generate", PROMPT, "--device", "gpu"], 2, &["--device", "cuda:N"]);
     fails(&["generate", PROMPT, "--check"], 2, &["--check", "--device cuda"]);
+    fails(&["generate", PROMPT, "--hopper", "off"], 2, &["--hopper", "--device cuda"]);
+    fails(&["generate", PROMPT, "--hopper", "no"], 2, &["--hopper", "off, always"]);
     fails(&["generate", PROMPT, "--device", "cuda", "--dtype", "f64"], 2, &["--dtype", "f64"]);
     fails(&["inspect", "--explain", "voodoo"], 2, &["--explain", "h200"]);
     fails(&["generate", PROMPT, "--dtype", "f16"], 2, &["--dtype"]);

@@ -1,7 +1,7 @@
 //! Flags with the same meaning in every subcommand, defined once.
 
 use crate::exec::cpu::Cpu;
-use crate::exec::cuda::{Cuda, Gpu};
+use crate::exec::cuda::{Cuda, Gpu, Hopper};
 use crate::exec::{Executor, Lockstep};
 use crate::methods::generate::Settings;
 use crate::methods::pipeline::Pipeline;
@@ -120,6 +120,9 @@ pub struct DeviceFlags {
     /// Repeat every op of a GPU on the CPU and stop at the first that differs; slow
     #[arg(long)]
     pub check: bool,
+    /// What the kernels for Hopper do on such a GPU: what they are expected to be faster at, nothing, all they can
+    #[arg(long, default_value = "auto", value_name = "auto|off|always")]
+    pub hopper: Hopper,
 }
 
 impl DeviceFlags {
@@ -142,11 +145,15 @@ impl DeviceFlags {
     pub fn executor(&self, check_finite: bool) -> Result<Box<dyn Executor>> {
         let dtype = self.program_dtype()?;
         if let Device::Cuda(ordinal) = self.device {
-            let cuda = Cuda::new(Box::new(Gpu::new(ordinal)?)).check_finite(check_finite);
+            let gpu = Box::new(Gpu::new(ordinal)?);
+            let cuda = Cuda::new(gpu).with_hopper(self.hopper).check_finite(check_finite);
             return Ok(if self.check { Box::new(Lockstep::new(cuda)) } else { Box::new(cuda) });
         }
         if self.check {
             return Err(Error::Usage("--check holds a GPU against the CPU: give --device cuda".into()));
+        }
+        if self.hopper != Hopper::Auto {
+            return Err(Error::Usage("--hopper chooses among a GPU's kernels: give --device cuda".into()));
         }
         Ok(match dtype {
             DType::F64 => Box::new(Cpu::<f64>::new().check_finite(check_finite)),

@@ -118,8 +118,21 @@ pub enum Hopper {
     Off,
     /// Those that it is expected to be faster at.
     Auto,
-    /// All that it can make: for tests.
+    /// All that it can make.
     Always,
+}
+
+impl std::str::FromStr for Hopper {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Hopper, String> {
+        match name {
+            "off" => Ok(Hopper::Off),
+            "auto" => Ok(Hopper::Auto),
+            "always" => Ok(Hopper::Always),
+            _ => Err("one of auto, off, always".into()),
+        }
+    }
 }
 
 impl Hopper {
