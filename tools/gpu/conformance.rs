@@ -477,11 +477,12 @@ fn divide(random: &mut Random) -> Trial {
     Trial::new("divide", 256, operands, n.len(), Expected::Words(quotients))
 }
 
+type Simple = fn(&mut Random) -> Trial;
 type Make = Box<dyn Fn(&mut Random) -> Trial + Send + Sync>;
 
 pub fn items(subset: bool) -> Vec<Item> {
     let seeds = if subset { 2 } else { 8 };
-    let makes: [(&str, &str, fn(&mut Random) -> Trial); 9] = [
+    let makes: [(&str, &str, Simple); 9] = [
         ("cp_async", "u32", cp_async),
         ("ldmatrix", "u16", |random| ldmatrix(random, false)),
         ("ldmatrix_trans", "u16", |random| ldmatrix(random, true)),

@@ -8,7 +8,7 @@ use crate::common::speed::{self, Shape};
 use clap::Args;
 use rarebit::assets;
 use rarebit::exec::cpu::Cpu;
-use rarebit::exec::cuda::{AHEAD, Cuda, Emulated, Gpu, Settings as Emulation};
+use rarebit::exec::cuda::{AHEAD, Cuda, Driver, Emulated, Gpu, Hopper, Settings as Emulation};
 use rarebit::exec::{Executor, ProgramId};
 use rarebit::methods::generate::{Generator, Job, Loaded, Progress, Settings};
 use rarebit::methods::networks::{AddedConditions, Networks, Tensor};
@@ -37,6 +37,9 @@ pub struct Turns {
     /// A diffusers folder or checkpoint file [default: the embedded model]
     #[arg(long, value_name = "PATH")]
     model: Option<PathBuf>,
+    /// What the kernels for Hopper do: auto, off or always
+    #[arg(long, default_value = "auto")]
+    hopper: Hopper,
 }
 
 #[derive(Deserialize)]
@@ -64,10 +67,11 @@ pub fn serve(args: &Turns, emulation: impl FnOnce() -> PathBuf) -> Outcome<()> {
         "bf16" => DType::BF16,
         other => return Err(format!("--dtype: '{other}' is none of f32, f16, bf16").into()),
     };
+    let cuda = |driver: Box<dyn Driver>| Box::new(Cuda::new(driver).with_hopper(args.hopper));
     let executor: Box<dyn Executor> = match (args.device.as_str(), args.device.strip_prefix("cuda:")) {
         ("cpu", _) => Box::new(Cpu::<f32>::new()),
-        ("emulated", _) => Box::new(Cuda::new(Box::new(Emulated::open(&emulation(), Emulation::default())?))),
-        (_, Some(number)) => Box::new(Cuda::new(Box::new(Gpu::new(number.parse()?)?))),
+        ("emulated", _) => cuda(Box::new(Emulated::open(&emulation(), Emulation::default())?)),
+        (_, Some(number)) => cuda(Box::new(Gpu::new(number.parse()?)?)),
         (other, None) => return Err(format!("--device: '{other}' is none of cuda:N, emulated, cpu").into()),
     };
     let free = executor.free_memory()?;

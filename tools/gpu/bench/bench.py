@@ -85,8 +85,9 @@ class Bench:
             self.peers = {name: Peer(self.model(name), self.args.device, self.args.dtype, self.channels_last)}
         return self.peers[name]
 
-    def engine(self, model: str | None = None) -> Process:
-        command = [str(self.args.program), "turns", "--device", self.args.engine_device or self.args.device, "--dtype", self.args.dtype]
+    def engine(self, model: str | None = None, hopper: str = "auto") -> Process:
+        device = self.args.engine_device or self.args.device
+        command = [str(self.args.program), "turns", "--device", device, "--dtype", self.args.dtype, "--hopper", hopper]
         return Process(command + (["--model", str(self.model(model))] if model else []), self.patience())
 
     def patience(self) -> float:
@@ -218,12 +219,15 @@ def image(bench: Bench, model: str, batch: int, steps: int) -> None:
 
 
 def kernels(bench: Bench) -> None:
-    """Every op of the list, as many times over in one graph on both sides."""
+    """Every op of the list, as many times over in one graph on all sides; on Hopper also by the engine's kernels for any GPU."""
     peer = Peer(HERE, bench.args.device, bench.args.dtype)
     together = TOGETHER if bench.cuda else 1
-    engine = bench.engine()
+    hoppers = {"rarebit": "auto"}
+    if bench.cuda and torch.cuda.get_device_capability(bench.args.device)[0] == 9:
+        hoppers[tables.ANY_GPU] = "off"
+    engines = {side: bench.engine(hopper=hopper) for side, hopper in hoppers.items()}
     try:
-        shapes = engine.ask("shapes")
+        shapes = engines["rarebit"].ask("shapes")
         if bench.args.quick:
             smallest = {op["family"]: op for op in sorted(shapes, key=lambda op: -op["flops"] - op["bytes"])}
             chosen = [index for index, op in enumerate(shapes) if op in smallest.values()]
@@ -236,17 +240,20 @@ def kernels(bench: Bench) -> None:
             op = shapes[index]
             name = f"{op['family']} {op['name']}"
             try:
-                engine.ask({"op": {"index": index, "together": together}})
+                for engine in engines.values():
+                    engine.ask({"op": {"index": index, "together": together}})
                 ways, refused = ops.runners(peer, op["shape"], bench.args.dtype, together)
-                times = bench.in_turn({"rarebit": engine.run, **ways}, 7, 10.0)
+                times = bench.in_turn({side: engine.run for side, engine in engines.items()} | ways, 7, 10.0)
                 times = {side: [ms / together for ms in found] for side, found in times.items()}
                 bench.add(name, times, kind="op", family=op["family"], flops=op["flops"], bytes=op["bytes"], refused=refused)
             except Failed as error:
                 bench.cases.append({"name": name, "failed": str(error)})
-                engine.close()
-                engine = bench.engine()
+                for side, engine in engines.items():
+                    engine.close()
+                    engines[side] = bench.engine(hopper=hoppers[side])
     finally:
-        engine.close()
+        for engine in engines.values():
+            engine.close()
 
 
 def compiled(bench: Bench, model: str, steps: int) -> None:
