@@ -36,11 +36,6 @@ struct ConvParams {
 }
 const _: () = assert!(size_of::<ConvParams>() == 192);
 
-/// Whether it is one product of all pixels.
-fn is_product(kernel: &[usize], stride: usize, padding: [usize; 4]) -> bool {
-    kernel == [1, 1] && stride == 1 && padding == [0; 4]
-}
-
 /// Adds the shift to an epilogue: the time embedding's columns, of each sample or of all.
 fn shifted(cx: &Cx, epilogue: Epilogue, shift: Option<Cols>) -> Epilogue {
     let Some(shift) = shift else { return epilogue };
@@ -92,11 +87,6 @@ pub fn launches(op: &Conv2d, cx: &Cx) -> Vec<Launch> {
     let epilogue = Epilogue { bias: cx.optional(op.bias), ..store(cx, y, op.residual) };
     let epilogue = shifted(cx, epilogue, op.shift);
     let (lines, w_stride, tap_stride) = if held { (Lines::Reduced, shape.depth, c) } else { (Lines::Across, o, c * o) };
-    if is_product(&[kh, kw], op.stride, op.padding) {
-        let left = Operand { address: cx.address(op.x), lines: Lines::Reduced, stride: c };
-        let right = Operand { address: cx.address(op.w), lines, stride: w_stride };
-        return Product { shape, left, right, half: 0 }.launches(epilogue, cx.workspace);
-    }
     let gather = Gather {
         shape,
         x: op.x,
@@ -106,8 +96,7 @@ pub fn launches(op: &Conv2d, cx: &Cx) -> Vec<Launch> {
         is_backward: false,
         output: y,
     };
-    let name = if held { "conv2d_r" } else { "conv2d_a" };
-    gather.launches(cx, name, epilogue, Right { w: op.w, lines, w_stride, tap_stride })
+    gather.launches(cx, epilogue, Right { w: op.w, lines, w_stride, tap_stride })
 }
 
 pub fn backward(op: &Conv2dBackward, cx: &Cx) -> Vec<Launch> {
@@ -117,11 +106,6 @@ pub fn backward(op: &Conv2dBackward, cx: &Cx) -> Vec<Launch> {
     let epilogue = store(cx, d_x, op.residual);
     // Held [O, kh, kw, I], a line is one reduced channel; given [kh, kw, I, O], one output channel.
     let (lines, w_stride, tap_stride) = if held { (Lines::Across, kh * kw * i, i) } else { (Lines::Reduced, o, i * o) };
-    if is_product(&[kh, kw], op.stride, op.padding) {
-        let left = Operand { address: cx.address(op.d_y), lines: Lines::Reduced, stride: o };
-        let right = Operand { address: cx.address(op.w), lines, stride: w_stride };
-        return Product { shape, left, right, half: 0 }.launches(epilogue, cx.workspace);
-    }
     let gather = Gather {
         shape,
         x: op.d_y,
@@ -131,8 +115,7 @@ pub fn backward(op: &Conv2dBackward, cx: &Cx) -> Vec<Launch> {
         is_backward: true,
         output: d_x,
     };
-    let name = if held { "conv2d_backward_a" } else { "conv2d_backward_r" };
-    gather.launches(cx, name, epilogue, Right { w: op.w, lines, w_stride, tap_stride })
+    gather.launches(cx, epilogue, Right { w: op.w, lines, w_stride, tap_stride })
 }
 
 /// What is gathered, and for which output.
@@ -174,7 +157,18 @@ impl Gather {
         }
     }
 
-    fn launches(&self, cx: &Cx, name: &str, epilogue: Epilogue, right: Right) -> Vec<Launch> {
+    /// Whether it is one product of all pixels.
+    fn is_plain(&self) -> bool {
+        self.kernel == [1, 1] && self.stride == 1 && self.padding == [0; 4]
+    }
+
+    fn launches(&self, cx: &Cx, epilogue: Epilogue, right: Right) -> Vec<Launch> {
+        if self.is_plain() {
+            let operand = |id, lines, stride| Operand { address: cx.address(id), lines, stride };
+            let left = operand(self.x, Lines::Reduced, cx.width(self.x));
+            let right = operand(right.w, right.lines, right.w_stride);
+            return Product { shape: self.shape, left, right, half: 0 }.launches(epilogue, cx.workspace);
+        }
         let (input, output) = (cx.shape(self.x), cx.shape(self.output));
         let Shape { dtype, rows, columns, depth, .. } = self.shape;
         let (channels, address, w) = (input[3], cx.address(self.x), cx.address(right.w));
@@ -208,7 +202,9 @@ impl Gather {
         };
         let grid = [columns.div_ceil(cut.tile.columns), rows.div_ceil(cut.tile.rows), cut.splits];
         let shared = ring_bytes(&cut.tile, dtype, Lines::Reduced, right.lines);
-        let kernel = format!("{name}_{}_{dtype}", cut.tile.name);
+        let backward = if self.is_backward { "backward_" } else { "" };
+        let lines = if right.lines == Lines::Reduced { "r" } else { "a" };
+        let kernel = format!("conv2d_{backward}{lines}_{}_{dtype}", cut.tile.name);
         let product = Launch::new(kernel, grid, cut.tile.threads, shared, params);
         [Some(product), finish(&self.shape, &cut, epilogue, cx.workspace)].into_iter().flatten().collect()
     }

@@ -16,6 +16,12 @@ pub struct Tile {
     pub rows: usize,
     pub columns: usize,
     pub threads: usize,
+    rates: Rates,
+}
+
+/// What the model knows of a tile.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Rates {
     /// Blocks that a multiprocessor runs at once, by their registers and shared memory.
     resident: usize,
     /// Products of one output and one reduced element that a multiprocessor makes in a clock, fully occupied.
@@ -26,74 +32,32 @@ pub struct Tile {
     ends: f64,
 }
 
+const fn tile(name: &'static str, [rows, columns]: [usize; 2], threads: usize, rates: Rates) -> Tile {
+    Tile { name, hopper: false, rows, columns, threads, rates }
+}
+
+const fn on_hopper(name: &'static str, sides: [usize; 2], threads: usize, rates: Rates) -> Tile {
+    Tile { hopper: true, ..tile(name, sides, threads, rates) }
+}
+
 /// Of 16-bit types. Rates are what shared memory allows at 128 bytes a clock: for 16 reduced elements a warp of 64x32 reads 3 KiB
 /// and makes 32768 products, one of 32x32 2 KiB and 16384, and a block of 128x128 writes 8 KiB for 262144, one of 64x64 4 KiB for
 /// 65536; together 1/8 and 3/16 of a byte a product.
 const HALF: [Tile; 2] = [
-    Tile {
-        name: "128",
-        hopper: false,
-        rows: 128,
-        columns: 128,
-        threads: 256,
-        resident: 2,
-        rate: 1024.0,
-        wait: 400.0,
-        ends: 2000.0,
-    },
-    Tile {
-        name: "64",
-        hopper: false,
-        rows: 64,
-        columns: 64,
-        threads: 128,
-        resident: 5,
-        rate: 683.0,
-        wait: 400.0,
-        ends: 2000.0,
-    },
+    tile("128", [128, 128], 256, Rates { resident: 2, rate: 1024.0, wait: 400.0, ends: 2000.0 }),
+    tile("64", [64, 64], 128, Rates { resident: 5, rate: 683.0, wait: 400.0, ends: 2000.0 }),
 ];
 
 /// Of 16-bit types on Hopper: four fifths of its tensor cores' 2048, which shared memory does not limit: for 16 reduced elements
-/// 64x128 (64x160) read it for 48 (56) of 64 (80) clocks. Their ring is four stages of 128 bytes ahead; a
-/// block begins with barriers and tensor maps that are new to its multiprocessor.
+/// 64x128 (64x160) read it for 48 (56) of 64 (80) clocks. Their ring is four stages of 128 bytes ahead; a block begins with barriers
+/// and tensor maps that are new to its multiprocessor.
 const HOPPER: [Tile; 2] = [
-    Tile {
-        name: "160",
-        hopper: true,
-        rows: 128,
-        columns: 160,
-        threads: 288,
-        resident: 1,
-        rate: 1638.0,
-        wait: 100.0,
-        ends: 3000.0,
-    },
-    Tile {
-        name: "128",
-        hopper: true,
-        rows: 128,
-        columns: 128,
-        threads: 288,
-        resident: 1,
-        rate: 1638.0,
-        wait: 100.0,
-        ends: 3000.0,
-    },
+    on_hopper("160", [128, 160], 288, Rates { resident: 1, rate: 1638.0, wait: 100.0, ends: 3000.0 }),
+    on_hopper("128", [128, 128], 288, Rates { resident: 1, rate: 1638.0, wait: 100.0, ends: 3000.0 }),
 ];
 
 /// Of f32: for 1024 products a warp reads 12 times 128 bytes.
-const SINGLE: [Tile; 1] = [Tile {
-    name: "64",
-    hopper: false,
-    rows: 64,
-    columns: 64,
-    threads: 128,
-    resident: 5,
-    rate: 85.0,
-    wait: 400.0,
-    ends: 2000.0,
-}];
+const SINGLE: [Tile; 1] = [tile("64", [64, 64], 128, Rates { resident: 5, rate: 85.0, wait: 400.0, ends: 2000.0 })];
 
 /// The nominal GPU, about an H100: multiprocessors, and bytes of device memory a clock.
 const MULTIPROCESSORS: usize = 132;
@@ -215,11 +179,12 @@ impl Shape {
     fn clocks(&self, Cut { tile, splits, depth }: Cut) -> f64 {
         let blocks = self.rows.div_ceil(tile.rows) * self.columns.div_ceil(tile.columns) * splits;
         let busiest = blocks.div_ceil(MULTIPROCESSORS);
-        let rounds = busiest.div_ceil(tile.resident);
+        let rounds = busiest.div_ceil(tile.rates.resident);
         let together = busiest.div_ceil(rounds);
         let deep = STAGE / self.dtype.bytes();
-        let stage = (together * tile.rows * tile.columns * deep) as f64 / tile.rate;
-        let work = rounds as f64 * (tile.ends + depth.min(self.depth).div_ceil(deep) as f64 * stage.max(tile.wait));
+        let stage = (together * tile.rows * tile.columns * deep) as f64 / tile.rates.rate;
+        let work = rounds as f64
+            * (tile.rates.ends + depth.min(self.depth).div_ceil(deep) as f64 * stage.max(tile.rates.wait));
         let memory = (self.columns * self.depth * self.dtype.bytes()) as f64 / BANDWIDTH;
         let finish = if splits > 1 { LAUNCH + 2.0 * self.partial_bytes(splits) as f64 / BANDWIDTH } else { 0.0 };
         work.max(memory) + finish
