@@ -101,6 +101,12 @@ struct Warp {
   uint32_t exist, arrived, exited;
 };
 
+// A copy of a box, and the barrier that counts its bytes.
+struct BoxCopy {
+  uint32_t barrier;
+  std::function<void()> land;
+};
+
 // What one OS thread needs to run blocks; kept from launch to launch.
 struct Block {
   Thread threads[MOST_THREADS];
@@ -119,7 +125,7 @@ struct Block {
   uint3 index;
   dim3 grid, size;
   void* main_stack_pointer;
-  std::vector<std::function<void()>> engine;  // copies of boxes that have not landed
+  std::vector<BoxCopy> engine;  // that have not landed
   uint64_t random_state;
   Settings settings;
   const char* kernel;
@@ -213,15 +219,28 @@ inline Thread* next() {
   return &b->threads[number];
 }
 
+// The copy that lands next: any in random order, else the oldest that a thread waits for, so that all others are as late as they
+// may be.
+inline size_t next_copy() {
+  Block* b = block;
+  if (b->settings.order == Order::Random) return draw() % b->engine.size();
+  for (size_t i = 0; i < b->engine.size(); i++) {
+    for (uint32_t n = 0; n < b->count; n++) {
+      if (b->threads[n].wait == Wait::Phase && b->threads[n].mask == b->engine[i].barrier) return i;
+    }
+  }
+  return 0;
+}
+
 // The next runnable thread, nullptr where all wait for each other or have returned. The copy engine works when nobody can run.
 inline Thread* next_or_engine() {
   auto& engine = block->engine;
   Thread* to = next();
   while (!to && !engine.empty()) {
-    size_t which = block->settings.order == Order::Random ? draw() % engine.size() : 0;
-    std::function<void()> land = std::move(engine[which]);
+    size_t which = next_copy();
+    BoxCopy copy = std::move(engine[which]);
     engine.erase(engine.begin() + which);
-    land();
+    copy.land();
     to = next();
   }
   return to;

@@ -169,6 +169,8 @@ static inline void barrier_arrive(uint32_t address) {
   if (!barrier->pending) emulated::fail("more arrivals at a barrier than its count");
   barrier->pending--;
   emulated::settle(address);
+  // Who waited for this may be ahead of what the caller does next.
+  if (emulated::block->settings.order == emulated::Order::Random) emulated::yield();
 }
 
 static inline void barrier_expect(uint32_t address, int bytes) {
@@ -193,7 +195,7 @@ static inline void copy_box(uint32_t to, const TensorMap& map, int x, int y, int
   if (when == Copies::Early || (when == Copies::Either && (draw() & 1))) {
     land();
   } else {
-    block->engine.push_back(land);
+    block->engine.push_back({barrier, land});
   }
 }
 
