@@ -228,6 +228,10 @@ fn programs_are_explained() {
     {
         assert!(told.contains(what), "no '{what}' in:\n{told}");
     }
+    // Hopper's own kernels: on Hopper, unless they are asked to stay off.
+    let without = succeeds(&["inspect", "--explain", "h200", "--dtype", "bf16", "--steps", "4", "--hopper", "off"]);
+    let elsewhere = succeeds(&["inspect", "--explain", "l4", "--dtype", "bf16", "--steps", "4", "--hopper", "always"]);
+    assert!(told.contains("_hopper_") && !without.contains("_hopper_") && !elsewhere.contains("_hopper_"));
     let report: serde_json::Value =
         serde_json::from_str(&succeeds(&["inspect", "--explain", "a100", "--json"])).unwrap();
     let programs = report["explain"].as_array().unwrap();

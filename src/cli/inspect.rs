@@ -94,7 +94,7 @@ fn inspect_model(args: &Inspect, model: &ModelFlags) -> Result<()> {
         false => None,
     };
     let explained = match (&plan, args.explain) {
-        (Some(plan), Some(peak)) => plan.programs().all().map(|planned| explain(planned, peak)).to_vec(),
+        (Some(plan), Some(peak)) => plan.programs().all().map(|planned| explain(planned, peak, hopper(args))).to_vec(),
         (None, _) | (_, None) => vec![],
     };
     if args.json {
@@ -131,12 +131,14 @@ fn plan<'p>(args: &Inspect, pipeline: &'p Pipeline) -> Result<Generator<'p>> {
     let device = DeviceFlags { device, ..args.device };
     let settings = args.sampling.settings(pipeline, device.program_dtype()?)?;
     match device.device {
-        Device::Cuda(_) => {
-            let hopper = args.explain.map_or(cuda::Hopper::Auto, |peak| peak.hopper());
-            Generator::plan(pipeline, &cuda::Planner { hopper }, settings, args.batch)
-        }
+        Device::Cuda(_) => Generator::plan(pipeline, &cuda::Planner { hopper: hopper(args) }, settings, args.batch),
         Device::Auto | Device::Cpu => Generator::plan(pipeline, &*device.executor(false)?, settings, args.batch),
     }
+}
+
+/// What the kernels for Hopper do on the GPU that is planned for, which is one if none is named.
+fn hopper(args: &Inspect) -> cuda::Hopper {
+    args.explain.map_or(args.device.hopper, |peak| peak.hopper(args.device.hopper))
 }
 
 fn explain_json(explained: &Explained) -> Value {

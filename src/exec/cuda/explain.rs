@@ -37,9 +37,9 @@ pub const PEAKS: [Peak; 8] = [
 ];
 
 impl Peak {
-    /// What the kernels for Hopper do there.
-    pub fn hopper(&self) -> Hopper {
-        Hopper::Auto.where_it_can(self.arch == HOPPER)
+    /// What the kernels for Hopper do there, asked for so much.
+    pub fn hopper(&self, asked: Hopper) -> Hopper {
+        asked.where_it_can(self.arch == HOPPER)
     }
 }
 
@@ -114,8 +114,8 @@ pub struct Explained {
     pub rows: Vec<Row>,
 }
 
-/// Explains a program that was planned with a [`Planner`] for this GPU. Nothing runs.
-pub fn explain(planned: &Planned, peak: Peak) -> Explained {
+/// Explains a program that was planned with a [`Planner`] for this GPU, and with the same `hopper`. Nothing runs.
+pub fn explain(planned: &Planned, peak: Peak, hopper: Hopper) -> Explained {
     let Planned { program, plan } = planned;
     // Somewhere, aligned as the executor aligns.
     let (mut next, arena) = (Address(1 << 40), Address(1 << 20));
@@ -127,14 +127,21 @@ pub fn explain(planned: &Planned, peak: Peak) -> Explained {
     let registers = registers(peak.arch);
     let rows = program.nodes.iter().enumerate().map(|(index, node)| {
         let workspace = plan.workspace[index].map_or(Address::NULL, |region| arena.offset(region.offset));
-        let cx = Cx { program, node, addresses: &addresses, workspace, hopper: peak.hopper() };
-        row(program, node, launches_of(&cx), peak, &registers)
+        let cx = Cx { program, node, addresses: &addresses, workspace, hopper };
+        let bytes = program.bytes_of(node) + 2 * super::workspace(program, node, hopper);
+        row(program, node, bytes, launches_of(&cx), peak, &registers)
     });
     Explained { program: program.name.clone(), peak, rows: rows.collect() }
 }
 
-fn row(program: &Program, node: &Node, launches: Vec<Launch>, peak: Peak, registers: &HashMap<&str, u32>) -> Row {
-    let bytes = program.bytes_of(node) + 2 * workspace(program, node, peak.hopper());
+fn row(
+    program: &Program,
+    node: &Node,
+    bytes: usize,
+    launches: Vec<Launch>,
+    peak: Peak,
+    registers: &HashMap<&str, u32>,
+) -> Row {
     let flops = 2 * node.op.macs(program, &node.outputs);
     let single = node.op.inputs().first().is_some_and(|id| program.value(*id).dtype == DType::F32);
     let rate = if single { peak.vector } else { peak.tensor };
