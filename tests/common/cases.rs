@@ -62,7 +62,7 @@ pub struct Built {
 }
 
 impl Case {
-    fn new(name: impl Into<String>, build: impl Fn(&mut Feed) -> Vec<ValueId> + Sync + 'static) -> Case {
+    pub fn new(name: impl Into<String>, build: impl Fn(&mut Feed) -> Vec<ValueId> + Sync + 'static) -> Case {
         Case { name: name.into(), build: Box::new(build) }
     }
 
@@ -185,6 +185,7 @@ pub fn attentions() -> Vec<Case> {
     let shapes = [
         (1, 1, 1, 1),
         (5, 5, 2, 3),
+        (40, 50, 2, 24),
         (5, 77, 2, 40),
         (77, 77, 3, 64),
         (130, 130, 2, 80),

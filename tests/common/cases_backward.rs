@@ -8,6 +8,7 @@ pub fn attentions() -> Vec<Case> {
     // With 1100 keys: several chunks in a task and several tasks of a head.
     let shapes = [
         (1, 1, 1, 1),
+        (40, 50, 2, 24),
         (5, 77, 2, 40),
         (77, 77, 3, 64),
         (130, 130, 2, 80),

@@ -51,15 +51,19 @@ fn target() -> PathBuf {
     folder
 }
 
-/// Compiles the emulation unless its library is there, and returns the library.
+/// The emulation of this build's kernels, or of the folder that is named.
 pub fn build() -> PathBuf {
     let folder = env::var_os("RAREBIT_KERNELS").map(PathBuf::from);
-    let folder = folder.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels"));
+    build_from(&folder.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")))
+}
+
+/// Compiles the emulation of a folder of kernels unless its library is there, and returns the library.
+pub fn build_from(folder: &Path) -> PathBuf {
     let compiler = env::var("CXX").unwrap_or_else(|_| "c++".into());
     let flags = env::var("RAREBIT_CXXFLAGS").unwrap_or_default();
     let mut hash = DefaultHasher::new();
     (&compiler, &flags).hash(&mut hash);
-    for file in sources(&folder) {
+    for file in sources(folder) {
         fs::read(file).unwrap().hash(&mut hash);
     }
     let target = target();

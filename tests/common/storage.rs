@@ -31,7 +31,7 @@ fn errors(a: &[f64], b: &[f64]) -> [f64; 2] {
 pub struct Verdict {
     pub error: f64,
     pub allowed: f64,
-    /// Which output, rms or largest, and what storage alone makes.
+    /// Which output, rms or largest, and what storage alone makes; of too large an error where it is.
     pub what: String,
 }
 
@@ -45,19 +45,52 @@ impl Verdict {
 /// the same storage.
 pub fn verdict(found: &[Vec<f64>], exact: &[Vec<f64>], honest: &[Vec<f64>]) -> Verdict {
     let mut worst = Verdict { error: 0.0, allowed: 0.0, what: "no outputs".into() };
+    assert_eq!([found.len(), honest.len()], [exact.len(); 2], "outputs");
     for (output, ((found, exact), honest)) in found.iter().zip(exact).zip(honest).enumerate() {
+        assert_eq!([found.len(), honest.len()], [exact.len(); 2], "elements of output {output}");
         let scale = exact.iter().fold(1e-3, |m: f64, x| m.max(x.abs()));
         let (own, storage) = (errors(found, exact), errors(honest, exact));
-        for (error, storage, what) in [(own[0], storage[0], "rms"), (own[1], storage[1], "largest")] {
-            let allowed = MARGIN * storage + FLOOR * scale;
-            if worst.allowed == 0.0 || error / allowed > worst.error / worst.allowed {
-                let what =
-                    format!("output {output}: {what} error {error:.3e}, of storage {storage:.3e}, scale {scale:.2e}");
-                worst = Verdict { error, allowed, what };
+        let allowed = storage.map(|storage| MARGIN * storage + FLOOR * scale);
+        for (i, what) in ["rms", "largest"].into_iter().enumerate() {
+            if worst.allowed == 0.0 || own[i] / allowed[i] > worst.error / worst.allowed {
+                let mut what = format!(
+                    "output {output}: {what} error {:.3e}, of storage {:.3e}, scale {scale:.2e}",
+                    own[i], storage[i]
+                );
+                if own[i] > allowed[i] {
+                    what += &format!("; {}", whereabouts(found, exact, allowed[1]));
+                }
+                worst = Verdict { error: own[i], allowed: allowed[i], what };
             }
         }
     }
     worst
+}
+
+/// How many values are further than `allowed` from what they should be, and the first of them; where there is none, the farthest.
+pub fn whereabouts(found: &[f64], expected: &[f64], allowed: f64) -> String {
+    let distance = |i: usize| match found[i] == expected[i] {
+        true => 0.0,
+        false => Some((found[i] - expected[i]).abs()).filter(|d| !d.is_nan()).unwrap_or(f64::INFINITY),
+    };
+    let (mut count, mut first, mut farthest) = (0, None, (0, 0.0));
+    for i in 0..found.len() {
+        let far = distance(i);
+        if far > allowed {
+            count += 1;
+            first = first.or(Some(i));
+        }
+        if far > farthest.1 {
+            farthest = (i, far);
+        }
+    }
+    let show = |i: usize| format!("{i} is {:e}, not {:e}", found[i], expected[i]);
+    let of = found.len();
+    match first {
+        Some(first) => format!("{count} of {of} off by more than {allowed:.1e}, the first: {}", show(first)),
+        None if of > 0 => format!("none of {of} off by more than {allowed:.1e}, the farthest: {}", show(farthest.0)),
+        None => "no values".into(),
+    }
 }
 
 /// What is wrong with a kernel's outputs, given the exact ones and those of exact arithmetic with the same storage.
@@ -69,8 +102,20 @@ pub fn report(wrong: Vec<String>) {
     assert!(wrong.is_empty(), "{} cases:\n{}", wrong.len(), wrong[..wrong.len().min(40)].join("\n"));
 }
 
+/// How many values do not have the same bits, and the first of them.
+pub fn differing_bits(a: &[Vec<f64>], b: &[Vec<f64>]) -> Option<String> {
+    let lengths = |values: &[Vec<f64>]| values.iter().map(Vec::len).collect::<Vec<_>>();
+    assert_eq!(lengths(a), lengths(b));
+    let places = a.iter().zip(b).enumerate().flat_map(|(output, (a, b))| {
+        let pairs = a.iter().zip(b).enumerate();
+        pairs.filter(|(_, (a, b))| a.to_bits() != b.to_bits()).map(move |(i, (a, b))| (output, i, *a, *b))
+    });
+    let (output, i, left, right) = places.clone().next()?;
+    let (count, of) = (places.count(), a.iter().flatten().count());
+    Some(format!("{count} of {of} values differ, the first: {i} of output {output} is {left:e}, not {right:e}"))
+}
+
 /// Whether all values have the same bits.
 pub fn same_bits(a: &[Vec<f64>], b: &[Vec<f64>]) -> bool {
-    let bits = |values: &[Vec<f64>]| values.iter().flatten().map(|x| x.to_bits()).collect::<Vec<_>>();
-    bits(a) == bits(b)
+    differing_bits(a, b).is_none()
 }

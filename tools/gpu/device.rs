@@ -1,10 +1,10 @@
 //! The device under test, shared by every executor that a section makes: opening it loads all kernels, which is not done per case.
 
-use crate::common::emulated::could_use_hopper;
+use crate::quarantine::{Kernels, Outstanding};
+use crate::section::Event;
 use rarebit::exec::cuda::{
     Address, Cuda, Driver, Emulated, Function, Gpu, Graph, Hopper, Launch, Settings, TensorMap, Work, kernels,
 };
-use rarebit::program::Program;
 use rarebit::{Error, Result};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -42,15 +42,12 @@ impl std::fmt::Display for Choice {
     }
 }
 
-struct Shared {
-    driver: Box<dyn Driver>,
-    /// Kernels that were launched.
-    launched: BTreeSet<String>,
-}
-
 /// The device under test.
 pub struct Device {
-    shared: Rc<RefCell<Shared>>,
+    driver: Rc<RefCell<Box<dyn Driver>>>,
+    pub kernels: Rc<RefCell<Kernels>>,
+    /// Told what goes to the device and what comes back.
+    tell: fn(&Event),
     /// The library of the emulation.
     pub emulation: PathBuf,
     pub name: String,
@@ -71,13 +68,16 @@ impl Device {
             }
             Choice::Emulated => {
                 let library = emulation();
-                (Box::new(Emulated::open(&library, Settings::default())?), "host emulation".into(), library)
+                let workers = std::thread::available_parallelism().map_or(1, |threads| threads.get() as u32);
+                let emulated = Emulated::open(&library, Settings::default().workers(workers))?;
+                (Box::new(emulated), "host emulation".into(), library)
             }
         };
         let name = driver.name();
-        let shared = Shared { driver, launched: BTreeSet::new() };
         Ok(Device {
-            shared: Rc::new(RefCell::new(shared)),
+            driver: Rc::new(RefCell::new(driver)),
+            kernels: Rc::default(),
+            tell: |_| {},
             emulation,
             name,
             version,
@@ -85,24 +85,30 @@ impl Device {
         })
     }
 
+    /// The same, whose launches are told.
+    pub fn telling(self, tell: fn(&Event)) -> Device {
+        Device { tell, ..self }
+    }
+
     /// A driver on the same device whose memory and graphs are given back when it is dropped.
     pub fn lease(&self) -> Lease {
-        Lease { shared: self.shared.clone(), addresses: BTreeSet::new(), graphs: vec![] }
+        Lease {
+            driver: self.driver.clone(),
+            kernels: self.kernels.clone(),
+            tell: self.tell,
+            addresses: BTreeSet::new(),
+            graphs: vec![],
+        }
     }
 
     /// An executor of its own arena; with guards no op reads what is dead or writes what is not its own.
-    pub fn cuda(&self, guards: bool) -> Cuda {
-        Cuda::new(Box::new(self.lease())).with_guards(guards)
+    pub fn cuda(&self, guards: bool, hopper: Hopper) -> Cuda {
+        Cuda::new(Box::new(self.lease())).with_guards(guards).with_hopper(hopper)
     }
 
-    /// What a program is checked on, with a word for its rows: the kernels for any GPU, and where there are others for Hopper that it
-    /// could use, also those.
-    pub fn cudas(&self, guards: bool, program: &Program) -> Vec<(Cuda, &'static str)> {
-        let mut cudas = vec![(self.cuda(guards).with_hopper(Hopper::Off), "")];
-        if could_use_hopper(program) && self.lease().hopper() {
-            cudas.push((self.cuda(guards).with_hopper(Hopper::Always), ", Hopper"));
-        }
-        cudas
+    /// Whether it runs the kernels for Hopper.
+    pub fn hopper(&self) -> bool {
+        self.driver.borrow().hopper()
     }
 
     /// The emulation, also where the device is a GPU.
@@ -112,12 +118,7 @@ impl Device {
 
     /// Waits; after an error here the device does nothing more for this process.
     pub fn synchronize(&self) -> Result<()> {
-        self.shared.borrow().driver.synchronize()
-    }
-
-    /// Kernels that were launched since this was last asked.
-    pub fn take_launched(&self) -> Vec<String> {
-        std::mem::take(&mut self.shared.borrow_mut().launched).into_iter().collect()
+        self.driver.borrow().synchronize()
     }
 }
 
@@ -144,31 +145,49 @@ fn kernel_module() -> String {
     number.map_or(String::new(), |number| format!(", driver {number}"))
 }
 
+/// Refuses kernels in quarantine, and waits for each launch: whatever goes wrong there is that kernel's.
 pub struct Lease {
-    shared: Rc<RefCell<Shared>>,
+    driver: Rc<RefCell<Box<dyn Driver>>>,
+    kernels: Rc<RefCell<Kernels>>,
+    tell: fn(&Event),
     addresses: BTreeSet<u64>,
     graphs: Vec<Graph>,
 }
 
+impl Lease {
+    fn start(&self, what: Outstanding, start: impl FnOnce(&mut dyn Driver) -> Result<()>) -> Result<()> {
+        (self.tell)(&Event::Launch(match &what {
+            Outstanding::Kernel(kernel) => Some(kernel.clone()),
+            Outstanding::Graph => None,
+        }));
+        self.kernels.borrow_mut().start(what);
+        let driver = &mut **self.driver.borrow_mut();
+        start(driver).and_then(|()| driver.synchronize())?;
+        self.kernels.borrow_mut().back();
+        (self.tell)(&Event::Back);
+        Ok(())
+    }
+}
+
 impl Driver for Lease {
     fn name(&self) -> String {
-        self.shared.borrow().driver.name()
+        self.driver.borrow().name()
     }
 
     fn hopper(&self) -> bool {
-        self.shared.borrow().driver.hopper()
+        self.driver.borrow().hopper()
     }
 
     fn tensor_map(&self, map: &TensorMap) -> Result<[u8; TensorMap::BYTES]> {
-        self.shared.borrow().driver.tensor_map(map)
+        self.driver.borrow().tensor_map(map)
     }
 
     fn free_memory(&self) -> Result<usize> {
-        self.shared.borrow().driver.free_memory()
+        self.driver.borrow().free_memory()
     }
 
     fn allocate(&mut self, bytes: usize) -> Result<Address> {
-        let address = self.shared.borrow_mut().driver.allocate(bytes)?;
+        let address = self.driver.borrow_mut().allocate(bytes)?;
         self.addresses.insert(address.0);
         Ok(address)
     }
@@ -177,66 +196,63 @@ impl Driver for Lease {
         if !self.addresses.remove(&address.0) {
             return Err(Error::Device(format!("{:#x} is released and was not allocated", address.0)));
         }
-        self.shared.borrow_mut().driver.release(address)
+        self.driver.borrow_mut().release(address)
     }
 
     fn stage(&mut self, to: Address, bytes: usize, fill: &mut dyn FnMut(&mut [u8])) -> Result<()> {
-        self.shared.borrow_mut().driver.stage(to, bytes, fill)
+        self.driver.borrow_mut().stage(to, bytes, fill)
     }
 
     fn read(&self, from: Address, bytes: &mut [u8]) -> Result<()> {
-        self.shared.borrow().driver.read(from, bytes)
+        self.driver.borrow().read(from, bytes)
     }
 
     fn fill(&mut self, to: Address, value: u8, bytes: usize) -> Result<()> {
-        self.shared.borrow_mut().driver.fill(to, value, bytes)
+        self.driver.borrow_mut().fill(to, value, bytes)
     }
 
     fn copy(&mut self, from: Address, to: Address, bytes: usize) -> Result<()> {
-        self.shared.borrow_mut().driver.copy(from, to, bytes)
+        self.driver.borrow_mut().copy(from, to, bytes)
     }
 
     fn function(&mut self, kernel: &str, shared_bytes: u32) -> Result<Function> {
-        self.shared.borrow_mut().driver.function(kernel, shared_bytes)
+        self.kernels.borrow_mut().ask(kernel)?;
+        self.driver.borrow_mut().function(kernel, shared_bytes)
     }
 
     fn launch(&mut self, function: Function, launch: &Launch) -> Result<()> {
-        let mut shared = self.shared.borrow_mut();
-        if !shared.launched.contains(&launch.kernel) {
-            shared.launched.insert(launch.kernel.clone());
-        }
-        shared.driver.launch(function, launch)
+        self.start(Outstanding::Kernel(launch.kernel.clone()), |driver| driver.launch(function, launch))
     }
 
     fn record(&mut self, work: &mut dyn Iterator<Item = Work<'_>>) -> Result<Graph> {
-        let graph = self.shared.borrow_mut().driver.record(work)?;
+        let graph = self.driver.borrow_mut().record(work)?;
         self.graphs.push(graph);
         Ok(graph)
     }
 
     fn replay(&mut self, graph: Graph) -> Result<()> {
-        self.shared.borrow_mut().driver.replay(graph)
+        self.start(Outstanding::Graph, |driver| driver.replay(graph))
     }
 
     fn forget(&mut self, graph: Graph) -> Result<()> {
         self.graphs.retain(|held| *held != graph);
-        self.shared.borrow_mut().driver.forget(graph)
+        self.driver.borrow_mut().forget(graph)
     }
 
     fn synchronize(&self) -> Result<()> {
-        self.shared.borrow().driver.synchronize()
+        self.driver.borrow().synchronize()
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let Ok(mut shared) = self.shared.try_borrow_mut() else { return };
+        let Ok(mut driver) = self.driver.try_borrow_mut() else { return };
         // After a kernel failed every call does; the process frees all.
         for graph in &self.graphs {
-            let _ = shared.driver.forget(*graph);
+            let _ = driver.forget(*graph);
         }
         for address in &self.addresses {
-            let _ = shared.driver.release(Address(*address));
+            let _ = driver.release(Address(*address));
         }
     }
 }

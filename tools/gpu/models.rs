@@ -11,11 +11,13 @@
 use crate::common::golden::{Golden, relative_error};
 use crate::common::optimised::{Distance, optimise};
 use crate::common::rounded::Rounded;
-use crate::common::storage::TYPES;
+use crate::common::storage::{TYPES, whereabouts};
 use crate::device::Device;
-use crate::section::{Item, Row};
+use crate::launches::suffix;
+use crate::section::{Item, Row, Run};
 use rarebit::exec::Executor;
 use rarebit::exec::cpu::Cpu;
+use rarebit::exec::cuda::Hopper;
 use rarebit::methods::generate::{Generator, Job, Settings};
 use rarebit::methods::networks::{AddedConditions, Networks, Tensor};
 use rarebit::methods::pipeline::Pipeline;
@@ -24,6 +26,7 @@ use rarebit::sampler::{self, Rng};
 use rarebit::{Error, Result};
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 const MODELS: [&str; 3] = ["tiny-sd1", "tiny-sd2", "tiny-sdxl"];
 const EMBEDDED: &str = "shapes";
@@ -49,7 +52,11 @@ pub fn networks(data: &Path, subset: bool) -> Vec<Item> {
                     continue;
                 }
                 let (folder, title) = (data.join(model), format!("{model} {name}"));
-                items.push(Item::new(title, dtype, move || network(folder.clone(), model, part, dtype)));
+                let prepare = {
+                    let title = title.clone();
+                    move || network(folder.clone(), model, part, &title, dtype)
+                };
+                items.push(Item::new(title, dtype, prepare));
             }
         }
     }
@@ -72,8 +79,26 @@ fn prompts(data: &Path, subset: bool) -> Vec<Item> {
     items
 }
 
-fn prompt(folder: PathBuf, model: &'static str, dtype: DType) -> impl FnOnce(&Device) -> Result<Vec<Row>> + Send {
-    let run = move |executor: &mut dyn Executor, dtype| {
+/// With the kernels for any GPU, and in 16 bits also with those for Hopper, by `hopper`.
+fn variants(dtype: DType, hopper: Hopper) -> Vec<Hopper> {
+    if dtype == DType::F32 { vec![Hopper::Off] } else { vec![Hopper::Off, hopper] }
+}
+
+/// Where an executor computes a model, and where it does not by itself, on the device.
+fn runs(
+    name: &str,
+    variants: Vec<Hopper>,
+    on_device: impl Fn(&Device, Hopper, &str) -> Result<Vec<Row>> + Clone + Send + 'static,
+) -> Vec<Run> {
+    let run = |hopper| {
+        let (name, on_device) = (format!("{name}{}", suffix(hopper)), on_device.clone());
+        Run::new(name.clone(), move |device| on_device(device, hopper, &name)).for_hopper(hopper != Hopper::Off)
+    };
+    variants.into_iter().map(run).collect()
+}
+
+fn prompt(folder: PathBuf, model: &'static str, dtype: DType) -> Result<Vec<Run>> {
+    let optimised = move |executor: &mut dyn Executor, dtype| {
         let pipeline = match model {
             EMBEDDED => Pipeline::open(rarebit::assets::shapes()?, None)?,
             _ => Golden::at(folder.clone()).pipeline(),
@@ -81,45 +106,48 @@ fn prompt(folder: PathBuf, model: &'static str, dtype: DType) -> impl FnOnce(&De
         let job = Job { prompt: PROMPT.into(), negative: None, seed: 1, draws: vec![] };
         optimise(&pipeline, executor, dtype, &[job])
     };
-    let exact = run(&mut Cpu::<f64>::new(), DType::F64);
-    let honest = (dtype != DType::F32).then(|| run(&mut Rounded::default(), dtype));
-    move |device: &Device| {
-        let (exact, honest) = (exact?, honest.transpose()?);
-        let storage = honest.map(|honest| honest.distance(&exact));
-        let found = run(&mut device.cuda(false), dtype)?.distance(&exact);
-        let allowed = Distance::allowed(dtype, storage).parts();
-        let rows = found.parts().into_iter().zip(allowed);
-        let row = |((what, error), (_, allowed))| Row::new(format!("{model} optimised"), dtype, error, allowed, what);
-        Ok(rows.map(row).collect())
-    }
+    let exact = Arc::new(optimised(&mut Cpu::<f64>::new(), DType::F64)?);
+    let honest = if dtype == DType::F32 { None } else { Some(optimised(&mut Rounded::default(), dtype)?) };
+    let storage = honest.map(|honest| honest.distance(&exact));
+    let allowed = Distance::allowed(dtype, storage).parts();
+    Ok(runs(&format!("{model} optimised"), variants(dtype, Hopper::Always), move |device, hopper, name| {
+        let found = optimised(&mut device.cuda(false, hopper), dtype)?.distance(&exact);
+        let rows = found.parts().into_iter().zip(&allowed);
+        Ok(rows.map(|((what, error), (_, allowed))| Row::new(name, dtype, error, *allowed, what)).collect())
+    }))
 }
 
-fn network(
-    folder: PathBuf,
-    model: &'static str,
-    part: Part,
-    dtype: DType,
-) -> impl FnOnce(&Device) -> Result<Vec<Row>> + Send {
-    let errors = move |executor: Box<dyn Executor>| -> Result<Vec<(String, f64)>> {
+fn network(folder: PathBuf, model: &'static str, part: Part, title: &str, dtype: DType) -> Result<Vec<Run>> {
+    let results = move |executor: Box<dyn Executor>| -> Result<Results> {
         let golden = Golden::at(folder.clone());
         let pipeline = golden.pipeline();
-        let results = part(&golden, &pipeline, &mut Networks::new(&pipeline, executor, dtype))?;
-        Ok(results.into_iter().map(|(name, got, expected)| (name, relative_error(&got, &expected))).collect())
+        part(&golden, &pipeline, &mut Networks::new(&pipeline, executor, dtype))
     };
     // In f32 nothing is rounded that f32 arithmetic would not round too.
-    let honest = if dtype == DType::F32 { Ok(vec![]) } else { errors(Box::<Rounded>::default()) };
-    move |device: &Device| {
-        let honest = honest?;
-        // Seen are 0.008 of f16 and 0.06 of bf16: a reference that is further off allows no more.
-        let plausible = if dtype == DType::BF16 { 0.1 } else { 0.0125 };
-        let rows = errors(Box::new(device.cuda(true)))?.into_iter().enumerate().map(|(i, (name, error))| {
-            let storage = honest.get(i).map_or(0.0, |(_, error)| *error);
+    let honest = if dtype == DType::F32 { vec![] } else { results(Box::<Rounded>::default())? };
+    let storage: Vec<f64> = honest.iter().map(|(_, got, expected)| relative_error(got, expected)).collect();
+    // Seen are 0.008 of f16 and 0.06 of bf16: a reference that is further off allows no more.
+    let plausible = if dtype == DType::BF16 { 0.1 } else { 0.0125 };
+    Ok(runs(title, variants(dtype, Hopper::Always), move |device, hopper, _| {
+        let rows = results(Box::new(device.cuda(true, hopper)))?.into_iter().enumerate();
+        let row = |(i, (name, got, expected)): (usize, (String, Vec<f32>, Vec<f32>))| {
+            let (error, storage) = (relative_error(&got, &expected), storage.get(i).copied().unwrap_or_default());
             let allowed = MARGIN * storage.min(plausible) + LIMIT;
-            let what = format!("relative error, of storage {storage:.3e}");
-            Row::new(format!("{model} {name}"), dtype, error, allowed, what)
-        });
-        Ok(rows.collect())
-    }
+            let mut what = format!("relative error, of storage {storage:.3e}");
+            if error.is_nan() || error > allowed {
+                let [got, expected] = [&got, &expected].map(|values| values.iter().map(|x| f64::from(*x)).collect());
+                what += &format!("; {}", farthest(got, expected));
+            }
+            Row::new(format!("{model} {name}{}", suffix(hopper)), dtype, error, allowed, what)
+        };
+        Ok(rows.map(row).collect())
+    }))
+}
+
+/// The largest difference, in words.
+fn farthest(got: Vec<f64>, expected: Vec<f64>) -> String {
+    let largest = got.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    whereabouts(&got, &expected, largest)
 }
 
 fn wanted(golden: &Golden, name: &str) -> Result<Tensor> {
@@ -218,31 +246,47 @@ pub fn images(subset: bool) -> Vec<Item> {
     let steps = if subset { 2 } else { 20 };
     let types = if subset { &[DType::F16][..] } else { &[DType::F32, DType::F16, DType::BF16] };
     let items = types.iter().map(|&dtype| {
-        Item::new(format!("image of {steps} steps"), dtype, move || {
-            let expected = image(&mut Cpu::<f32>::new(), DType::F32, steps, 1);
-            move |device: &Device| {
-                let expected = expected?;
-                // Whole networks many times over: without guards.
-                let found = image(&mut device.cuda(false), dtype, steps, 1)?;
-                let squares: f64 =
-                    found.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum();
-                let error = (squares / expected.len() as f64).sqrt();
-                let what = format!("rms of bytes; PSNR {:.1} dB", 20.0 * (255.0 / error).log10());
-                let allowed = 255.0 / 10f64.powf(PSNR / 20.0);
-                let pair = image(&mut device.cuda(false), dtype, steps, 2)?;
-                let differ = pair.iter().zip(&found).filter(|(a, b)| a != b).count() as f64;
-                let name = format!("{steps} steps");
-                let eager = image(&mut device.cuda(false).with_graphs(false), dtype, steps, 1)?;
-                let replayed = eager.iter().zip(&found).filter(|(a, b)| a != b).count() as f64;
-                Ok(vec![
-                    Row::new(format!("{name}, against the CPU in f32"), dtype, error, allowed, what),
-                    Row::new(format!("{name}, in a batch of two"), dtype, differ, 0.0, "bytes that differ"),
-                    Row::new(format!("{name}, launch by launch"), dtype, replayed, 0.0, "bytes that differ"),
-                ])
-            }
+        let title = format!("image of {steps} steps");
+        Item::new(title.clone(), dtype, move || {
+            let expected = Arc::new(image(&mut Cpu::<f32>::new(), DType::F32, steps, 1)?);
+            // As an image is made there: on Hopper its kernels where they are expected to be faster.
+            let on_device = move |device: &Device, hopper, name: &str| {
+                // Of a subset the bits once: images take long on the emulation.
+                let bits = !subset || hopper == Hopper::Off;
+                images_on(device, hopper, name, dtype, steps, &expected, bits)
+            };
+            Ok(runs(&title, variants(dtype, Hopper::Auto), on_device))
         })
     });
     items.collect()
+}
+
+/// An image against the CPU's; with `bits` also made again, in a batch and launch by launch.
+fn images_on(
+    device: &Device,
+    hopper: Hopper,
+    name: &str,
+    dtype: DType,
+    steps: usize,
+    expected: &[u8],
+    bits: bool,
+) -> Result<Vec<Row>> {
+    // Whole networks many times over: without guards.
+    let cuda = || device.cuda(false, hopper);
+    let found = image(&mut cuda(), dtype, steps, 1)?;
+    let squares: f64 = found.iter().zip(expected).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum();
+    let error = (squares / expected.len() as f64).sqrt();
+    let what = format!("rms of bytes; PSNR {:.1} dB", 20.0 * (255.0 / error).log10());
+    let allowed = 255.0 / 10f64.powf(PSNR / 20.0);
+    let mut rows = vec![Row::new(format!("{name}, against the CPU in f32"), dtype, error, allowed, what)];
+    for (batch, graphs, how) in [(2, true, "in a batch of two"), (1, false, "launch by launch")] {
+        if bits {
+            let again = image(&mut cuda().with_graphs(graphs), dtype, steps, batch)?;
+            let differ = again.iter().zip(&found).filter(|(a, b)| a != b).count() as f64;
+            rows.push(Row::new(format!("{name}, {how}"), dtype, differ, 0.0, "bytes that differ"));
+        }
+    }
+    Ok(rows)
 }
 
 /// The pixels of the first of some images.

@@ -1,7 +1,9 @@
-//! A section is a list of items. Each is prepared on the CPU, ahead and in parallel, and then run on the device, one after another;
-//! what happens is told as events, which cross from the process that runs a section to the one that reports it.
+//! A section is a list of items. Each is prepared on the CPU, ahead and in parallel, and becomes runs on the device, one after another:
+//! one with the kernels for any GPU, one with those for Hopper. What happens is told as events, which cross from the process that runs
+//! a section to the one that reports it.
 
 use crate::device::Device;
+use crate::quarantine::{Doings, Incident, Outstanding};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::any::Any;
@@ -9,20 +11,31 @@ use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    Passed,
+    Failed,
+    /// It would have launched a kernel that is in quarantine.
+    NotRun,
+}
+
 /// One comparison.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Row {
     pub section: String,
     pub name: String,
     pub dtype: String,
+    pub state: State,
     /// Of the device; none where it gave no finite numbers.
     pub error: Option<f64>,
     pub allowed: Option<f64>,
-    pub ok: bool,
     /// On the device, with its copies.
     pub milliseconds: f64,
     /// What the numbers measure, or what went wrong.
     pub what: String,
+    /// What its run launched.
+    pub kernels: Vec<String>,
 }
 
 impl Row {
@@ -34,45 +47,96 @@ impl Row {
         allowed: f64,
         what: impl Into<String>,
     ) -> Row {
+        let ok = error <= allowed && allowed.is_finite();
         Row {
             section: String::new(),
             name: name.into(),
             dtype: dtype.to_string(),
+            state: if ok { State::Passed } else { State::Failed },
             error: Some(error).filter(|error| error.is_finite()),
             allowed: Some(allowed).filter(|allowed| allowed.is_finite()),
-            ok: error <= allowed && allowed.is_finite(),
             milliseconds: 0.0,
             what: what.into(),
+            kernels: vec![],
         }
     }
 
     /// Of what gave no number.
     pub fn failed(name: impl Into<String>, dtype: impl ToString, what: impl Into<String>) -> Row {
-        Row { error: None, allowed: None, ok: false, ..Row::new(name, dtype, 0.0, 0.0, what) }
+        Row { error: None, allowed: None, state: State::Failed, ..Row::new(name, dtype, 0.0, 0.0, what) }
+    }
+
+    fn not_run(name: impl Into<String>, dtype: impl ToString, kernel: &str) -> Row {
+        Row { state: State::NotRun, ..Row::failed(name, dtype, format!("not run: kernel {kernel}")) }
+    }
+
+    pub fn is(&self, state: State) -> bool {
+        self.state == state
     }
 }
 
 /// What is left of an item once the CPU has done its part.
-pub type OnDevice = Box<dyn FnOnce(&Device) -> rarebit::Result<Vec<Row>> + Send>;
+type OnDevice = Box<dyn FnOnce(&Device) -> rarebit::Result<Vec<Row>> + Send>;
+
+/// A part of an item that stands and falls by itself.
+pub struct Run {
+    name: String,
+    /// The kernels that it is about; none of a whole network.
+    about: Vec<String>,
+    /// Left out where the device has no kernels for Hopper.
+    hopper: bool,
+    on_device: OnDevice,
+}
+
+impl Run {
+    pub fn new(
+        name: impl Into<String>,
+        on_device: impl FnOnce(&Device) -> rarebit::Result<Vec<Row>> + Send + 'static,
+    ) -> Run {
+        Run { name: name.into(), about: vec![], hopper: false, on_device: Box::new(on_device) }
+    }
+
+    pub fn about(self, kernels: Vec<String>) -> Run {
+        Run { about: kernels, ..self }
+    }
+
+    pub fn for_hopper(self, hopper: bool) -> Run {
+        Run { hopper, ..self }
+    }
+}
 
 pub struct Item {
     pub name: String,
     pub dtype: String,
-    prepare: Box<dyn Fn() -> OnDevice + Send + Sync>,
+    prepare: Box<Prepare>,
 }
 
+type Prepare = dyn Fn() -> rarebit::Result<Vec<Run>> + Send + Sync;
+
 impl Item {
-    pub fn new<F>(
+    pub fn new(
         name: impl Into<String>,
         dtype: impl ToString,
-        prepare: impl Fn() -> F + Send + Sync + 'static,
-    ) -> Item
-    where
-        F: FnOnce(&Device) -> rarebit::Result<Vec<Row>> + Send + 'static,
-    {
-        let prepare = Box::new(move || -> OnDevice { Box::new(prepare()) });
-        Item { name: name.into(), dtype: dtype.to_string(), prepare }
+        prepare: impl Fn() -> rarebit::Result<Vec<Run>> + Send + Sync + 'static,
+    ) -> Item {
+        Item { name: name.into(), dtype: dtype.to_string(), prepare: Box::new(prepare) }
     }
+
+    /// Its runs; where they could not be prepared, one that says so.
+    fn runs(&self) -> Vec<Run> {
+        let prepared = guarded(|| (self.prepare)()).and_then(|runs| runs.map_err(|error| error.to_string()));
+        prepared.unwrap_or_else(|what| {
+            let row = Row::failed(&self.name, &self.dtype, format!("the CPU's part: {what}"));
+            vec![Run::new(&self.name, move |_| Ok(vec![row]))]
+        })
+    }
+}
+
+/// Where in a section: an item, and a run of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct At {
+    pub item: usize,
+    pub run: usize,
 }
 
 /// What happens while a section runs.
@@ -80,16 +144,19 @@ impl Item {
 pub enum Event {
     /// There are so many items.
     Items(usize),
-    /// Item `index` goes to the device; no answer for long means that the device hangs.
+    /// A run begins, and which is next after it.
     Begin {
-        index: usize,
         name: String,
         dtype: String,
+        next: At,
     },
+    /// This kernel goes to the device, or a graph of several; nothing but the device is waited for until it is back.
+    Launch(Option<String>),
+    Back,
+    /// The run has ended.
     End {
-        index: usize,
         rows: Vec<Row>,
-        kernels: Vec<String>,
+        incident: Option<Incident>,
     },
     /// The device works no more for this process.
     Lost(String),
@@ -97,44 +164,85 @@ pub enum Event {
     Done,
 }
 
-/// Runs the items from number `from` on until the deadline. A row that fails stops nothing.
-pub fn run(
-    section: &str,
-    items: &[Item],
-    from: usize,
-    device: &Device,
-    deadline: Instant,
-    emit: &mut dyn FnMut(Event),
-) {
+/// Where and how long a section runs.
+#[derive(Clone, Copy)]
+pub struct Span {
+    pub from: At,
+    pub deadline: Instant,
+    /// Kernels that compute something wrong are launched again nevertheless.
+    pub keep_going: bool,
+}
+
+/// Runs the items. A row that fails stops nothing.
+pub fn run(section: &str, items: &[Item], span: Span, device: &Device, emit: &mut dyn FnMut(Event)) {
     emit(Event::Items(items.len()));
     let ahead = 4 * rayon::current_num_threads();
-    for first in (from..items.len()).step_by(ahead) {
+    let in_time = || Instant::now() < span.deadline;
+    for first in (span.from.item..items.len()).step_by(ahead) {
         let chunk = &items[first..items.len().min(first + ahead)];
-        let prepare = |item: &Item| if Instant::now() < deadline { Some(guarded(|| (item.prepare)())) } else { None };
-        let prepared: Vec<_> = chunk.par_iter().map(prepare).collect();
-        for ((index, item), prepared) in (first..).zip(chunk).zip(prepared) {
-            let Some(prepared) = prepared.filter(|_| Instant::now() < deadline) else {
-                return emit(Event::Done);
-            };
-            emit(Event::Begin { index, name: item.name.clone(), dtype: item.dtype.clone() });
-            let start = Instant::now();
-            let outcome = prepared.and_then(|run| guarded(|| run(device))?.map_err(|error| error.to_string()));
-            let elapsed = start.elapsed().as_secs_f64() * 1e3;
-            let mut rows = outcome.unwrap_or_else(|what| vec![Row::failed(&item.name, &item.dtype, what)]);
-            for row in &mut rows {
-                row.section = section.to_string();
-                if row.milliseconds == 0.0 {
-                    row.milliseconds = elapsed;
+        let prepared: Vec<_> = chunk.par_iter().map(|item| in_time().then(|| item.runs())).collect();
+        for ((index, item), runs) in (first..).zip(chunk).zip(prepared) {
+            let Some(runs) = runs else { return emit(Event::Done) };
+            let (count, done) = (runs.len(), if index == span.from.item { span.from.run } else { 0 });
+            for (number, run) in runs.into_iter().enumerate().skip(done) {
+                if !in_time() {
+                    return emit(Event::Done);
                 }
-            }
-            let lost = device.synchronize().err();
-            emit(Event::End { index, rows, kernels: device.take_launched() });
-            if let Some(error) = lost {
-                return emit(Event::Lost(error.to_string()));
+                let last = number + 1 == count;
+                let next = if last { At { item: index + 1, run: 0 } } else { At { item: index, run: number + 1 } };
+                emit(Event::Begin { name: run.name.clone(), dtype: item.dtype.clone(), next });
+                let (rows, incident) = one(section, &item.dtype, run, device, span.keep_going);
+                emit(Event::End { rows, incident });
+                if let Err(error) = device.synchronize() {
+                    return emit(Event::Lost(error.to_string()));
+                }
             }
         }
     }
     emit(Event::Done);
+}
+
+/// Does a run and takes up what it says of kernels.
+fn one(section: &str, dtype: &str, run: Run, device: &Device, keep_going: bool) -> (Vec<Row>, Option<Incident>) {
+    let Run { name, about, hopper, on_device } = run;
+    if hopper && !device.hopper() {
+        return (vec![], None);
+    }
+    device.kernels.borrow_mut().doings = Doings::default();
+    let start = Instant::now();
+    let outcome = guarded(|| on_device(device)).and_then(|rows| rows.map_err(|error| error.to_string()));
+    let milliseconds = start.elapsed().as_secs_f64() * 1e3;
+    let mut kernels = device.kernels.borrow_mut();
+    let Doings { launched, outstanding, refused } = std::mem::take(&mut kernels.doings);
+    let mut rows = match (outcome, refused) {
+        (_, Some(kernel)) => vec![Row::not_run(&name, dtype, &kernel)],
+        (Ok(rows), None) => rows,
+        (Err(what), None) => vec![Row::failed(&name, dtype, what)],
+    };
+    for row in &mut rows {
+        (row.section, row.milliseconds) = (section.to_string(), milliseconds);
+        row.kernels.clone_from(&launched);
+    }
+    let known = &mut kernels.known;
+    let Some(failed) = rows.iter().find(|row| row.is(State::Failed)) else {
+        if rows.iter().any(|row| row.is(State::Passed)) {
+            known.proven.extend(launched);
+        }
+        return (rows, None);
+    };
+    let (kernel, quarantined, how) = match outstanding {
+        Some(Outstanding::Kernel(kernel)) => (Some(kernel), true, "faults"),
+        Some(Outstanding::Graph) => (None, false, "a graph faults"),
+        None => match known.blame(&launched, &about) {
+            Some(kernel) => (Some(kernel.clone()), !keep_going, "disagrees"),
+            None => return (rows, None),
+        },
+    };
+    let what = format!("{how}: {}", failed.what);
+    let name = format!("{} {dtype}", failed.name);
+    let incident = Incident { section: section.to_string(), name, kernel, quarantined, what };
+    known.take(&incident);
+    (rows, Some(incident))
 }
 
 thread_local! {
