@@ -49,6 +49,7 @@ class Course:
                 tar.extractall(self.scratch / "pack", filter="data")
             self.pack = self.scratch / "pack"
         self.behind: list[subprocess.Popen] = []
+        self.tails: dict[Path, Tail] = {}
 
     @property
     def gpu(self) -> bool:
@@ -77,7 +78,8 @@ class Course:
     ) -> int | None:
         """Runs a program until it ends, and takes the lines of `follow` into the journal. Its exit code; none where its time was up, or where it
         wrote no line for `patience` seconds."""
-        tail, heard = Tail(follow) if follow else None, time.monotonic()
+        # A file that is gone on with is read on from where it was left.
+        tail, heard = self.tails.setdefault(follow, Tail(follow)) if follow else None, time.monotonic()
         process = self.start(log or step, command)
         try:
             while True:

@@ -95,11 +95,10 @@ def resumed(course: Course, step: str, end: float, command: list, rows: Path, lo
     patience, ends = PATIENCE if course.gpu else None, []
     while course.left(end) > 1:
         limit = ["--time-limit", max(1, int(course.left(end)) - 1)]
-        resume = ["--resume"] if ends else []
         before = rows.stat().st_size if rows.exists() else 0
-        code = course.run(step, [*command, *limit, *resume], end, follow=rows, patience=patience, log=log)
+        code = course.run(step, [*command, "--resume" if before else "--out", rows, *limit], end, follow=rows, patience=patience, log=log)
         if code == 0:
-            return "done" if not ends else f"done, after {len(ends)} that ended early"
+            return "done" if not ends else f"done, after {len(ends)} times that a measurement failed or hung"
         ends.append(code)
         if rows.exists() and rows.stat().st_size == before:
             return f"ended with {code} before its first measurement, see logs/{log}.txt"
@@ -125,7 +124,7 @@ def profile(course: Course, end: float) -> str:
 
 def sweep(course: Course, end: float) -> str:
     rows = course.scratch / "sweep.jsonl"
-    command = gpu_check(course, "sweep", "--device", course.device, "--out", rows, "--emulation", course.pack / "emulation.so")
+    command = gpu_check(course, "sweep", "--device", course.device, "--emulation", course.pack / "emulation.so")
     if hopper(course) == "off":
         command += ["--hopper", "off"]
     return resumed(course, "sweep", end, [*command, *([] if course.gpu else ["--quick"])], rows, "sweep")
