@@ -34,7 +34,19 @@ const _: () = assert!(size_of::<HopperParams>() + 2 * TensorMap::BYTES == 512);
 const ROWS: usize = 128;
 /// Reduced elements of a stage.
 const DEPTH: usize = TensorMap::LINE;
-const STAGES: usize = 5;
+/// Stages that the ring can have.
+pub const RINGS: &[usize] = &[5];
+/// Bytes of shared memory that a block can have.
+pub const MOST_SHARED: usize = 227 * 1024;
+
+/// Bytes of a ring for tiles of so many columns, with two barriers for each of its stages.
+pub fn ring_bytes(columns: usize, right: Lines, stages: usize) -> usize {
+    let lines = match right {
+        Lines::Reduced => columns,
+        Lines::Across => columns.next_multiple_of(TensorMap::LINE),
+    };
+    stages * ((ROWS + lines) * TensorMap::LINE_BYTES + 2 * 8)
+}
 
 /// A product over images; a plain one is a 1x1 convolution of one image of one row.
 pub struct HopperProduct {
@@ -120,12 +132,8 @@ impl HopperProduct {
             unused: [0; 22],
         };
         let grid = [columns.div_ceil(side), tiles_x * tiles_y * tiles_b, cut.splits];
-        let (name, lines) = match lines {
-            Lines::Reduced => ("r", side),
-            Lines::Across => ("a", side.next_multiple_of(TensorMap::LINE)),
-        };
-        // The ring, and two barriers for each of its stages.
-        let shared = STAGES * ((ROWS + lines) * TensorMap::LINE_BYTES + 2 * 8);
+        let name = if lines == Lines::Reduced { "r" } else { "a" };
+        let shared = ring_bytes(side, lines, cut.stages);
         let kernel = format!("product_hopper_{name}_{side}_{}", self.shape.dtype);
         let maps = vec![self.left_map([x, y, b]), self.right_map(side)];
         let product = Launch::new(kernel, grid, cut.tile.threads, shared, params).with_maps(maps);
