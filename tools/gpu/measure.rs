@@ -46,12 +46,8 @@ impl Bench {
             }
             Choice::Emulated => {
                 let emulated = Emulated::open(&emulation(), Settings::default())?;
-                let bench = Bench {
-                    is_gpu: false,
-                    facts: json!({"device": "emulated"}),
-                    board: Board::none(),
-                    is_warm: true,
-                };
+                let bench =
+                    Bench { is_gpu: false, facts: json!({"device": "emulated"}), board: Board::none(), is_warm: true };
                 Ok((Cuda::new(Box::new(emulated)), bench))
             }
         }
@@ -72,7 +68,8 @@ impl Bench {
             once()?;
         }
         self.is_warm = true;
-        let mut times = (0..if self.is_gpu { RUNS } else { 1 }).map(|_| once()).collect::<rarebit::Result<Vec<f64>>>()?;
+        let mut times =
+            (0..if self.is_gpu { RUNS } else { 1 }).map(|_| once()).collect::<rarebit::Result<Vec<f64>>>()?;
         times.sort_by(f64::total_cmp);
         Ok((times[times.len() / 2], self.board.clock()))
     }
