@@ -22,10 +22,13 @@ mod common {
 mod conformance;
 mod device;
 mod hopper;
+mod measure;
 mod models;
 mod ops;
+mod profile;
 mod report;
 mod section;
+mod sweep;
 mod turns;
 
 use clap::{Parser, Subcommand, ValueEnum};
@@ -80,6 +83,8 @@ struct Args {
 #[derive(Subcommand)]
 enum Other {
     Turns(turns::Turns),
+    Sweep(sweep::Sweep),
+    Profile(profile::Profile),
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -124,6 +129,8 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let outcome = match (&args.other, args.from) {
         (Some(Other::Turns(turns)), _) => turns::serve(turns, || emulation(&args)).map(|()| true),
+        (Some(Other::Sweep(sweep)), _) => sweep::run(sweep, || emulation(&args)),
+        (Some(Other::Profile(profile)), _) => profile::run(profile, || emulation(&args)),
         (None, Some(from)) => tell(&args, from).map(|()| true),
         (None, None) => check(&args),
     };

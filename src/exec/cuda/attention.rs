@@ -187,7 +187,7 @@ fn tensor_map(cx: &Cx, cols: Cols, sizes: &Sizes, tokens: usize, rows: usize) ->
 
 /// On Hopper, if its kernels can: rows and heads begin at multiples of 16 bytes.
 fn hopper(op: &Attention, cx: &Cx, sizes: &Sizes) -> Option<Launch> {
-    let tiles = HopperTiles::new(op, sizes).filter(|_| cx.hopper != Hopper::Off)?;
+    let tiles = HopperTiles::new(op, sizes).filter(|_| matches!(cx.hopper, Hopper::Auto | Hopper::Always))?;
     let columns = [op.q, op.k, op.v].map(|cols| Columns::new(cx, cols, op.head_dim));
     if columns.iter().any(|columns| columns.aligned == 0) {
         return None;

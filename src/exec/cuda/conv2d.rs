@@ -57,27 +57,24 @@ fn hopper_can(taps: usize, stride: usize, channels: usize, lines: Lines, columns
     stride == 1 && whole && (lines == Lines::Reduced || columns.is_multiple_of(8))
 }
 
-fn shape(op: &Conv2d, program: &Program, y: ValueId, hopper: Hopper) -> Shape {
+pub fn shape(op: &Conv2d, program: &Program, y: ValueId, hopper: Hopper) -> Shape {
     let [kh, kw, c, o] = program.shape(op.w)[..] else { unreachable!("checked by infer") };
     let lines = if is_factor(program, op.w) { Lines::Reduced } else { Lines::Across };
-    Shape::of_samples(program.value(op.x).dtype, program.shape(y), o, kh * kw * c)
-        .on_hopper(hopper, hopper_can(kh * kw, op.stride, c, lines, o))
+    Shape::of_samples(program.value(op.x).dtype, program.shape(y), o, kh * kw * c).on_hopper(
+        hopper,
+        lines,
+        hopper_can(kh * kw, op.stride, c, lines, o),
+    )
 }
 
-fn backward_shape(op: &Conv2dBackward, program: &Program, d_x: ValueId, hopper: Hopper) -> Shape {
+pub fn backward_shape(op: &Conv2dBackward, program: &Program, d_x: ValueId, hopper: Hopper) -> Shape {
     let [kh, kw, i, o] = program.shape(op.w)[..] else { unreachable!("checked by infer") };
     let lines = if is_factor(program, op.w) { Lines::Across } else { Lines::Reduced };
-    Shape::of_samples(program.value(op.d_y).dtype, program.shape(d_x), i, kh * kw * o)
-        .on_hopper(hopper, hopper_can(kh * kw, op.stride, o, lines, i))
-}
-
-/// Bytes of a split product's parts.
-pub fn workspace(op: &Conv2d, program: &Program, y: ValueId, hopper: Hopper) -> usize {
-    shape(op, program, y, hopper).workspace()
-}
-
-pub fn backward_workspace(op: &Conv2dBackward, program: &Program, d_x: ValueId, hopper: Hopper) -> usize {
-    backward_shape(op, program, d_x, hopper).workspace()
+    Shape::of_samples(program.value(op.d_y).dtype, program.shape(d_x), i, kh * kw * o).on_hopper(
+        hopper,
+        lines,
+        hopper_can(kh * kw, op.stride, o, lines, i),
+    )
 }
 
 pub fn launches(op: &Conv2d, cx: &Cx) -> Vec<Launch> {

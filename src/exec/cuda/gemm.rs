@@ -33,7 +33,7 @@ pub fn pitch(dtype: DType, elements: usize) -> usize {
 }
 
 /// What the lines of an operand run along (`Lines` in kernels/tile.cuh).
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lines {
     Reduced,
     Across,
@@ -149,38 +149,30 @@ fn half(op: &Gemm, columns: usize) -> usize {
     if op.activation == Activation::Geglu { columns / 2 } else { 0 }
 }
 
-fn shape(op: &Gemm, program: &Program, hopper: Hopper) -> Shape {
+pub fn shape(op: &Gemm, program: &Program, hopper: Hopper) -> Shape {
     let [depth, columns] = program.shape(op.w)[..] else { unreachable!("checked by infer") };
     let shape = Shape::of_samples(program.value(op.x).dtype, program.shape(op.x), columns, depth);
     let lines = if is_factor(program, op.w) { Lines::Reduced } else { Lines::Across };
-    shape.on_hopper(hopper, hopper_can(&shape, lines, half(op, columns)))
+    shape.on_hopper(hopper, lines, hopper_can(&shape, lines, half(op, columns)))
 }
 
-fn backward_shape(op: &GemmBackward, program: &Program, hopper: Hopper) -> Shape {
+pub fn backward_shape(op: &GemmBackward, program: &Program, hopper: Hopper) -> Shape {
     match *op {
         GemmBackward::Input { d_y, w, .. } => {
             let [k, n] = program.shape(w)[..] else { unreachable!("checked by infer") };
             let shape = Shape::of_samples(program.value(d_y).dtype, program.shape(d_y), k, n);
             let lines = if is_factor(program, w) { Lines::Across } else { Lines::Reduced };
-            shape.on_hopper(hopper, hopper_can(&shape, lines, 0))
+            shape.on_hopper(hopper, lines, hopper_can(&shape, lines, 0))
         }
         GemmBackward::Weight { x, d_y } => {
             let of_x = program.shape(x);
             let (k, n) = (of_x[of_x.len() - 1], program.shape(d_y)[of_x.len() - 1]);
             let depth = of_x[..of_x.len() - 1].iter().product();
             // A sum over the batch: its rows are the weight's.
-            Shape { dtype: program.value(x).dtype, rows: k, nominal_rows: k, columns: n, depth, hopper: Hopper::Off }
+            let dtype = program.value(x).dtype;
+            Shape { dtype, rows: k, nominal_rows: k, columns: n, depth, hopper, boxes: None }
         }
     }
-}
-
-/// Bytes of a split product's parts.
-pub fn workspace(op: &Gemm, program: &Program, hopper: Hopper) -> usize {
-    shape(op, program, hopper).workspace()
-}
-
-pub fn backward_workspace(op: &GemmBackward, program: &Program, hopper: Hopper) -> usize {
-    backward_shape(op, program, hopper).workspace()
 }
 
 pub fn launches(op: &Gemm, cx: &Cx) -> Vec<Launch> {

@@ -34,8 +34,17 @@ const _: () = assert!(size_of::<HopperParams>() + 2 * TensorMap::BYTES == 512);
 
 /// Reduced elements of a stage.
 const DEPTH: usize = TensorMap::LINE;
-/// Slots of the ring that stages go through: from 2 on as many as fit the shared memory.
-const RING: usize = 5;
+/// Stages that the ring is tried with, of those that fit the shared memory: the kernel takes any number from 2 on.
+pub const RINGS: &[usize] = &[3, 4, 5, 6];
+
+/// Bytes of a ring for tiles of so many columns, with two barriers for each of its stages.
+pub fn ring_bytes(columns: usize, right: Lines, stages: usize) -> usize {
+    let lines = match right {
+        Lines::Reduced => columns,
+        Lines::Across => columns.next_multiple_of(TensorMap::LINE),
+    };
+    stages * ((ROWS + lines) * TensorMap::LINE_BYTES + 2 * 8)
+}
 
 /// A product over images; a plain one is a 1x1 convolution of one image of one row.
 pub struct HopperProduct {
@@ -119,15 +128,11 @@ impl HopperProduct {
             direction: self.direction,
             columns: columns as i32,
             stages: stages as i32,
-            slots: RING as i32,
+            slots: cut.stages as i32,
             unused: [0; 19],
         };
-        let (name, lines) = match lines {
-            Lines::Reduced => ("r", side),
-            Lines::Across => ("a", side.next_multiple_of(TensorMap::LINE)),
-        };
-        // The ring, and two barriers for each of its slots.
-        let shared = RING * ((ROWS + lines) * TensorMap::LINE_BYTES + 2 * 8);
+        let name = if lines == Lines::Reduced { "r" } else { "a" };
+        let shared = ring_bytes(side, lines, cut.stages);
         let kernel = format!("product_hopper_{name}_{side}_{}", self.shape.dtype);
         let maps = vec![self.left_map([x, y, b]), self.right_map(side)];
         let product = Launch::new(kernel, grid, HOPPER_THREADS, shared, params).with_maps(maps);

@@ -96,7 +96,7 @@ const WINDOW: RangeInclusive<usize> = 1..=256;
 const GRID: [RangeInclusive<u32>; 3] = [1..=(1 << 31) - 1, 1..=65_535, 1..=65_535];
 const BLOCK: RangeInclusive<u32> = 1..=1024;
 /// Bytes of dynamic shared memory on sm_90, which has the most that kernels here ask for; a device may have less, and says so.
-const SHARED: u32 = 227 << 10;
+pub const SHARED: u32 = 227 << 10;
 /// Bytes of parameters.
 const PARAMS: usize = 4096;
 

@@ -190,6 +190,14 @@ impl Gpu {
         Err(Error::Device(format!("{}: {name} {why}", self.name)))
     }
 
+    /// How many multiprocessors it has.
+    pub fn multiprocessors(&self) -> Result<usize> {
+        use sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as COUNT;
+        // SAFETY: `device` is from `device::get`.
+        let count = unsafe { result::device::get_attribute(self.device, COUNT) };
+        self.check("asking what it is", count).map(|count| count as usize)
+    }
+
     /// The newest CUDA the driver knows, such as 13.0.
     pub fn driver_version(&self) -> Result<String> {
         self.check("asking the driver's version", version()).map(|version| Version(version).to_string())
