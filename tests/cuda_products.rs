@@ -10,11 +10,11 @@ use common::products::{self, Case, How, programs, rounded, run, stored};
 use common::storage::{TYPES, judge, report, round};
 use rarebit::exec::Executor;
 use rarebit::exec::cpu::Cpu;
-use rarebit::exec::cuda::{Copies, Cuda, Hopper, Order, Settings};
+use rarebit::exec::cuda::{Copies, Cuda, Hopper, Order, Settings, product};
 use rarebit::plan::plan;
 use rarebit::program::{Activation, DType, Program};
 use rarebit::weights::Model;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 /// By `RAREBIT_CASES`.
 fn cases() -> impl Iterator<Item = Case> {
@@ -154,4 +154,53 @@ fn bits_do_not_depend_on_the_tile() {
         let honest = exact.iter().map(|x| round(dtype, *x)).collect();
         assert_eq!(judge(&[together], &[exact], &[honest]), None, "{case:?} {dtype}");
     }
+}
+
+/// Tiles and rings change nothing but the time: of one kind of instructions all cuts into as many parts give the same bits.
+#[test]
+fn bits_do_not_depend_on_the_forced_cut() {
+    let conv = |size, channels| Case::Conv(size, channels, [3, 3], 1, [1; 4]);
+    let cases = [
+        (Case::Input([70, 704, 168]), DType::F16, true),
+        (Case::Input([33, 328, 136]), DType::BF16, false),
+        (Case::Input([20, 500, 72]), DType::F32, true),
+        (conv([9, 6], [64, 168]), DType::BF16, true),
+        (conv([5, 12], [128, 136]), DType::F16, false),
+    ];
+    for (case, dtype, held) in cases {
+        let how = How { held, ..How::new(dtype, 2) };
+        let values = rounded(case.values(0, 2), dtype);
+        let model = if held { stored(&case.shapes(2)[1], &values.w) } else { no_weights() };
+        let program = how.forward(&case, Activation::None);
+        let shape = product(&program, &program.nodes[0], Hopper::Auto).unwrap();
+        let mut found: HashMap<(bool, usize), Vec<f64>> = HashMap::new();
+        let legal = shape.legal();
+        assert_eq!(legal.iter().any(|cut| cut.tile.hopper), dtype != DType::F32, "{case:?}");
+        for cut in legal {
+            let on = || cuda(Settings::default()).with_hopper(Hopper::Forced(cut));
+            let (kernel, is_split) = kernels(&mut on(), program.clone(), &model).remove(0);
+            let tile = format!("_{}_{dtype}", cut.tile.name);
+            assert!(kernel.ends_with(&tile) && kernel.contains("hopper") == cut.tile.hopper, "{kernel} is no {cut:?}");
+            assert_eq!(is_split, cut.splits > 1, "{cut:?}");
+            let bits = run(on().with_guards(true), &program, &values, &model, 1);
+            let first = found.entry((cut.tile.hopper, cut.splits)).or_insert_with(|| bits.clone());
+            assert!(*first == bits, "{case:?} {dtype}: {cut:?}");
+        }
+        assert!(found.len() > 3, "{case:?}: {:?}", found.keys());
+    }
+}
+
+#[test]
+fn a_cut_that_a_shape_cannot_have_is_refused() {
+    let program = |dtype| How::new(dtype, 2).forward(&Case::Input([70, 704, 168]), Activation::None);
+    let half = program(DType::F16);
+    let cut = product(&half, &half.nodes[0], Hopper::Always).unwrap().cut();
+    let load = |program: Program| {
+        let mut executor = cuda(Settings::default()).with_hopper(Hopper::Forced(cut));
+        let planned = plan(program, |program, node| executor.workspace(program, node));
+        executor.load(planned, &no_weights()).map(|_| ()).map_err(|error| error.to_string())
+    };
+    assert_eq!(load(half), Ok(()));
+    let told = load(program(DType::F32)).unwrap_err();
+    assert!(told.contains("for Hopper") && told.contains("f32: kernels/product_hopper.cu cannot make"), "{told}");
 }

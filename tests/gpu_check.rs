@@ -13,8 +13,8 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// What is put in place of what, in which file: a kernel that never ends, one that writes nowhere, one of whose lanes is wrong.
-const DEFECTS: [(&str, &str, &str); 3] = [
+/// What is put in place of what, in which file: a kernel that never ends, two that write nowhere, one of whose lanes is wrong.
+const DEFECTS: [(&str, &str, &str); 4] = [
     (
         "resample.cu",
         "DEVICE void nearest_2x(const NearestParams& p) {\n",
@@ -22,8 +22,13 @@ const DEFECTS: [(&str, &str, &str); 3] = [
     ),
     (
         "update.cu",
-        "KERNEL(noise_f32, NoiseParams, 256) {\n",
-        "KERNEL(noise_f32, NoiseParams, 256) {\n  *(volatile float*)8 = 1.0f;\n",
+        "    const uint32_t* counter = (const uint32_t*)p.counter + sample * 4;\n",
+        "    const uint32_t* counter = (const uint32_t*)p.counter + sample * 4;\n    *(volatile float*)8 = 1.0f;\n",
+    ),
+    (
+        "attention_forward.cu",
+        "  // Keys that the first `rows` queries see.\n",
+        "  if (std::is_same<T, f16>::value && DIM == 128) *(volatile float*)8 = 1.0f;\n",
     ),
     (
         "reduce.cu",
@@ -31,13 +36,13 @@ const DEFECTS: [(&str, &str, &str); 3] = [
         "y[e] = expf(x[0][e] - all.top) * scale * (std::is_same<T, bf16>::value && threadIdx.x % 32 == 5 ? 1.1f : 1.0f);",
     ),
 ];
-/// They are in these, among others that are sound.
+/// Three of them are in these, among others that are sound.
 const CASES: &str = "nearest_2x|noise|softmax|repeat";
 const HANGS: &str = "nearest_2x_f16";
 const FAULTS: &str = "noise_f32";
 const WRONG: &str = "softmax_bf16";
 
-/// The emulation of kernels/ with all three defects.
+/// The emulation of kernels/ with all defects.
 fn planted() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     LIBRARY.get_or_init(|| {
@@ -161,6 +166,26 @@ fn kernels_are_left_out_if_asked_and_wrong_ones_are_not_if_asked() {
     assert!(not_run.clone().count() > 0 && not_run.clone().all(|row| !text(&row["what"]).contains(WRONG)));
     let is_sound = |row: &&Value| text(&row["name"]).starts_with("softmax_backward 1 ") && row["dtype"] == "bf16";
     assert_eq!(list(&report, "rows").iter().find(is_sound).unwrap()["state"], "passed");
+}
+
+#[test]
+fn kernels_for_any_gpu_and_for_hopper_stand_and_fall_by_themselves() {
+    let out = TempDir::new().unwrap();
+    let report = report(check(out.path(), "attention 33x33", "100"));
+    assert_eq!(named(&report).into_keys().collect::<Vec<_>>(), ["attention_128_f16"]);
+    let states = |dtype: &str, causal: bool, end: &str| {
+        let of = |row: &&Value| row["dtype"] == dtype && text(&row["name"]).contains(&format!("causal {causal}"));
+        let rows = list(&report, "rows").iter().filter(of);
+        let states = rows.filter(|row| text(&row["name"]).split_once(" batch ").unwrap().1[1..] == *end);
+        states.map(|row| text(&row["state"])).collect::<Vec<_>>()
+    };
+    assert_eq!(states("f16", false, ""), ["failed"]);
+    assert_eq!(states("f16", false, ", Hopper"), ["passed"]);
+    assert!(states("f16", false, ", Hopper beside any GPU's").is_empty(), "there is nothing to hold it against");
+    assert_eq!(states("f16", true, ""), ["not_run"]);
+    for end in ["", ", Hopper", ", Hopper beside any GPU's"] {
+        assert_eq!(states("bf16", false, end), ["passed"]);
+    }
 }
 
 /// Starts a check and ends it with SIGKILL once its journal has so many lines.

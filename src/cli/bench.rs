@@ -1,6 +1,5 @@
 //! `rarebit bench`: how fast images and their gradients are made here, as a table and as JSON that later runs can be held against.
 
-mod board;
 mod images;
 mod measure;
 mod ops;
@@ -11,12 +10,12 @@ use crate::cli::atomic;
 use crate::cli::flags::{self, Device, DeviceFlags, ModelFlags, SamplingFlags};
 use crate::cli::machine::{self, print_line, say};
 use crate::exec::Executor;
+use crate::exec::cuda::Board;
 use crate::methods::generate::Settings;
 use crate::methods::pipeline::Pipeline;
 use crate::plan::Footprint;
 use crate::sampler::Method;
 use crate::{Error, Result};
-use board::Board;
 use clap::ValueEnum;
 use measure::Plan;
 use report::Case;

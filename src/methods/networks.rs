@@ -202,11 +202,23 @@ impl<'p> Networks<'p> {
         with_added: bool,
         to: &[&str],
     ) -> Result<ProgramId> {
-        let program = self.unet_program(shape, context_len, with_added)?;
-        self.load(vector_jacobian(&program, to)?)
+        let program = self.unet_gradient_program(shape, context_len, with_added, to)?;
+        self.load(program)
     }
 
-    fn unet_program(&self, [b, _, h, w]: [usize; 4], context_len: usize, with_added: bool) -> Result<Program> {
+    /// The same, not loaded.
+    pub fn unet_gradient_program(
+        &self,
+        shape: [usize; 4],
+        context_len: usize,
+        with_added: bool,
+        to: &[&str],
+    ) -> Result<Program> {
+        vector_jacobian(&self.unet_program(shape, context_len, with_added)?, to)
+    }
+
+    /// The program of [`Networks::load_unet`], not loaded.
+    pub fn unet_program(&self, [b, _, h, w]: [usize; 4], context_len: usize, with_added: bool) -> Result<Program> {
         let config = &self.pipeline.config.unet;
         let unet = Unet::new(config);
         let mut builder = Builder::new("unet", self.dtype);
@@ -242,7 +254,8 @@ impl<'p> Networks<'p> {
         self.load(vector_jacobian(&program, &[LATENTS])?)
     }
 
-    fn decoder_program(&self, [b, c, h, w]: [usize; 4]) -> Result<Program> {
+    /// The program of [`Networks::load_decoder`], not loaded.
+    pub fn decoder_program(&self, [b, c, h, w]: [usize; 4]) -> Result<Program> {
         let mut builder = Builder::new("decode", self.dtype);
         let latents = builder.wide_input(LATENTS, &[b, h, w, c]);
         let image = vae::decode(&mut builder, &self.pipeline.config.vae, latents);

@@ -1,9 +1,45 @@
-//! One op of a program as a program of its own: to time it, or to repeat it elsewhere.
+//! One op of a program as a program of its own: to time it, or to repeat it elsewhere; and which ops of a program are of one kind.
 
 use super::{Node, Origin, Program, Value, ValueId};
 use std::collections::HashMap;
 
+/// Ops of a program that are the same but for the names of their operands.
+pub struct Kind<'p> {
+    /// The op and the shapes it reads: `conv2d stride 1 padding [1, 1, 1, 1] 2x64x64x320 3x3x320x320`.
+    pub name: String,
+    /// The first of them.
+    pub node: &'p Node,
+    /// How many there are.
+    pub count: usize,
+}
+
 impl Program {
+    /// Every kind of op, in the order of the first ones.
+    pub fn kinds(&self) -> Vec<Kind<'_>> {
+        let mut kinds: Vec<Kind<'_>> = vec![];
+        let mut numbers: HashMap<String, usize> = HashMap::new();
+        for node in &self.nodes {
+            let name = self.kind(node);
+            match numbers.get(&name) {
+                Some(&number) => kinds[number].count += 1,
+                None => {
+                    numbers.insert(name.clone(), kinds.len());
+                    kinds.push(Kind { name, node, count: 1 });
+                }
+            }
+        }
+        kinds
+    }
+
+    fn kind(&self, node: &Node) -> String {
+        let alone = self.alone(node, 1);
+        let op = alone.show_op(&alone.nodes[0].op);
+        let is_name = |word: &str| word.starts_with('\'') || word.contains("weight") || word.contains("bias");
+        let words = op.split(' ').filter(|word| !is_name(word)).map(str::to_string);
+        let shape = |id: ValueId| alone.shape(id).iter().map(usize::to_string).collect::<Vec<_>>().join("x");
+        words.chain(alone.nodes[0].op.inputs().into_iter().map(shape)).collect::<Vec<_>>().join(" ")
+    }
+
     /// A program of one op, done `times` times over, its inputs in the order in which it reads them: weights as they are, all else as
     /// buffers `alone.N`. Nothing is copied out of it.
     pub fn alone(&self, node: &Node, times: usize) -> Program {

@@ -11,6 +11,7 @@ mod ops;
 mod print;
 mod verify;
 
+pub use alone::Kind;
 pub use build::Builder;
 pub use ops::*;
 

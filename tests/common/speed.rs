@@ -147,7 +147,7 @@ pub fn noise(len: usize) -> Vec<f32> {
 }
 
 /// A file with the weights of a program.
-fn checkpoint(program: &Program) -> Model {
+pub fn checkpoint(program: &Program) -> Model {
     use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("weights.safetensors");

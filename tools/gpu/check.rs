@@ -23,12 +23,15 @@ mod hopper;
 mod journal;
 mod kernels;
 mod launches;
+mod measure;
 mod models;
 mod ops;
+mod profile;
 mod quarantine;
 mod report;
 mod section;
 mod supervise;
+mod sweep;
 mod turns;
 
 use clap::{Parser, Subcommand, ValueEnum};
@@ -92,6 +95,8 @@ struct Args {
 #[derive(Subcommand)]
 enum Other {
     Turns(turns::Turns),
+    Sweep(sweep::Sweep),
+    Profile(profile::Profile),
     /// Make the report of a journal, however the check that wrote it ended
     Report {
         journal: PathBuf,
@@ -195,6 +200,8 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let outcome = match &args.other {
         Some(Other::Turns(turns)) => turns::serve(turns, || args.emulation()).map(|()| true),
+        Some(Other::Sweep(sweep)) => sweep::run(sweep, || args.emulation()),
+        Some(Other::Profile(profile)) => profile::run(profile, || args.emulation()),
         Some(Other::Report { journal, out }) => report_of(journal, out),
         None if args.tell => supervise::tell(&args, &args.data(), args.emulation()).map(|()| true),
         None => check(&args),

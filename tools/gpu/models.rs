@@ -1,4 +1,4 @@
-//! Networks and images on the device.
+//! Networks and images on the device, in 16 bits by the kernels for any GPU and by those for Hopper.
 //!
 //! The tiny networks against what diffusers and torch computed with them. In f32 the relative error may be 1e-4, as for the CPU. In f16
 //! and bf16 it may be twice that of exact arithmetic in which every op rounds its outputs to the same storage, and those 1e-4: the
@@ -84,7 +84,7 @@ fn variants(dtype: DType, hopper: Hopper) -> Vec<Hopper> {
     if dtype == DType::F32 { vec![Hopper::Off] } else { vec![Hopper::Off, hopper] }
 }
 
-/// Where an executor computes a model, and where it does not by itself, on the device.
+/// A run of each of them.
 fn runs(
     name: &str,
     variants: Vec<Hopper>,

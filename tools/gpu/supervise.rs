@@ -16,7 +16,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-/// What a process may take to end by itself once the time is up: the references of a chunk of items.
+/// What a process may take to end: by itself once the time is up, with the references of a chunk of items, or when it is killed.
 const GRACE: Duration = Duration::from_secs(15);
 
 /// What a process of a section is told on stdin, as a line of JSON.
@@ -153,7 +153,7 @@ impl<'a> Check<'a> {
             Event::Lost(why) => return Ok(Some(why)),
             Event::Done => {}
         }
-        if self.spoke.elapsed() > Duration::from_secs(2) {
+        if self.spoke.elapsed() > Duration::from_secs(5) {
             self.progress()?;
         }
         Ok(None)
@@ -224,16 +224,21 @@ impl<'a> Check<'a> {
             (doing.began, doing.run, doing.outstanding) = (false, None, None);
             let mut child = self.spawn(section, doing.next)?;
             let watched = self.watch(&mut child, &mut doing);
-            // Dead or done; in either case it is waited for, so that it holds the device no longer.
-            let _ = child.kill();
-            let status = child.wait()?;
+            let end = end(&mut child)?;
             let why = match watched? {
                 Watched::Done => return Ok(()),
                 Watched::Lost(_) if doing.explained => continue,
                 Watched::Lost(why) => format!("the device is lost: {why}"),
                 Watched::Hangs => format!("hangs: not back from the device after {} s", self.patience.as_secs_f64()),
-                Watched::TimeUp => "killed: the time was up".into(),
-                Watched::Ended => format!("faults: its process ended with {status}"),
+                Watched::TimeUp => {
+                    // That is no kernel's fault.
+                    doing.outstanding = None;
+                    "killed: the time was up".into()
+                }
+                Watched::Ended => {
+                    let how = if doing.outstanding.is_some() { "faults: " } else { "" };
+                    format!("{how}its process ended with {end}")
+                }
             };
             self.bury(&mut doing, why)?;
             // A process that did not even begin would not another time.
@@ -303,6 +308,20 @@ impl<'a> Check<'a> {
             }
         }
     }
+}
+
+/// How a process ended: dead or done, it is waited for, so that it holds the device no longer.
+fn end(child: &mut Child) -> Outcome<String> {
+    let _ = child.kill();
+    let since = Instant::now();
+    while since.elapsed() < GRACE {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status.to_string());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // The driver has it; the device may be lost to all others too.
+    Ok(format!("nothing: it was killed {} s ago and is still there", GRACE.as_secs()))
 }
 
 enum Watched {

@@ -1,10 +1,9 @@
 //! Whole images: how long one takes or how many a second gives, and where the time goes.
 
-use super::board::Board;
 use super::measure::{Row, Times};
 use super::report::Case;
 use super::{PROMPT, Setup};
-use crate::exec::cuda::AHEAD;
+use crate::exec::cuda::{AHEAD, Board};
 use crate::methods::generate::{Generator, Image, Job, Progress};
 use crate::plan::Planned;
 use crate::weights::fingerprint;

@@ -8,9 +8,8 @@ use crate::cli::flags::Device;
 use crate::exec::Data;
 use crate::methods::generate::Generator;
 use crate::plan::plan;
-use crate::program::{DType, Node, Origin, Program, ValueId};
+use crate::program::{DType, Kind, Origin};
 use serde_json::json;
-use std::collections::HashMap;
 
 /// On a GPU an op is done so many times in a run: what a start takes is not the op's.
 const TOGETHER: usize = 20;
@@ -22,20 +21,8 @@ pub fn run(setup: &mut Setup<'_>, batch: usize) -> Result<Case> {
     setup.check_memory(&generator.footprint(), batch)?;
     let step = &generator.programs().step.program;
     let together = if matches!(setup.device.device, Device::Cuda(_)) { TOGETHER } else { 1 };
-    let mut kinds: Vec<(String, &Node, usize)> = vec![];
-    let mut numbers: HashMap<String, usize> = HashMap::new();
-    for node in &step.nodes {
-        let name = name(&step.alone(node, 1));
-        match numbers.get(&name) {
-            Some(&number) => kinds[number].2 += 1,
-            None => {
-                numbers.insert(name.clone(), kinds.len());
-                kinds.push((name, node, 1));
-            }
-        }
-    }
     let mut rows = vec![];
-    for (name, node, calls) in kinds {
+    for Kind { name, node, count } in step.kinds() {
         setup.executor.clear();
         let program = step.alone(node, together);
         let planned = plan(program.clone(), |program, node| setup.executor.workspace(program, node));
@@ -47,20 +34,10 @@ pub fn run(setup: &mut Setup<'_>, batch: usize) -> Result<Case> {
         }
         let times = setup.plan.time_program(&mut *setup.executor, id)?;
         let each = Times { ms: times.ms.into_iter().map(|ms| ms / together as f64).collect() };
-        rows.push(Row::of(name, calls, &step.alone(node, 1), each));
+        rows.push(Row::of(name, count, &step.alone(node, 1), each));
     }
     setup.executor.clear();
     let most = |row: &Row| row.calls as f64 * row.times.median();
     rows.sort_by(|a, b| most(b).total_cmp(&most(a)));
     Ok(Case { name: format!("ops of a step, batch {batch}"), rows, total: None, facts: json!({}) })
-}
-
-/// The op and the shapes it reads, without the names of weights: `conv2d stride 1 padding [1, 1, 1, 1] 2x64x64x320 3x3x320x320`.
-fn name(alone: &Program) -> String {
-    let node = &alone.nodes[0];
-    let op = alone.show_op(&node.op);
-    let is_name = |word: &str| word.starts_with('\'') || word.contains("weight") || word.contains("bias");
-    let words = op.split(' ').filter(|word| !is_name(word)).map(str::to_string);
-    let shape = |id: ValueId| alone.shape(id).iter().map(usize::to_string).collect::<Vec<_>>().join("x");
-    words.chain(node.op.inputs().into_iter().map(shape)).collect::<Vec<_>>().join(" ")
 }

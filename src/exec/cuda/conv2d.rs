@@ -2,7 +2,7 @@
 //! Contract: kernels/conv2d.cu.
 
 use super::epilogue::{Epilogue, Split, finish};
-use super::gemm::{Lines, Operand, Product, aligned, ring_bytes};
+use super::gemm::{Lines, Operand, Product, aligned, ring_bytes, threads};
 use super::hopper::{HopperProduct, HopperRight};
 use super::launch::{Address, Cx, Divisor, Launch, TensorMap, is_factor};
 use super::tiles::{Hopper, Shape};
@@ -34,7 +34,7 @@ struct ConvParams {
     unused: i32,
     split: Split,
 }
-const _: () = assert!(size_of::<ConvParams>() == 192);
+const _: () = assert!(size_of::<ConvParams>() == 200);
 
 /// Adds the shift to an epilogue: the time embedding's columns, of each sample or of all.
 fn shifted(cx: &Cx, epilogue: Epilogue, shift: Option<Cols>) -> Epilogue {
@@ -57,27 +57,24 @@ fn hopper_can(taps: usize, stride: usize, channels: usize, lines: Lines, columns
     stride == 1 && whole && (lines == Lines::Reduced || columns.is_multiple_of(8))
 }
 
-fn shape(op: &Conv2d, program: &Program, y: ValueId, hopper: Hopper) -> Shape {
+pub fn shape(op: &Conv2d, program: &Program, y: ValueId, hopper: Hopper) -> Shape {
     let [kh, kw, c, o] = program.shape(op.w)[..] else { unreachable!("checked by infer") };
     let lines = if is_factor(program, op.w) { Lines::Reduced } else { Lines::Across };
-    Shape::of_samples(program.value(op.x).dtype, program.shape(y), o, kh * kw * c)
-        .on_hopper(hopper, hopper_can(kh * kw, op.stride, c, lines, o))
+    Shape::of_samples(program.value(op.x).dtype, program.shape(y), o, kh * kw * c).on_hopper(
+        hopper,
+        lines,
+        hopper_can(kh * kw, op.stride, c, lines, o),
+    )
 }
 
-fn backward_shape(op: &Conv2dBackward, program: &Program, d_x: ValueId, hopper: Hopper) -> Shape {
+pub fn backward_shape(op: &Conv2dBackward, program: &Program, d_x: ValueId, hopper: Hopper) -> Shape {
     let [kh, kw, i, o] = program.shape(op.w)[..] else { unreachable!("checked by infer") };
     let lines = if is_factor(program, op.w) { Lines::Across } else { Lines::Reduced };
-    Shape::of_samples(program.value(op.d_y).dtype, program.shape(d_x), i, kh * kw * o)
-        .on_hopper(hopper, hopper_can(kh * kw, op.stride, o, lines, i))
-}
-
-/// Bytes of a split product's parts.
-pub fn workspace(op: &Conv2d, program: &Program, y: ValueId, hopper: Hopper) -> usize {
-    shape(op, program, y, hopper).workspace()
-}
-
-pub fn backward_workspace(op: &Conv2dBackward, program: &Program, d_x: ValueId, hopper: Hopper) -> usize {
-    backward_shape(op, program, d_x, hopper).workspace()
+    Shape::of_samples(program.value(op.d_y).dtype, program.shape(d_x), i, kh * kw * o).on_hopper(
+        hopper,
+        lines,
+        hopper_can(kh * kw, op.stride, o, lines, i),
+    )
 }
 
 pub fn launches(op: &Conv2d, cx: &Cx) -> Vec<Launch> {
@@ -176,6 +173,8 @@ impl Gather {
         if cut.tile.hopper {
             return self.on_hopper(cx, &right).launches(epilogue, cx.workspace);
         }
+        let tiles = [rows.div_ceil(cut.tile.rows), columns.div_ceil(cut.tile.columns)];
+        let (split, grid) = Split::new(&cut, tiles, cx.workspace);
         let params = ConvParams {
             epilogue,
             x: address,
@@ -198,14 +197,13 @@ impl Gather {
                 aligned(dtype, w, right.w_stride) && (!self.is_backward || aligned(dtype, w, right.tap_stride)),
             ),
             unused: 0,
-            split: Split::new(&cut, cx.workspace),
+            split,
         };
-        let grid = [columns.div_ceil(cut.tile.columns), rows.div_ceil(cut.tile.rows), cut.splits];
         let shared = ring_bytes(&cut.tile, dtype, Lines::Reduced, right.lines);
         let backward = if self.is_backward { "backward_" } else { "" };
         let lines = if right.lines == Lines::Reduced { "r" } else { "a" };
         let kernel = format!("conv2d_{backward}{lines}_{}_{dtype}", cut.tile.name);
-        let product = Launch::new(kernel, grid, cut.tile.threads, shared, params);
+        let product = Launch::new(kernel, grid, threads(&cut.tile), shared, params);
         [Some(product), finish(&self.shape, &cut, epilogue, cx.workspace)].into_iter().flatten().collect()
     }
 }

@@ -2,6 +2,7 @@
 
 use super::epilogue::{Epilogue, Split, finish};
 use super::hopper::{HopperProduct, HopperRight};
+use super::kernels::constants::{PRODUCT_TILES, STAGE_DEPTH_BYTES, STAGES};
 use super::launch::{Address, Cx, Launch, activation, is_factor};
 use super::tiles::{Hopper, Shape, Tile};
 use crate::program::{Activation, DType, Gemm, GemmBackward, Program};
@@ -24,10 +25,7 @@ struct GemmParams {
     right_aligned: i32,
     split: Split,
 }
-const _: () = assert!(size_of::<GemmParams>() == 128);
-
-/// Stages of a product's ring in shared memory.
-const STAGES: usize = 3;
+const _: () = assert!(size_of::<GemmParams>() == 136);
 
 /// Bytes from one line of a tile in shared memory to the next (`pitch` in kernels/tile.cuh).
 pub fn pitch(dtype: DType, elements: usize) -> usize {
@@ -35,7 +33,7 @@ pub fn pitch(dtype: DType, elements: usize) -> usize {
 }
 
 /// What the lines of an operand run along (`Lines` in kernels/tile.cuh).
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lines {
     Reduced,
     Across,
@@ -43,12 +41,19 @@ pub enum Lines {
 
 /// Bytes of a block's ring of stages (`stage_bytes` in kernels/product.cuh).
 pub fn ring_bytes(tile: &Tile, dtype: DType, left: Lines, right: Lines) -> usize {
-    let depth = 64 / dtype.bytes();
+    let depth = STAGE_DEPTH_BYTES / dtype.bytes();
     let stage = |lines, extent| match lines {
         Lines::Reduced => extent * pitch(dtype, depth),
         Lines::Across => depth * pitch(dtype, extent),
     };
     STAGES * (stage(left, tile.rows) + stage(right, tile.columns))
+}
+
+/// Threads of a block that has a square tile.
+pub fn threads(tile: &Tile) -> usize {
+    let row = PRODUCT_TILES.iter().find(|row| [row[0]; 2] == [tile.rows, tile.columns]);
+    let [_, down, across] = row.expect("a tile of kernels/constants.cuh");
+    32 * down * across
 }
 
 /// Whether lines of `stride` elements from `address` on begin at multiples of 16 bytes.
@@ -88,6 +93,9 @@ impl Product {
         };
         // In a GEGLU a chunk of columns must lie in one half.
         let whole = (half * dtype.bytes()).is_multiple_of(16) || right.lines == Lines::Reduced;
+        let across = if *half > 0 { 2 * half.next_multiple_of(8) } else { columns };
+        let tiles = [rows.div_ceil(cut.tile.rows), across.div_ceil(cut.tile.columns)];
+        let (split, grid) = Split::new(&cut, tiles, workspace);
         let params = GemmParams {
             epilogue,
             left: left.address,
@@ -100,13 +108,11 @@ impl Product {
             half: *half as i32,
             left_aligned: i32::from(aligned(dtype, left.address, left.stride)),
             right_aligned: i32::from(aligned(dtype, right.address, right.stride) && whole),
-            split: Split::new(&cut, workspace),
+            split,
         };
-        let across = if *half > 0 { 2 * half.next_multiple_of(8) } else { columns };
-        let grid = [across.div_ceil(cut.tile.columns), rows.div_ceil(cut.tile.rows), cut.splits];
         let shared = ring_bytes(&cut.tile, dtype, left.lines, right.lines);
         let kernel = format!("gemm_{name}_{}_{dtype}", cut.tile.name);
-        let product = Launch::new(kernel, grid, cut.tile.threads, shared, params);
+        let product = Launch::new(kernel, grid, threads(&cut.tile), shared, params);
         [Some(product), finish(shape, &cut, epilogue, workspace)].into_iter().flatten().collect()
     }
 
@@ -143,38 +149,30 @@ fn half(op: &Gemm, columns: usize) -> usize {
     if op.activation == Activation::Geglu { columns / 2 } else { 0 }
 }
 
-fn shape(op: &Gemm, program: &Program, hopper: Hopper) -> Shape {
+pub fn shape(op: &Gemm, program: &Program, hopper: Hopper) -> Shape {
     let [depth, columns] = program.shape(op.w)[..] else { unreachable!("checked by infer") };
     let shape = Shape::of_samples(program.value(op.x).dtype, program.shape(op.x), columns, depth);
     let lines = if is_factor(program, op.w) { Lines::Reduced } else { Lines::Across };
-    shape.on_hopper(hopper, hopper_can(&shape, lines, half(op, columns)))
+    shape.on_hopper(hopper, lines, hopper_can(&shape, lines, half(op, columns)))
 }
 
-fn backward_shape(op: &GemmBackward, program: &Program, hopper: Hopper) -> Shape {
+pub fn backward_shape(op: &GemmBackward, program: &Program, hopper: Hopper) -> Shape {
     match *op {
         GemmBackward::Input { d_y, w, .. } => {
             let [k, n] = program.shape(w)[..] else { unreachable!("checked by infer") };
             let shape = Shape::of_samples(program.value(d_y).dtype, program.shape(d_y), k, n);
             let lines = if is_factor(program, w) { Lines::Across } else { Lines::Reduced };
-            shape.on_hopper(hopper, hopper_can(&shape, lines, 0))
+            shape.on_hopper(hopper, lines, hopper_can(&shape, lines, 0))
         }
         GemmBackward::Weight { x, d_y } => {
             let of_x = program.shape(x);
             let (k, n) = (of_x[of_x.len() - 1], program.shape(d_y)[of_x.len() - 1]);
             let depth = of_x[..of_x.len() - 1].iter().product();
             // A sum over the batch: its rows are the weight's.
-            Shape { dtype: program.value(x).dtype, rows: k, nominal_rows: k, columns: n, depth, hopper: Hopper::Off }
+            let dtype = program.value(x).dtype;
+            Shape { dtype, rows: k, nominal_rows: k, columns: n, depth, hopper, boxes: None }
         }
     }
-}
-
-/// Bytes of a split product's parts.
-pub fn workspace(op: &Gemm, program: &Program, hopper: Hopper) -> usize {
-    shape(op, program, hopper).workspace()
-}
-
-pub fn backward_workspace(op: &GemmBackward, program: &Program, hopper: Hopper) -> usize {
-    backward_shape(op, program, hopper).workspace()
 }
 
 pub fn launches(op: &Gemm, cx: &Cx) -> Vec<Launch> {

@@ -6,6 +6,7 @@
 //! nothing: [`Executor::read`] does.
 
 mod attention;
+mod board;
 mod conv2d;
 mod device;
 mod driver;
@@ -19,18 +20,22 @@ mod group_norm;
 mod hopper;
 mod launch;
 mod norm;
+mod rates;
 mod reduce;
 mod resample;
 mod store;
 mod tiles;
 mod update;
 
+pub use board::Board;
 pub use device::{AHEAD, Gpu, Resources};
 pub use driver::{Driver, Function, Graph, Work};
 pub use emulated::{Copies, Emulated, Order, Settings};
 pub use explain::{Explained, PEAKS, Peak, Planner, Row, explain};
+pub use gemm::Lines;
 pub use launch::{Address, Divisor, Launch, TensorMap};
-pub use tiles::Hopper;
+pub use rates::{MULTIPROCESSORS, Rates, TABLE, Table};
+pub use tiles::{Cut, Hopper, Shape, Tile};
 
 /// What build.rs made of kernels/.
 pub mod kernels {
@@ -68,6 +73,8 @@ pub struct Cuda {
 /// A program with its launches.
 struct Loaded {
     planned: Planned,
+    /// What it was planned for.
+    hopper: Hopper,
     /// Per value: where its weight or buffer lies; null for what ops make.
     outside: Vec<Address>,
     /// Per value: where it lies now.
@@ -116,8 +123,13 @@ impl Cuda {
 
     /// What the kernels for Hopper do, where the driver has them.
     pub fn with_hopper(mut self, hopper: Hopper) -> Cuda {
-        self.hopper = hopper.where_it_can(self.driver.hopper());
+        self.set_hopper(hopper);
         self
+    }
+
+    /// The same for programs that are planned and loaded from now on.
+    pub fn set_hopper(&mut self, hopper: Hopper) {
+        self.hopper = hopper.where_it_can(self.driver.hopper());
     }
 
     /// What the kernels for Hopper do.
@@ -195,7 +207,7 @@ impl Cuda {
     /// Makes the launches of a program for where the arena lies now.
     fn place(&mut self, index: usize) -> Result<()> {
         self.unrecord(index)?;
-        let Loaded { planned: Planned { program, plan }, outside, .. } = &self.programs[index];
+        let Loaded { planned: Planned { program, plan }, outside, hopper, .. } = &self.programs[index];
         let mut addresses = outside.clone();
         for (address, region) in addresses.iter_mut().zip(&plan.regions) {
             if let Some(region) = region {
@@ -213,10 +225,11 @@ impl Cuda {
         let mut launches = Vec::with_capacity(program.nodes.len());
         for (op, node) in program.nodes.iter().enumerate() {
             let workspace = plan.workspace[op].map_or(Address::NULL, |region| self.arena.offset(region.offset));
-            let cx = Cx { program, node, addresses: &addresses, workspace, hopper: self.hopper };
+            let cx = Cx { program, node, addresses: &addresses, workspace, hopper: *hopper };
             let mut found = vec![];
             for mut launch in launches_of(&cx) {
                 let failed = |error: Error| Error::Device(describe(program, op, &error.to_string()));
+                launch.check().map_err(failed)?;
                 launch.encode_maps(&*self.driver).map_err(failed)?;
                 found.push((self.driver.function(&launch.kernel, launch.shared).map_err(failed)?, launch));
             }
@@ -308,13 +321,34 @@ fn launches_of(cx: &Cx) -> Vec<Launch> {
     }
 }
 
+/// The product that an op is, if it is one.
+pub fn product(program: &Program, node: &Node, hopper: Hopper) -> Option<Shape> {
+    match &node.op {
+        Op::Gemm(op) => Some(gemm::shape(op, program, hopper)),
+        Op::GemmBackward(op) => Some(gemm::backward_shape(op, program, hopper)),
+        Op::Conv2d(op) => Some(conv2d::shape(op, program, node.outputs[0], hopper)),
+        Op::Conv2dBackward(op) => Some(conv2d::backward_shape(op, program, node.outputs[0], hopper)),
+        Op::Attention(_) | Op::AttentionBackward(_) | Op::Norm(_) | Op::Elementwise(_) => None,
+        Op::Resample(_) | Op::Embedding(_) | Op::Update(_) => None,
+    }
+}
+
+/// Refuses a program with a product that cannot be cut as it is forced to be.
+fn check_forced(program: &Program, hopper: Hopper) -> Result<()> {
+    let Hopper::Forced(cut) = hopper else { return Ok(()) };
+    for (op, node) in program.nodes.iter().enumerate() {
+        let Some(product) = product(program, node, hopper) else { continue };
+        product.check(&cut).map_err(|why| Error::Device(describe(program, op, &why)))?;
+    }
+    Ok(())
+}
+
 /// Bytes of scratch an op needs.
 fn workspace(program: &Program, node: &Node, hopper: Hopper) -> usize {
     match &node.op {
-        Op::Gemm(op) => gemm::workspace(op, program, hopper),
-        Op::GemmBackward(op) => gemm::backward_workspace(op, program, hopper),
-        Op::Conv2d(op) => conv2d::workspace(op, program, node.outputs[0], hopper),
-        Op::Conv2dBackward(op) => conv2d::backward_workspace(op, program, node.outputs[0], hopper),
+        Op::Gemm(_) | Op::GemmBackward(_) | Op::Conv2d(_) | Op::Conv2dBackward(_) => {
+            product(program, node, hopper).map_or(0, |product| product.workspace())
+        }
         Op::AttentionBackward(op) => attention::backward_workspace(op, program),
         Op::Norm(op) => norm::workspace(op, program),
         Op::Resample(op) => resample::workspace(op, program),
@@ -339,10 +373,12 @@ impl Executor for Cuda {
         }
         held::check(program)?;
         attention::check(program)?;
+        check_forced(program, self.hopper)?;
         let outside = self.outside(program, weights)?;
         let (needed, bounds) = (planned.plan.arena_bytes, store::bounds(program));
         self.programs.push(Loaded {
             planned,
+            hopper: self.hopper,
             outside,
             addresses: vec![],
             outputs: vec![],

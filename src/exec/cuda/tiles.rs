@@ -1,9 +1,9 @@
-//! How a product is cut over the multiprocessors: the tile of outputs that a block computes, and the parts its reduced dimension is
-//! split into. A pure function of the shape, fed by one table; the same on every GPU.
-//!
-//! Nothing here was measured. The model counts clocks of a nominal GPU of 132 multiprocessors: the busiest one's rounds of
-//! blocks, the weights' way from memory, and for split products the way of the parts through memory and one more launch.
+//! How a product is cut over the multiprocessors: the tile of outputs that a block computes, the parts its reduced dimension is
+//! split into, the depth of its ring. A pure function of the shape, fed by one table (`rates`); the same on every GPU.
 
+use super::gemm::Lines;
+use super::{hopper, launch};
+use super::rates::{Rates, TABLE, Table};
 use crate::program::DType;
 
 /// A block of outputs as kernels/gemm.cu and kernels/conv2d.cu have it, or kernels/product_hopper.cu.
@@ -16,59 +16,17 @@ pub struct Tile {
     pub rows: usize,
     pub columns: usize,
     pub threads: usize,
-    rates: Rates,
+    /// Of the ring in shared memory, where no other number is forced.
+    pub stages: usize,
+    /// Bytes of depth of one.
+    pub stage_bytes: usize,
+    pub rates: Rates,
 }
 
-/// What the model knows of a tile.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Rates {
-    /// Blocks that a multiprocessor runs at once, by their registers and shared memory.
-    resident: usize,
-    /// Products of one output and one reduced element that a multiprocessor makes in a clock, fully occupied.
-    rate: f64,
-    /// Clocks between stages that come from memory: its latency, about 800, by the stages that the ring asks for ahead.
-    wait: f64,
-    /// Clocks of a block before its first and after its last stage.
-    ends: f64,
-}
-
-const fn tile(name: &'static str, [rows, columns]: [usize; 2], threads: usize, rates: Rates) -> Tile {
-    Tile { name, hopper: false, rows, columns, threads, rates }
-}
-
-const fn on_hopper(name: &'static str, sides: [usize; 2], threads: usize, rates: Rates) -> Tile {
-    Tile { hopper: true, ..tile(name, sides, threads, rates) }
-}
-
-/// Of 16-bit types. Rates are what shared memory allows at 128 bytes a clock: for 16 reduced elements a warp of 64x32 reads 3 KiB
-/// and makes 32768 products, one of 32x32 2 KiB and 16384, and a block of 128x128 writes 8 KiB for 262144, one of 64x64 4 KiB for
-/// 65536; together 1/8 and 3/16 of a byte a product.
-const HALF: [Tile; 2] = [
-    tile("128", [128, 128], 256, Rates { resident: 2, rate: 1024.0, wait: 400.0, ends: 2000.0 }),
-    tile("64", [64, 64], 128, Rates { resident: 5, rate: 683.0, wait: 400.0, ends: 2000.0 }),
-];
-
-/// Of 16-bit types on Hopper: four fifths of its tensor cores' 2048, which shared memory does not limit: for 16 reduced elements
-/// 64x128 (64x160) read it for 48 (56) of 64 (80) clocks. Their ring is four stages of 128 bytes ahead; a block begins with barriers
-/// and tensor maps that are new to its multiprocessor.
-const HOPPER: [Tile; 2] = [
-    on_hopper("160", [128, 160], 288, Rates { resident: 1, rate: 1638.0, wait: 100.0, ends: 3000.0 }),
-    on_hopper("128", [128, 128], 288, Rates { resident: 1, rate: 1638.0, wait: 100.0, ends: 3000.0 }),
-];
-
-/// Of f32: for 1024 products a warp reads 12 times 128 bytes.
-const SINGLE: [Tile; 1] = [tile("64", [64, 64], 128, Rates { resident: 5, rate: 85.0, wait: 400.0, ends: 2000.0 })];
-
-/// The nominal GPU, about an H100: multiprocessors, and bytes of device memory a clock.
-const MULTIPROCESSORS: usize = 132;
-const BANDWIDTH: f64 = 2048.0;
-/// Clocks of one more launch in a graph.
-const LAUNCH: f64 = 3000.0;
-
-/// Bytes of depth of a stage, and of what parts are made of: whole stages of every kernel, so that all tiles split alike.
-const STAGE: usize = 64;
+/// Bytes of depth that parts are made of: whole stages of every kernel, so that all tiles split alike.
 const GRAIN: usize = 128;
-const MOST_SPLITS: usize = 32;
+/// Parts that a product may be split into, where it is deep enough.
+const SPLITS: [usize; 12] = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32];
 /// Of all splits that come this close to the best the fewest are taken: in a larger batch parts are as many bytes more, and of less
 /// use.
 const CLOSE: f64 = 1.25;
@@ -76,7 +34,7 @@ const CLOSE: f64 = 1.25;
 const NOMINAL_BATCH: usize = 2;
 
 /// Which products are for kernels/product_hopper.cu.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Hopper {
     /// None: the kernels for any GPU do all.
     Off,
@@ -84,6 +42,8 @@ pub enum Hopper {
     Auto,
     /// All that it can make.
     Always,
+    /// For measurements: every product is cut like this, and a program with one that cannot be is refused when it is loaded.
+    Forced(Cut),
 }
 
 impl std::str::FromStr for Hopper {
@@ -100,9 +60,9 @@ impl std::str::FromStr for Hopper {
 }
 
 impl Hopper {
-    /// The same where it can make something, else off.
+    /// The same on a GPU that can run it, else off. What is forced stays: nothing else is measured in its place.
     pub fn where_it_can(self, can: bool) -> Hopper {
-        if can { self } else { Hopper::Off }
+        if can || matches!(self, Hopper::Forced(_)) { self } else { Hopper::Off }
     }
 }
 
@@ -116,8 +76,9 @@ pub struct Shape {
     /// Of the right operand: 2 H for a GEGLU.
     pub columns: usize,
     pub depth: usize,
-    /// Off where kernels/product_hopper.cu cannot make it.
     pub hopper: Hopper,
+    /// How kernels/product_hopper.cu would hold the right operand; none where it cannot make the product.
+    pub boxes: Option<Lines>,
 }
 
 /// How a product is cut.
@@ -126,6 +87,8 @@ pub struct Cut {
     pub tile: Tile,
     /// At least 1; none is empty.
     pub splits: usize,
+    /// Of the ring in shared memory.
+    pub stages: usize,
     /// Reduced elements of a part, the last one's excepted.
     pub depth: usize,
 }
@@ -135,63 +98,97 @@ impl Shape {
     pub fn of_samples(dtype: DType, of_rows: &[usize], columns: usize, depth: usize) -> Shape {
         let per_sample: usize = of_rows[1..of_rows.len() - 1].iter().product();
         let (rows, nominal_rows) = (of_rows[0] * per_sample, NOMINAL_BATCH * per_sample);
-        Shape { dtype, rows, nominal_rows, columns, depth, hopper: Hopper::Off }
+        Shape { dtype, rows, nominal_rows, columns, depth, hopper: Hopper::Off, boxes: None }
     }
 
-    /// The same for kernels/product_hopper.cu, if it can make it in 16 bits.
-    pub fn on_hopper(self, hopper: Hopper, can: bool) -> Shape {
-        Shape { hopper: hopper.where_it_can(can && self.dtype != DType::F32), ..self }
+    /// The same for kernels/product_hopper.cu, if it `can` make it in 16 bits, with such lines of the right operand.
+    pub fn on_hopper(self, hopper: Hopper, lines: Lines, can: bool) -> Shape {
+        Shape { hopper, boxes: (can && self.dtype != DType::F32).then_some(lines), ..self }
     }
 
-    /// Splits and instructions change the order of additions, so they follow from what a sample has; a tile does not
-    /// (kernels/product.cuh), so it follows from all rows.
     pub fn cut(&self) -> Cut {
-        let best = |cuts: Vec<(Cut, f64)>| cuts.into_iter().min_by(|(_, a), (_, b)| a.total_cmp(b)).expect("a tile");
+        self.cut_by(&TABLE)
+    }
+
+    /// Splits and instructions change the order of additions, so they follow from what a sample has; a tile and its ring do not
+    /// (kernels/product.cuh), so the tile follows from all rows.
+    pub fn cut_by(&self, table: &Table) -> Cut {
+        let kinds: &[bool] = match self.hopper {
+            Hopper::Forced(cut) => return cut,
+            Hopper::Always if self.boxes.is_some() => &[true],
+            Hopper::Auto if self.boxes.is_some() => &[false, true],
+            Hopper::Off | Hopper::Auto | Hopper::Always => &[false],
+        };
+        let best = |shape: &Shape, kinds: &[bool], splits| {
+            let cuts = kinds.iter().flat_map(|&kind| table.tiles(kind, shape.dtype));
+            let cuts = cuts.map(|&tile| shape.with(tile, splits, tile.stages));
+            cuts.map(|cut| (cut, table.clocks(shape, &cut))).min_by(|(_, a), (_, b)| a.total_cmp(b)).expect("a tile")
+        };
         let nominal = Shape { rows: self.nominal_rows, ..*self };
-        let every: Vec<(Cut, f64)> = (1..=MOST_SPLITS).map(|splits| best(nominal.cuts(splits))).collect();
+        let every = SPLITS.map(|splits| best(&nominal, kinds, splits));
         let limit = CLOSE * every.iter().map(|(_, clocks)| *clocks).fold(f64::INFINITY, f64::min);
         let (fewest, _) = every.into_iter().find(|(_, clocks)| *clocks <= limit).expect("the best one");
-        best(self.cuts_of(fewest.splits, fewest.tile.hopper)).0
+        best(self, &[fewest.tile.hopper], fewest.splits).0
     }
 
-    /// Every tile with as many parts as asked for, or fewer where some would be empty, and the clocks it takes.
-    fn cuts(&self, splits: usize) -> Vec<(Cut, f64)> {
-        match self.hopper {
-            Hopper::Off => self.cuts_of(splits, false),
-            Hopper::Auto => [self.cuts_of(splits, false), self.cuts_of(splits, true)].concat(),
-            Hopper::Always => self.cuts_of(splits, true),
-        }
-    }
-
-    /// The same of one kind of instructions.
-    fn cuts_of(&self, splits: usize, hopper: bool) -> Vec<(Cut, f64)> {
+    /// With as many parts as asked for, or fewer where some would be empty.
+    fn with(&self, tile: Tile, splits: usize, stages: usize) -> Cut {
         let depth = self.depth.div_ceil(splits).next_multiple_of(GRAIN / self.dtype.bytes());
-        let splits = self.depth.div_ceil(depth);
-        let tiles: &[Tile] = match (hopper, self.dtype) {
-            (true, _) => &HOPPER,
-            (false, DType::F32) => &SINGLE,
-            (false, _) => &HALF,
-        };
-        tiles.iter().map(|&tile| (Cut { tile, splits, depth }, self.clocks(Cut { tile, splits, depth }))).collect()
+        Cut { tile, splits: self.depth.div_ceil(depth), stages, depth }
     }
 
-    /// The busiest multiprocessor's rounds of blocks, or the right operand's way from memory; then the parts' way to memory and back.
-    fn clocks(&self, Cut { tile, splits, depth }: Cut) -> f64 {
-        let blocks = self.rows.div_ceil(tile.rows) * self.columns.div_ceil(tile.columns) * splits;
-        let busiest = blocks.div_ceil(MULTIPROCESSORS);
-        let rounds = busiest.div_ceil(tile.rates.resident);
-        let together = busiest.div_ceil(rounds);
-        let deep = STAGE / self.dtype.bytes();
-        let stage = (together * tile.rows * tile.columns * deep) as f64 / tile.rates.rate;
-        let work = rounds as f64
-            * (tile.rates.ends + depth.min(self.depth).div_ceil(deep) as f64 * stage.max(tile.rates.wait));
-        let memory = (self.columns * self.depth * self.dtype.bytes()) as f64 / BANDWIDTH;
-        let finish = if splits > 1 { LAUNCH + 2.0 * self.partial_bytes(splits) as f64 / BANDWIDTH } else { 0.0 };
-        work.max(memory) + finish
+    /// Every cut that a kernel can compute, whatever [`Shape::hopper`] says: what there is to measure.
+    pub fn legal(&self) -> Vec<Cut> {
+        let mut cuts: Vec<Cut> = vec![];
+        for &tile in [false, true].into_iter().flat_map(|kind| TABLE.tiles(kind, self.dtype)) {
+            let rings = if tile.hopper { hopper::RINGS } else { &[tile.stages] };
+            for (splits, &stages) in SPLITS.into_iter().flat_map(|splits| rings.iter().map(move |ring| (splits, ring)))
+            {
+                let cut = self.with(tile, splits, stages);
+                if self.check(&cut).is_ok() && !cuts.contains(&cut) {
+                    cuts.push(cut);
+                }
+            }
+        }
+        cuts
+    }
+
+    /// Why no kernel can compute this cut.
+    pub fn check(&self, cut: &Cut) -> Result<(), String> {
+        let Cut { tile, splits, stages, depth } = *cut;
+        let Shape { dtype, rows, columns, .. } = *self;
+        let refuse = |why: String| {
+            let kind = if tile.hopper { " for Hopper" } else { "" };
+            let cut = format!("tile {}{kind}, {splits} splits, {stages} stages", tile.name);
+            Err(format!("{cut}, of {rows}x{columns}x{} {dtype}: {why}", self.depth))
+        };
+        if tile.hopper && self.boxes.is_none() {
+            return refuse("kernels/product_hopper.cu cannot make this product".into());
+        }
+        if !TABLE.tiles(tile.hopper, dtype).iter().any(|known| known.name == tile.name) {
+            return refuse(format!("there is no such tile of {dtype}"));
+        }
+        if splits == 0 || *cut != self.with(tile, splits, stages) {
+            return refuse(format!("parts of {depth} reduced elements leave one empty, or are no whole stages"));
+        }
+        match self.boxes {
+            Some(lines) if tile.hopper => {
+                let (bytes, most) = (hopper::ring_bytes(tile.columns, lines, stages), launch::SHARED as usize);
+                if !hopper::RINGS.contains(&stages) {
+                    return refuse(format!("its ring has one of {:?} stages", hopper::RINGS));
+                }
+                if bytes > most {
+                    return refuse(format!("a ring of {bytes} bytes, and a block has {most} of shared memory"));
+                }
+            }
+            _ if stages != tile.stages => return refuse(format!("its ring has {} stages", tile.stages)),
+            _ => {}
+        }
+        Ok(())
     }
 
     /// Bytes of the parts of a split product, f32 `[splits, rows, columns]`.
-    fn partial_bytes(&self, splits: usize) -> usize {
+    pub fn partial_bytes(&self, splits: usize) -> usize {
         splits * self.rows * self.columns * size_of::<f32>()
     }
 
@@ -248,7 +245,7 @@ mod tests {
     #[test]
     fn hopper_takes_the_levels_of_stable_diffusion() {
         for size in LEVELS.concat() {
-            let shape = shape(DType::F16, 2, size).on_hopper(Hopper::Auto, true);
+            let shape = shape(DType::F16, 2, size).on_hopper(Hopper::Auto, Lines::Reduced, true);
             let Cut { tile, splits, .. } = shape.cut();
             let blocks = shape.rows.div_ceil(tile.rows) * shape.columns.div_ceil(tile.columns) * splits;
             let least = if size[0] == 8 { 40 } else { 80 };
@@ -260,11 +257,11 @@ mod tests {
     #[test]
     fn hopper_is_where_it_can() {
         let small = shape(DType::F16, 1, [1, 8, 16]);
-        assert!(!small.on_hopper(Hopper::Auto, true).cut().tile.hopper);
-        assert!(small.on_hopper(Hopper::Always, true).cut().tile.hopper);
+        assert!(!small.on_hopper(Hopper::Auto, Lines::Reduced, true).cut().tile.hopper);
+        assert!(small.on_hopper(Hopper::Always, Lines::Reduced, true).cut().tile.hopper);
         let large = LEVELS[0][0];
-        assert!(!shape(DType::F16, 2, large).on_hopper(Hopper::Always, false).cut().tile.hopper);
-        assert!(!shape(DType::F32, 2, large).on_hopper(Hopper::Always, true).cut().tile.hopper);
+        assert!(!shape(DType::F16, 2, large).on_hopper(Hopper::Always, Lines::Reduced, false).cut().tile.hopper);
+        assert!(!shape(DType::F32, 2, large).on_hopper(Hopper::Always, Lines::Reduced, true).cut().tile.hopper);
     }
 
     #[test]
@@ -297,6 +294,42 @@ mod tests {
             assert!(depth.is_multiple_of(GRAIN / dtype.bytes()), "{dtype} {size:?}");
             assert!((splits - 1) * depth < shape.depth && shape.depth <= splits * depth, "{dtype} {size:?}");
             assert_eq!(shape.workspace() > 0, splits > 1);
+        }
+    }
+
+    #[test]
+    fn what_is_legal_can_be_forced_and_nothing_else() {
+        for (dtype, size) in shapes() {
+            let shape = shape(dtype, 2, size).on_hopper(Hopper::Auto, Lines::Across, size[2].is_multiple_of(64));
+            let legal = shape.legal();
+            assert!(legal.contains(&shape.cut()), "{dtype} {size:?}");
+            for &cut in &legal {
+                let forced = Shape { hopper: Hopper::Forced(cut), ..shape };
+                assert_eq!((forced.cut(), forced.workspace() > 0), (cut, cut.splits > 1));
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_legal_says_why() {
+        let large = shape(DType::BF16, 2, LEVELS[3][0]).on_hopper(Hopper::Auto, Lines::Across, true);
+        let single = shape(DType::F32, 2, LEVELS[3][0]).on_hopper(Hopper::Auto, Lines::Across, true);
+        let cut = large.cut();
+        assert!(cut.tile.hopper && large.check(&cut).is_ok());
+        let tile160 = TABLE.hopper[0];
+        for (shape, cut, why) in [
+            (Shape { boxes: None, ..large }, cut, "cannot make this product"),
+            (single, cut, "cannot make this product"),
+            (single, single.with(TABLE.half[0], 2, 3), "no such tile of f32"),
+            (large, Cut { splits: 0, ..cut }, "leave one empty"),
+            (large, Cut { depth: 11520, splits: 2, ..cut }, "leave one empty"),
+            (large, Cut { depth: 5761, splits: 2, ..cut }, "no whole stages"),
+            (large, Cut { stages: 1, ..cut }, "stages"),
+            (large, large.with(TABLE.half[0], 2, 4), "its ring has 3 stages"),
+            (large, large.with(tile160, 2, 6), "6 stages"),
+        ] {
+            let told = shape.check(&cut).unwrap_err();
+            assert!(told.contains(why), "{told}");
         }
     }
 }

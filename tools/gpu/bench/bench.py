@@ -1,6 +1,6 @@
 """Benchmarks of the engine in turn with PyTorch on the same random weights; writes bench.md and bench.json (tools/gpu/README.md).
 
-    python bench.py --out DIR                       on a GPU, from the packed folder, at most 9 minutes
+    python bench.py --out DIR                       on a GPU, at most 9 minutes
     python bench.py --device cpu --quick --out DIR   a tiny model and a few ops on the CPU, as a test of this program
 
 Both sides are warm, stay loaded while a case lasts, and run by turns: a round is a stretch of one and a stretch of each other, and who goes
@@ -29,7 +29,6 @@ from engine import Failed, Late, Process
 from peer import Peer, Tensors, import_diffusers
 
 HERE = Path(__file__).resolve().parent
-# models.py lies beside this file where it was packed.
 sys.path.append(str(HERE.parents[1] / "reference"))
 SIZES = {"tiny-sd1": 64, "tiny-sdxl": 64, "sd15": 512, "sdxl": 1024}
 # So many times over an op is done in one graph.
@@ -60,8 +59,7 @@ class Bench:
     def model(self, name: str) -> Path:
         """A folder of random weights by the published configuration, written once; a tiny one is part of the tests' data."""
         if name.startswith("tiny"):
-            places = [HERE.parent / "data", *(parent / "tests" / "data" for parent in HERE.parents)]
-            return next(place / name for place in places if (place / name).is_dir())
+            return HERE.parents[2] / "tests" / "data" / name
         folder = self.scratch / f"{name}-{self.args.dtype}"
         if not (folder / "model_index.json").exists():
             import_diffusers()
@@ -85,14 +83,15 @@ class Bench:
             self.peers = {name: Peer(self.model(name), self.args.device, self.args.dtype, self.channels_last)}
         return self.peers[name]
 
-    def engine(self, model: str | None = None, hopper: str = "auto") -> Process:
+    def engine(self, model: str | None = None, hopper: str | None = None) -> Process:
+        hopper = hopper or self.args.hopper
         device = self.args.engine_device or self.args.device
         command = [str(self.args.program), "turns", "--device", device, "--dtype", self.args.dtype, "--hopper", hopper]
         return Process(command + (["--model", str(self.model(model))] if model else []), self.patience())
 
     def patience(self) -> float:
-        """Seconds after which a GPU hangs; a CPU may take longer."""
-        return 120 if self.cuda and not self.args.engine_device else 3600
+        """Seconds after which a GPU hangs, the reading of weights included; a CPU may take longer."""
+        return 45 if self.cuda and not self.args.engine_device else 3600
 
     def inputs(self, model: str, batch: int) -> tuple[Path, Tensors]:
         """What the networks of a model read, of unit scale, as a file and as tensors."""
@@ -129,10 +128,20 @@ class Bench:
                 found[name].append(sides[name](calls[name]))
         return found
 
+    def keep(self, case: dict) -> None:
+        """A case that is done: in the journal at once, if there is one."""
+        self.cases.append(case)
+        self.note("case", case)
+
+    def note(self, kind: str, value) -> None:
+        if self.args.journal:
+            with self.args.journal.open("a") as file:
+                file.write(json.dumps({kind: value}) + "\n")
+
     def add(self, name: str, times: dict[str, list[float]], **facts) -> None:
         # Asking takes longer than an op.
         state = board() if self.cuda and facts["kind"] != "op" else {}
-        self.cases.append({"name": name, "ms": times, "board": state, **facts})
+        self.keep({"name": name, "ms": times, "board": state, **facts})
         medians = ", ".join(f"{side} {statistics.median(ms):.3f} ms" for side, ms in times.items())
         print(f"{time.monotonic() - self.start:4.0f} s  {name}: {medians}", file=sys.stderr, flush=True)
 
@@ -172,7 +181,9 @@ def network(bench: Bench, model: str, kind: str, batch: int, to: str | None = No
         call = torch.no_grad()(lambda: peer.decode(placed["latents"]) if kind == "decode" else peer.predict(placed))
     ours, theirs = {}, compute(peer, placed)
     exact = Peer(peer.folder, bench.args.device, "f32")
-    reference = compute(exact, exact.place(inputs))
+    # A reference runs once: trying out convolutions would take longer than it.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+        reference = compute(exact, exact.place(inputs))
     exact.release()
     with bench.engine(model) as engine:
         request = {"inputs": str(path), "outputs": str(outputs)} | ({} if kind == "decode" else {"to": to})
@@ -218,12 +229,18 @@ def image(bench: Bench, model: str, batch: int, steps: int) -> None:
     bench.add(name, times, kind="image", engine=facts, layout=layout(peer))
 
 
-def kernels(bench: Bench) -> None:
-    """Every op of the list, as many times over in one graph on all sides; on Hopper also by the engine's kernels for any GPU."""
+# One op of each kind that takes the most of SD 1.5's time, by the beginnings of their names.
+FEW = ("attention 2x4096x4096 heads 8x40", "attention 2x4096x4096 heads 10x64", "attention 2x4096x77 heads 8x40", "norm group 2x4096x320", "norm group 16x4096x320",
+       "conv2d 2x64x64 320 to 320 3x3/1", "conv2d 2x32x32 640 to 640 3x3/1", "conv2d 2x16x16 1280 to 1280 3x3/1", "gemm 8192x320x2560", "gemm 8192x1280x320",
+       "gemm 2048x640x640", "gemm 512x1280x10240", "conv2d_to_input 1x64x64 320 to 320 3x3/1")  # fmt: skip
+
+
+def kernels(bench: Bench, few: bool = False) -> None:
+    """Every op of the list, or a few, as many times over in one graph on all sides; on Hopper also by the engine's kernels for any GPU."""
     peer = Peer(HERE, bench.args.device, bench.args.dtype)
     together = TOGETHER if bench.cuda else 1
-    hoppers = {"rarebit": "auto"}
-    if bench.cuda and torch.cuda.get_device_capability(bench.args.device)[0] == 9:
+    hoppers = {"rarebit": bench.args.hopper}
+    if bench.args.hopper != "off" and bench.cuda and torch.cuda.get_device_capability(bench.args.device)[0] == 9:
         hoppers[tables.ANY_GPU] = "off"
     engines = {side: bench.engine(hopper=hopper) for side, hopper in hoppers.items()}
     try:
@@ -232,10 +249,10 @@ def kernels(bench: Bench) -> None:
             smallest = {op["family"]: op for op in sorted(shapes, key=lambda op: -op["flops"] - op["bytes"])}
             chosen = [index for index, op in enumerate(shapes) if op in smallest.values()]
         else:
-            chosen = range(len(shapes))
+            chosen = [index for index, op in enumerate(shapes) if not few or f"{op['family']} {op['name']}".startswith(FEW)]
         for number, index in enumerate(chosen):
             if bench.left() < 10:
-                bench.cases.append({"name": f"{len(chosen) - number} ops", "not_run": "the time was up"})
+                bench.keep({"name": f"{len(chosen) - number} ops", "not_run": "the time was up"})
                 break
             op = shapes[index]
             name = f"{op['family']} {op['name']}"
@@ -247,7 +264,7 @@ def kernels(bench: Bench) -> None:
                 times = {side: [ms / together for ms in found] for side, found in times.items()}
                 bench.add(name, times, kind="op", family=op["family"], flops=op["flops"], bytes=op["bytes"], refused=refused)
             except Failed as error:
-                bench.cases.append({"name": name, "failed": str(error)})
+                bench.keep({"name": name, "failed": str(error)})
                 for side, engine in engines.items():
                     engine.close()
                     engines[side] = bench.engine(hopper=hoppers[side])
@@ -284,7 +301,7 @@ def cases(bench: Bench) -> dict[str, tuple[float, Callable[[], None]]]:
     """What is measured, the most important first, and the seconds that must be left to begin it."""
     model, xl, steps = ("tiny-sd1", "tiny-sdxl", 4) if bench.args.quick else ("sd15", "sdxl", 50)
     large = 4 if bench.args.quick else 16
-    found = {
+    return {
         "layout": (20, lambda: choose_layout(bench, model)),
         "image": (30, lambda: image(bench, model, 1, steps)),
         "unet": (20, lambda: network(bench, model, "unet", 2)),
@@ -293,44 +310,55 @@ def cases(bench: Bench) -> dict[str, tuple[float, Callable[[], None]]]:
         "decode": (20, lambda: network(bench, model, "decode", 1)),
         "gradient-context": (20, lambda: network(bench, model, "unet", 4, "context")),
         "ops": (30, lambda: kernels(bench)),
+        "few-ops": (15, lambda: kernels(bench, few=True)),
         "compiled": (90, lambda: compiled(bench, model, steps)),
-        "sdxl": (90, lambda: network(bench, xl, "unet", 2)),
+        "sdxl": (30, lambda: network(bench, xl, "unet", 2)),
         "sdxl-gradient": (60, lambda: network(bench, xl, "unet", 1, "latents")),
         "sdxl-decode": (30, lambda: network(bench, xl, "decode", 1)),
     }
-    # Compiling takes minutes, of a tiny model too.
-    by_default = [name for name in found if not (bench.args.quick and name == "compiled")]
-    return {name: found[name] for name in bench.args.only or by_default}
+
+
+def by_default(name: str, quick: bool) -> bool:
+    """Compiling takes minutes, of a tiny model too; few ops are some of all."""
+    return name != "few-ops" and not (quick and name == "compiled")
 
 
 def measure(bench: Bench) -> None:
     """Runs the cases and writes the report after each: whoever runs this may end it before it ends itself."""
     peer = Peer(HERE, bench.args.device, bench.args.dtype)
     bench.ceilings = ops.ceilings(peer, bench.args.dtype)
-    for name, (seconds, case) in cases(bench).items():
+    bench.note("head", head(bench))
+    known = cases(bench)
+    for name in bench.args.only or [name for name in known if by_default(name, bench.args.quick)]:
+        seconds, case = known[name]
         try:
             bench.need(seconds)
             case()
         except TimeUp as why:
-            bench.cases.append({"name": name, "not_run": str(why)})
+            bench.keep({"name": name, "not_run": str(why)})
         except Exception as error:  # noqa: BLE001 - one case must not take the rest along
             reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-            bench.cases.append({"name": name, "failed": reason})
+            bench.keep({"name": name, "failed": reason})
             print(f"{name}: {reason}", file=sys.stderr, flush=True)
         write(bench)
 
 
-def write(bench: Bench) -> dict:
+def head(bench: Bench) -> dict:
+    """What is known of the machine and the run."""
     args = bench.args
     device = torch.cuda.get_device_name(args.device) if bench.cuda else "cpu"
-    report = {
-        "schema": 1, "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "device": device, "dtype": args.dtype, "revision": revision(),
+    return {
+        "schema": 1, "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "device": device, "dtype": args.dtype, "revision": args.revision,
         "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "diffusers": import_diffusers().__version__,
-        "threads": torch.get_num_threads(), "quick": args.quick, "seconds": time.monotonic() - bench.start, "rounds": args.rounds,
-        "ceilings": bench.ceilings, "cases": bench.cases,
+        "threads": torch.get_num_threads(), "quick": args.quick, "rounds": args.rounds, "hopper": args.hopper, "ceilings": bench.ceilings,
     }  # fmt: skip
+
+
+def write(bench: Bench) -> dict:
+    args = bench.args
+    report = {**head(bench), "seconds": time.monotonic() - bench.start, "cases": bench.cases}
     report["goals"] = tables.goals(report)
-    folder = args.out / f"{report['date']}-{'-'.join(re.findall('[a-z0-9]+', device.lower()))}"
+    folder = args.out / f"{report['date']}-{'-'.join(re.findall('[a-z0-9]+', report['device'].lower()))}"
     folder.mkdir(parents=True, exist_ok=True)
     # A part does not take the place of the whole.
     stem = "-".join(["bench", *(args.only or [])])
@@ -339,11 +367,6 @@ def write(bench: Bench) -> dict:
         (folder / f"{file}.partial").replace(folder / file)
     bench.folder = folder
     return report
-
-
-def revision() -> str:
-    packed = HERE / "revision"
-    return packed.read_text().strip() if packed.exists() else "a working tree"
 
 
 def main() -> int:
@@ -355,22 +378,27 @@ def main() -> int:
     parser.add_argument("--time-limit", type=float, default=540, help="seconds; what was not reached is reported as not run")
     parser.add_argument("--compile-limit", type=float, default=300, help="seconds that torch.compile may take")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--hopper", choices=("auto", "off", "always"), default="auto", help="what the engine's kernels for Hopper do")
     parser.add_argument("--only", type=lambda text: text.split(","), help="these cases, such as image,unet,ops, in a report of their own")
     parser.add_argument("--quick", action="store_true", help="a tiny model and the smallest op of each kind: a test of this program")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "rarebit-bench", help="weights and what the compiler found, kept")
-    programs = [HERE.parent / "gpu_check", *(parent / "target/release/examples/gpu_check" for parent in HERE.parents)]
-    default = next((program for program in programs if program.exists()), None)
-    parser.add_argument("--program", type=Path, default=default, help="gpu_check")
+    parser.add_argument("--journal", type=Path, metavar="FILE", help="where every case is appended as soon as it is done, a line of JSON each")
+    parser.add_argument("--revision", default="a working tree", help="of the engine, for the report")
+    parser.add_argument("--prepare", type=lambda text: text.split(","), metavar="MODELS", help="write the random weights of sd15,sdxl into --scratch, and end")
+    built = HERE.parents[2] / "target/release/examples/gpu_check"
+    parser.add_argument("--program", type=Path, default=built if built.exists() else None, help="gpu_check")
     args = parser.parse_args()
-    if not args.program:
-        parser.error("there is no gpu_check beside this folder: cargo build --release --example gpu_check, or give --program")
-    if args.device != "cpu" and not torch.cuda.is_available():
+    if not args.program and not args.prepare:
+        parser.error("there is no gpu_check: cargo build --release --example gpu_check, or give --program")
+    if args.device != "cpu" and not args.prepare and not torch.cuda.is_available():
         parser.error("PyTorch finds no CUDA device here; --device cpu --quick tests this program without one")
     args.dtype = args.dtype or ("f32" if args.device == "cpu" else "bf16")
     bench = Bench(args)
-    if unknown := set(args.only or []) - set(cases(Bench(argparse.Namespace(**vars(args) | {"only": None, "quick": False})))):
+    if unknown := set(args.only or []) - set(cases(bench)):
         parser.error(f"--only: there is no {', '.join(sorted(unknown))}")
     bench.scratch.mkdir(parents=True, exist_ok=True)
+    if args.prepare:
+        return [print(bench.model(name), flush=True) for name in args.prepare] and 0
     measure(bench)
     report = write(bench)
     print(tables.table_of_goals(report["goals"]))

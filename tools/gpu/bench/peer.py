@@ -25,12 +25,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 def import_diffusers():
-    """diffusers, of the machine or from the wheel beside this file. It imports Pillow for what is not used here: a machine without it will do."""
+    """diffusers. It imports Pillow for what is not used here: a machine without it will do."""
     if importlib.util.find_spec("diffusers") is None:
-        wheels = sorted(Path(__file__).parent.glob("diffusers-*.whl"))
-        if not wheels:
-            sys.exit("diffusers is not installed and there is no wheel of it beside peer.py; tools/gpu/pack fetches one")
-        sys.path.insert(0, str(wheels[-1]))
+        sys.exit("diffusers is not installed; put the wheel that tools/gpu/pack fetched into PYTHONPATH, as tools/gpu/run does")
     if importlib.util.find_spec("PIL") is None:
         pillow = {name: types.ModuleType(name) for name in ("PIL", "PIL.Image", "PIL.ImageOps", "PIL.ImageFilter")}
         for name, module in pillow.items():

@@ -1,7 +1,7 @@
 //! What a GPU says of itself while it works: power, clocks, temperature, energy, by NVIDIA's management library where there is one.
 
+use super::Gpu;
 use crate::Result;
-use crate::exec::cuda::Gpu;
 use nvml_wrapper::Nvml;
 use nvml_wrapper::enum_wrappers::device::{Clock, TemperatureSensor};
 use serde_json::{Value, json};
@@ -30,6 +30,11 @@ impl Board {
     /// Joules since the driver was loaded.
     pub fn energy(&self) -> Option<f64> {
         Some(self.device()?.total_energy_consumption().ok()? as f64 / 1e3)
+    }
+
+    /// MHz of the multiprocessors now.
+    pub fn clock(&self) -> Option<u32> {
+        self.device()?.clock_info(Clock::SM).ok()
     }
 
     /// As it is now.

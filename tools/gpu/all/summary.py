@@ -1,0 +1,127 @@
+"""The report: a page made of a journal alone, whole or broken off."""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from journal import read
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+import tables
+
+MOST_FAILURES = 40
+
+
+def write(out: Path) -> None:
+    page = markdown(read(out / "all.jsonl"))
+    partial = out / ".all.md.partial"
+    partial.write_text(page)
+    partial.replace(out / "all.md")
+
+
+def markdown(entries: list[dict]) -> str:
+    head = next((entry["head"] for entry in entries if "head" in entry), {})
+    lines = defaultdict(list)
+    for entry in entries:
+        if "line" in entry:
+            lines[entry["step"]].append(entry["line"])
+    sections = [
+        ("Machine", machine(lines["machine"])),
+        ("Check", checks({step: lines[step] for step in ("kernels", "images", "check")})),
+        ("Sanitizers", sanitizers(lines["sanitizers"])),
+        ("Ops of the real networks", profile(lines["profile"])),
+        ("Tiles, splits and stages", sweep(lines["sweep"])),
+        ("In turn with PyTorch", bench(lines["pytorch"] + lines["bench"])),
+        ("Counters", counters(lines["ncu"])),
+    ]
+    parts = [first(head, entries)] + [f"## {title}\n\n{text}" for title, text in sections if text]
+    return "\n".join(parts)
+
+
+def first(head: dict, entries: list[dict]) -> str:
+    """What was run, and what came of each step."""
+    done = any("done" in entry for entry in entries)
+    began = {entry["step"]: entry["at"] for entry in entries if "begin" in entry}
+    ended = {entry["step"]: (entry["at"], entry["end"]) for entry in entries if "end" in entry}
+    body = []
+    for step, begin, end, what in head.get("timetable", []):
+        at, outcome = ended.get(step, (None, "broken off" if step in began else "not reached"))
+        took = f"{at - began[step]:.0f}" if at is not None and step in began else ""
+        body.append([step, f"{end - begin:.0f}", took, outcome, what])
+    state = "All steps of the timetable were gone through" if done else "**Broken off**: what was measured until then"
+    return f"""# {head.get("device", "?")}, {head.get("date", "?")}: `run {head.get("part", "?")}`
+
+rarebit {head.get("revision", "?")}, {head.get("dtype", "?")}; {entries[-1]["at"] if entries else 0:.0f} of {head.get("seconds", 0):.0f} s. {state}.
+
+{tables.table(["step", "planned, s", "took, s", "outcome", "what"], body)}"""
+
+
+def machine(lines: list) -> str:
+    facts = [(key, value) for line in lines if isinstance(line, dict) for key, value in line.items()]
+    show = lambda value: ", ".join(f"{k}: {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)  # noqa: E731
+    return "".join(f"- {key}: {show(value)}\n" for key, value in facts)
+
+
+def checks(steps: dict[str, list]) -> str:
+    """Rows by step and section, incidents, and the first failures."""
+    body, incidents, failed = [], [], []
+    for step, lines in steps.items():
+        counts = defaultdict(lambda: [0, 0, 0])
+        for line in lines:
+            if "row" in line:
+                row = line["row"]
+                state = 2 if row.get("not_run") else 0 if row["ok"] else 1
+                counts[row["section"]][state] += 1
+                if state == 1:
+                    failed.append([step, row["section"], row["name"], row["dtype"], number(row["error"]), number(row["allowed"]), row["what"]])
+            elif "incident" in line:
+                incidents.append(line["incident"])
+        body += [[step, section, *three] for section, three in counts.items()]
+    if not body and not incidents:
+        return ""
+    text = tables.table(["step", "section", "passed", "failed", "not run, for their kernel"], body)
+    text += "".join(f"\n- {incident.get('kernel') or incident.get('section', '')}: {incident.get('what', incident)}" for incident in incidents)
+    if failed:
+        shown = [[cell(x) for x in row] for row in failed[:MOST_FAILURES]]
+        text += f"\n\n{len(failed)} rows failed:\n\n" + tables.table(["step", "section", "what", "type", "error", "allowed", ""], shown)
+    return text + "\n"
+
+
+def number(x) -> str:
+    return "-" if x is None else f"{x:.3e}"
+
+
+def cell(text) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def sanitizers(lines: list) -> str:
+    return "".join(f"- {line['sanitizer']}: {line['verdict']} {' '.join(line['summary'])}\n" for line in lines)
+
+
+def profile(lines: list) -> str:
+    return ""
+
+
+def sweep(lines: list) -> str:
+    return ""
+
+
+def bench(lines: list) -> str:
+    heads = [line["head"] for line in lines if "head" in line]
+    if not heads:
+        return ""
+    report = heads[-1] | {"seconds": 0.0, "cases": [line["case"] for line in lines if "case" in line]}
+    report["goals"] = tables.goals(report)
+    # One page in another: its headings go a level down, its title goes.
+    page = tables.markdown(report).split("\n", 1)[1]
+    return page.replace("\n## ", "\n### ").strip() + "\n"
+
+
+def counters(lines: list) -> str:
+    rows = [row for line in lines for row in line.get("ncu", [])]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return tables.table(keys, [[cell(row.get(key, "")) for key in keys] for row in rows]) if rows else ""
+
+

@@ -1,0 +1,114 @@
+//! What `sweep` and `profile` have in common: a device that is timed, and a file of JSON lines that holds what was measured whatever
+//! happens next.
+
+use crate::Outcome;
+use crate::device::Choice;
+use rarebit::exec::cuda::{Board, Cuda, Emulated, Gpu, Settings};
+use rarebit::exec::{Executor, ProgramId};
+use rarebit::program::DType;
+use serde_json::{Value, json};
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Timed runs, of which the median counts.
+const RUNS: usize = 5;
+/// What a GPU needs to come to its clock.
+const WARM_UP: Duration = Duration::from_millis(300);
+
+pub fn dtype(name: &str) -> Result<DType, String> {
+    match name {
+        "f32" => Ok(DType::F32),
+        "f16" => Ok(DType::F16),
+        "bf16" => Ok(DType::BF16),
+        _ => Err("one of f32, f16, bf16".into()),
+    }
+}
+
+/// A device under the clock.
+pub struct Bench {
+    pub is_gpu: bool,
+    /// For the first line of a file.
+    pub facts: Value,
+    board: Board,
+    is_warm: bool,
+}
+
+impl Bench {
+    pub fn open(choice: &Choice, emulation: impl FnOnce() -> PathBuf) -> rarebit::Result<(Cuda, Bench)> {
+        match choice {
+            Choice::Cuda(ordinal) => {
+                let (gpu, board) = (Gpu::new(*ordinal)?, Board::of(*ordinal)?);
+                let name = rarebit::exec::cuda::Driver::name(&gpu);
+                let facts = json!({"device": name, "multiprocessors": gpu.multiprocessors()?, "gpu": board.json()});
+                Ok((Cuda::new(Box::new(gpu)), Bench { is_gpu: true, facts, board, is_warm: false }))
+            }
+            Choice::Emulated => {
+                let emulated = Emulated::open(&emulation(), Settings::default())?;
+                let bench =
+                    Bench { is_gpu: false, facts: json!({"device": "emulated"}), board: Board::none(), is_warm: true };
+                Ok((Cuda::new(Box::new(emulated)), bench))
+            }
+        }
+    }
+
+    /// Milliseconds of one run of a loaded program, and MHz of the multiprocessors meanwhile.
+    pub fn time(&mut self, executor: &mut dyn Executor, id: ProgramId) -> rarebit::Result<(f64, Option<u32>)> {
+        let mut once = || {
+            let started = Instant::now();
+            executor.run(id)?;
+            executor.wait()?;
+            rarebit::Result::Ok(1e3 * started.elapsed().as_secs_f64())
+        };
+        // Started launch by launch, then recorded, then replayed; the emulation does the same each time.
+        (0..if self.is_gpu { 3 } else { 1 }).try_for_each(|_| once().map(drop))?;
+        let began = Instant::now();
+        while !self.is_warm && began.elapsed() < WARM_UP {
+            once()?;
+        }
+        self.is_warm = true;
+        let mut times =
+            (0..if self.is_gpu { RUNS } else { 1 }).map(|_| once()).collect::<rarebit::Result<Vec<f64>>>()?;
+        times.sort_by(f64::total_cmp);
+        Ok((times[times.len() / 2], self.board.clock()))
+    }
+}
+
+/// A file of JSON lines, each of which outlives this process once [`Lines::write`] returns.
+pub struct Lines {
+    path: PathBuf,
+    file: File,
+}
+
+impl Lines {
+    pub fn create(path: &Path) -> Outcome<Lines> {
+        let file = File::create(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        Ok(Lines { path: path.into(), file })
+    }
+
+    /// Goes on behind the whole lines of a file, and returns them; what a process that was killed left of another is cut off.
+    pub fn resume(path: &Path) -> Outcome<(Lines, Vec<Value>)> {
+        let failed = |error: std::io::Error| format!("{}: {error}", path.display());
+        let (held, whole) = read(path)?;
+        let file = OpenOptions::new().append(true).open(path).map_err(failed)?;
+        file.set_len(whole as u64).map_err(failed)?;
+        Ok((Lines { path: path.into(), file }, held))
+    }
+
+    pub fn write(&mut self, line: &Value) -> Outcome<()> {
+        let written = self.file.write_all(format!("{line}\n").as_bytes());
+        Ok(written.map_err(|error| format!("{}: {error}", self.path.display()))?)
+    }
+}
+
+/// The whole lines of a file, and how many bytes they are.
+pub fn read(path: &Path) -> Outcome<(Vec<Value>, usize)> {
+    let bytes = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
+    let lines = bytes[..whole].split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty());
+    let parse = |(number, line)| {
+        serde_json::from_slice(line).map_err(|error| format!("{}:{}: {error}", path.display(), number + 1))
+    };
+    Ok((lines.map(parse).collect::<Result<Vec<Value>, String>>()?, whole))
+}
