@@ -1,4 +1,5 @@
 //! Compiles kernels/*.cu with nvcc into fat binaries that the crate embeds; where there is no nvcc it embeds none and still builds.
+//! The numbers of kernels/constants.cuh become Rust constants either way.
 //!
 //! Environment: `NVCC` (the compiler), `RAREBIT_CUDA_ARCHS` (what to compile for, such as `90a` or `80+ptx,90a`),
 //! `RAREBIT_REQUIRE_KERNELS=1` (no nvcc is an error), `RAREBIT_KERNEL_CACHE` (where compiled files are kept).
@@ -21,10 +22,10 @@ const FLAGS: [&str; 5] = ["-std=c++17", "-O3", "-lineinfo", "-Xptxas=-v", "--fat
 const ENVIRONMENT: &str = "NVCC CUDA_HOME CUDA_PATH NVCC_PREPEND_FLAGS NVCC_APPEND_FLAGS \
                            RAREBIT_CUDA_ARCHS RAREBIT_REQUIRE_KERNELS RAREBIT_KERNEL_CACHE";
 
-const REPORT_HEADER: &str = "kernel\tarch\tregisters\tspill stores\tspill loads\tstatic shared\tstack";
+const REPORT_HEADER: &str = "kernel\tarch\tregisters\tspill stores\tspill loads\tstatic shared\tstack\tserialised";
 
 /// One line each, for cargo to print.
-type Errors = Vec<String>;
+pub type Errors = Vec<String>;
 
 fn main() {
     for name in ENVIRONMENT.split_whitespace() {
@@ -139,7 +140,7 @@ impl Compiler {
         archs.split(',').try_for_each(|arch| targets(arch.trim()).map(drop))?;
         let mut hash = 0xcbf2_9ce4_8422_2325;
         let environment = ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"].map(|name| variable(name).unwrap_or_default());
-        for text in flags.iter().chain(&environment).chain([&version]) {
+        for text in flags.iter().chain(&environment).chain([&version, &REPORT_HEADER.to_string()]) {
             add(&mut hash, text.as_bytes());
         }
         for header in list("cuh")? {
@@ -191,19 +192,19 @@ impl Compiler {
             // Written beside its place and renamed, the binary last: neither a build that was broken off nor one at the same
             // time leaves half a file under the final name.
             let unfinished = self.cache.join(format!("{stem}.{}.tmp", std::process::id()));
-            let rows =
-                self.run(source, &text, &archs, &unfinished).inspect_err(|_| drop(fs::remove_file(&unfinished)))?;
+            let rows = self.run(source, &archs, &unfinished).inspect_err(|_| drop(fs::remove_file(&unfinished)))?;
             let unfinished_report = unfinished.with_extension("tsv.tmp");
             fs::write(&unfinished_report, rows).map_err(io("write", &unfinished_report))?;
             fs::rename(&unfinished_report, &report).map_err(io("create", &report))?;
             fs::rename(&unfinished, &binary).map_err(io("create", &binary))?;
         }
         let report = fs::read_to_string(&report).map_err(io("read", &report))?;
-        Ok(Some(Compiled { stem, only: only.to_string(), binary, report }))
+        let wrong = judge(&source.display().to_string(), &text, &report);
+        if wrong.is_empty() { Ok(Some(Compiled { stem, only: only.to_string(), binary, report })) } else { Err(wrong) }
     }
 
-    /// Runs nvcc and returns ptxas' report, or what is wrong with it.
-    fn run(&self, source: &Path, text: &str, archs: &[&str], binary: &Path) -> Result<String, Errors> {
+    /// Runs nvcc and returns ptxas' report.
+    fn run(&self, source: &Path, archs: &[&str], binary: &Path) -> Result<String, Errors> {
         let mut command = Command::new(&self.nvcc);
         command.args(&self.flags);
         for arch in archs {
@@ -217,13 +218,11 @@ impl Compiler {
             let told = lines.iter().filter(|line| !line.starts_with("ptxas info")).map(|line| line.to_string());
             return Err(told.chain([format!("{}: nvcc failed", source.display())]).collect());
         }
-        // "Potential Performance Loss" is how ptxas says that it had to serialise wgmma.
-        let mut warnings: Vec<_> =
-            lines.iter().filter(|line| line.contains(": warning") || line.contains("Performance Loss")).collect();
+        let mut warnings: Vec<_> = lines.iter().filter(|line| line.contains(": warning")).collect();
         warnings.sort();
         warnings.dedup();
         warnings.iter().for_each(|line| println!("cargo::warning={line}"));
-        report(source, text, &lines)
+        report(&source.display().to_string(), &lines)
     }
 }
 
@@ -256,14 +255,16 @@ fn add(hash: &mut u64, bytes: &[u8]) {
     }
 }
 
-/// One line per kernel and architecture from what ptxas -v printed. Registers that spill to memory are an error; so is local memory
-/// (an array that is not indexed by constants), unless a line `// local memory: <kernel>` in the file allows it.
-fn report(source: &Path, text: &str, lines: &[&str]) -> Result<String, Errors> {
-    let file = source.display();
-    let allowances = text.lines().filter_map(|line| line.trim().strip_prefix("// local memory: "));
-    let allowed: Vec<&str> = allowances.filter_map(|line| line.split([' ', ',', ':', ';', '(']).next()).collect();
+/// How ptxas says that it had to have the products of a warpgroup (wgmma) wait for each other.
+const SERIALISED: &str = "Potential Performance Loss";
+
+/// One line per kernel and architecture from what ptxas -v printed, in the columns of [`REPORT_HEADER`]. What it says of no kernel of
+/// the file is an error.
+pub fn report(file: &str, lines: &[&str]) -> Result<String, Errors> {
     let (mut arch, mut kernel, mut memory) = ("", "", None);
-    let (mut rows, mut errors) = (Vec::new(), Errors::new());
+    let (mut rows, mut kernels) = (String::new(), Vec::new());
+    let losses: Vec<&str> = lines.iter().copied().filter(|line| line.contains(SERIALISED)).collect();
+    let tells_of = |line: &str, kernel: &str| line.contains(&format!("'{kernel}'"));
     for line in lines {
         if let Some((_, name)) = line.split_once("' for 'sm_") {
             arch = name.trim_end_matches('\'');
@@ -272,28 +273,53 @@ fn report(source: &Path, text: &str, lines: &[&str]) -> Result<String, Errors> {
         } else if let Some(stack) = number(line, " bytes stack frame") {
             let (stores, loads) = (number(line, " bytes spill stores"), number(line, " bytes spill loads"));
             memory = stores.zip(loads).map(|(stores, loads)| (stack, stores, loads));
-            if let Some((_, stores, loads)) = memory.filter(|(_, stores, loads)| stores + loads > 0) {
-                errors.push(format!(
-                    "{file}: {kernel} spills registers on sm_{arch} ({stores} bytes stored, {loads} loaded); make its tile smaller"
-                ));
-            } else if stack > 0 && !allowed.contains(&kernel) {
-                errors.push(format!(
-                    "{file}: {kernel} keeps {stack} bytes in local memory on sm_{arch}; index its arrays by constants, \
-                     or allow it by a line '// local memory: {kernel}' that says why"
-                ));
-            }
         } else if let (Some(registers), Some((stack, stores, loads))) = (number(line, " registers"), memory) {
             let shared = number(line, " bytes smem").unwrap_or(0);
-            rows.push(format!("{kernel}\t{arch}\t{registers}\t{stores}\t{loads}\t{shared}\t{stack}\n"));
+            let serialised = u32::from(losses.iter().any(|line| tells_of(line, kernel)));
+            let _ = writeln!(rows, "{kernel}\t{arch}\t{registers}\t{stores}\t{loads}\t{shared}\t{stack}\t{serialised}");
+            kernels.push(kernel);
         }
     }
-    if rows.is_empty() {
+    let unplaced = losses.iter().filter(|line| !kernels.iter().any(|kernel| tells_of(line, kernel)));
+    let errors: Errors = unplaced.map(|line| format!("{file}: {line}")).collect();
+    if errors.is_empty() { Ok(rows) } else { Err(errors) }
+}
+
+/// What of a file's report is an error: registers that spill to memory; local memory (an array that is not indexed by constants),
+/// unless a line `// local memory: <kernel>` in the file's text allows it; products of a warpgroup that wait for each other.
+pub fn judge(file: &str, text: &str, report: &str) -> Errors {
+    let allowances = text.lines().filter_map(|line| line.trim().strip_prefix("// local memory: "));
+    let allowed: Vec<&str> = allowances.filter_map(|line| line.split([' ', ',', ':', ';', '(']).next()).collect();
+    let mut errors = Errors::new();
+    for row in report.lines() {
+        let [kernel, arch, _, stores, loads, _, stack, serialised] = row.split('\t').collect::<Vec<_>>()[..] else {
+            errors.push(format!("{file}: its report has a line of another form: {row}"));
+            continue;
+        };
+        if stores != "0" || loads != "0" {
+            errors.push(format!(
+                "{file}: {kernel} spills registers on sm_{arch} ({stores} bytes stored, {loads} loaded); make its tile smaller"
+            ));
+        } else if stack != "0" && !allowed.contains(&kernel) {
+            errors.push(format!(
+                "{file}: {kernel} keeps {stack} bytes in local memory on sm_{arch}; index its arrays by constants, \
+                 or allow it by a line '// local memory: {kernel}' that says why"
+            ));
+        }
+        if serialised != "0" {
+            errors.push(format!(
+                "{file}: {kernel} has its wgmma serialised on sm_{arch}; keep branches and accumulators out of the products' way \
+                 (ptxas -v says which)"
+            ));
+        }
+    }
+    if report.is_empty() {
         // A report in a form that is not known would hide every spill.
         errors.push(format!(
             "{file}: ptxas reported no kernel; the file has none, or this nvcc words its report in another way"
         ));
     }
-    if errors.is_empty() { Ok(rows.concat()) } else { Err(errors) }
+    errors
 }
 
 /// The number in front of `what`, if the line has it.
@@ -301,7 +327,33 @@ fn number(line: &str, what: &str) -> Option<u32> {
     line.split_once(what)?.0.rsplit(' ').next()?.parse().ok()
 }
 
-/// Writes what src/exec/cuda includes: the fat binaries by the file's stem, the report, and the architectures they are for.
+/// Rust constants of what a header declares: `constexpr int NAME = 1, OTHER = 2;` and tables `constexpr int NAME[][2] = {{1, 2}};`.
+/// Comments and preprocessor lines aside it may have nothing else.
+pub fn constants(text: &str) -> Result<String, String> {
+    let code = text.lines().map(|line| line.split("//").next().unwrap_or_default());
+    let code: Vec<&str> = code.filter(|line| !line.trim_start().starts_with('#')).collect();
+    let mut rust = String::new();
+    for statement in code.join(" ").split(';').map(str::trim).filter(|statement| !statement.is_empty()) {
+        let unknown = || format!("'{statement}' is neither numbers nor a table, which is all that this file may have");
+        let declared = statement.strip_prefix("constexpr int ").ok_or_else(unknown)?;
+        if let Some((name, table)) = declared.split_once("[][") {
+            let (columns, rows) = table.split_once("] = ").ok_or_else(unknown)?;
+            let count = rows.matches('{').count().saturating_sub(1);
+            let rows = rows.replace('{', "[").replace('}', "]");
+            let _ = writeln!(rust, "    pub const {name}: [[usize; {columns}]; {count}] = {rows};");
+        } else {
+            for one in declared.split(',') {
+                let (name, value) = one.split_once('=').ok_or_else(unknown)?;
+                let value: usize = value.trim().parse().map_err(|_| unknown())?;
+                let _ = writeln!(rust, "    pub const {}: usize = {value};", name.trim());
+            }
+        }
+    }
+    Ok(rust)
+}
+
+/// Writes what src/exec/cuda includes: the fat binaries by the file's stem, the report, the architectures they are for, and the
+/// constants.
 fn generate(out: &Path, compiled: &[Compiled], archs: &str) -> Result<(), Errors> {
     let mut code = String::from("#[repr(C, align(16))]\n#[allow(dead_code)]\nstruct Aligned<T: ?Sized>(T);\n\n");
     code += "/// Stems of files in kernels/, what they are for alone (or empty), fat binaries; none where the crate was built without nvcc.\n";
@@ -314,6 +366,13 @@ fn generate(out: &Path, compiled: &[Compiled], archs: &str) -> Result<(), Errors
     code += "];\n\n/// Registers, spills and memory of every kernel on every architecture as ptxas reported them, tab-separated.\n";
     code += "pub static REPORT: &str = include_str!(concat!(env!(\"OUT_DIR\"), \"/kernels.tsv\"));\n\n";
     let _ = writeln!(code, "/// What the fat binaries hold.\npub static ARCHITECTURES: &str = {archs:?};");
+    let header = Path::new("kernels/constants.cuh");
+    let numbers = constants(&fs::read_to_string(header).map_err(io("read", header))?);
+    let numbers = numbers.map_err(|what| vec![format!("{}: {what}", header.display())])?;
+    let _ = writeln!(
+        code,
+        "\n/// What kernels and launches share.\n#[rustfmt::skip]\npub(crate) mod constants {{\n{numbers}}}"
+    );
     let mut rows: Vec<&str> = compiled.iter().flat_map(|one| one.report.lines()).collect();
     rows.sort();
     let name_and_arch = |row: &str| row.splitn(3, '\t').take(2).collect::<Vec<_>>().join(" for sm_");

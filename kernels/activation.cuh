@@ -2,9 +2,6 @@
 #pragma once
 #include "common.cuh"
 
-// Matches `activation` in src/exec/cuda/launch.rs.
-enum Activation : int32_t { NONE = 0, SILU = 1, GELU = 2, QUICK_GELU = 3, GELU_TANH = 4, GEGLU = 5 };
-
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 DEVICE float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }

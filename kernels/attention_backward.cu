@@ -28,10 +28,10 @@ struct DeltaParams {
 };
 static_assert(sizeof(DeltaParams) == 48, "as in attention.rs");
 
-// Eight lanes for each query and head, 32 of them in a block.
+// Eight lanes for each query and head.
 template <class T>
 DEVICE void attention_delta(const DeltaParams& p) {
-  int heads = p.heads.divisor, count = p.queries * heads, n = blockIdx.x * 32 + threadIdx.x / 8, lane = threadIdx.x % 8;
+  int heads = p.heads.divisor, count = p.queries * heads, n = blockIdx.x * DELTA_ROWS + threadIdx.x / 8, lane = threadIdx.x % 8;
   int64_t at = ((int64_t)blockIdx.y * count + n) * p.head_dim;
   const T *out = (const T*)p.out + at, *d_out = (const T*)p.d_out + at;
   float sum = 0.0f;
@@ -52,9 +52,9 @@ DEVICE void attention_delta(const DeltaParams& p) {
   }
 }
 
-KERNEL(attention_delta_f16, DeltaParams, 256) { attention_delta<f16>(p); }
-KERNEL(attention_delta_bf16, DeltaParams, 256) { attention_delta<bf16>(p); }
-KERNEL(attention_delta_f32, DeltaParams, 256) { attention_delta<float>(p); }
+KERNEL(attention_delta_f16, DeltaParams, 8 * DELTA_ROWS) { attention_delta<f16>(p); }
+KERNEL(attention_delta_bf16, DeltaParams, 8 * DELTA_ROWS) { attention_delta<bf16>(p); }
+KERNEL(attention_delta_f32, DeltaParams, 8 * DELTA_ROWS) { attention_delta<float>(p); }
 
 // Matches `BackwardParams` in src/exec/cuda/attention.rs.
 struct BackwardParams {
@@ -133,13 +133,20 @@ DEVICE void differentiate(float (&s)[1][WIDE][4], float (&d)[1][WIDE][4], const 
   }
 }
 
-// Matches `BackwardTiles` in src/exec/cuda/attention.rs. A warp has 16 of the own rows, and all or half of the others and of the
-// gradients' columns.
+// A number of a head dimension's row of the tables in constants.cuh.
+template <class T, int DIM>
+DEVICE constexpr int backward_number(int column) {
+  return sizeof(T) == 2 ? BACKWARD_HALF[row_of(BACKWARD_HALF, DIM)][column] : BACKWARD_SINGLE[row_of(BACKWARD_SINGLE, DIM)][column];
+}
+
+// A warp has 16 of the own rows, and all or half of the others and of the gradients' columns.
 template <class T, int DIM_>
 struct BackwardTiles {
   typedef T Storage;
   static constexpr bool HALF = sizeof(T) == 2;
-  static constexpr int DIM = DIM_, OWN = 64, OTHER = HALF ? 32 : 16, WARPS_ACROSS = DIM > 80 ? 2 : 1;
+  static constexpr int DIM = DIM_;
+  static constexpr int OWN = backward_number<T, DIM>(1), OTHER = backward_number<T, DIM>(2);
+  static constexpr int WARPS_ACROSS = backward_number<T, DIM>(3);
   static constexpr int THREADS = OWN / 16 * WARPS_ACROSS * WARP_SIZE;
   static constexpr bool IN_REGISTERS = HALF && WARPS_ACROSS == 1;
 };
@@ -229,13 +236,15 @@ struct Band {
   }
 };
 
-// Heads of up to 512, 128 columns at a time. Matches `BackwardTiles` in src/exec/cuda/attention.rs.
+// Heads of up to 512, some columns at a time.
 template <class T, bool TO_KV>
 DEVICE void attention_backward_streamed(const BackwardParams& p) {
-  constexpr int OWN = 32, OTHER = 64, CHUNK = 128, CHUNKS = 4, LINE = pitch<T>(CHUNK), SLOT = OTHER * LINE;
+  constexpr int OWN = STREAMED_OWN, OTHER = STREAMED_OTHER, CHUNK = STREAMED_COLUMNS, CHUNKS = 512 / CHUNK;
+  constexpr int LINE = pitch<T>(CHUNK), SLOT = OTHER * LINE;
   constexpr int P_LINE = pitch<T>(OTHER), OUTPUTS = TO_KV ? 2 : 1;
   typedef Blocking<T, OWN, OTHER, 2, 4> Scores;
-  constexpr int THREADS = Scores::THREADS, WIDE = CHUNK / 4 / 8;
+  constexpr int THREADS = STREAMED_THREADS, WIDE = CHUNK / 4 / 8;
+  static_assert(THREADS == Scores::THREADS, "eight warps");
   static_assert(STAGES * stage_bytes<T, Lines::Reduced>(OWN + OTHER) <= 2 * SLOT, "stages of scores lie where chunks do");
   DYNAMIC_SHARED(shared);
   unsigned char *slots = shared, *d_s_tile = slots + 2 * SLOT, *p_tile = d_s_tile + OWN * P_LINE;
@@ -321,9 +330,9 @@ DEVICE void attention_backward_streamed(const BackwardParams& p) {
 #define OF_16_BITS(DIM)             \
   ATTENTION_BACKWARD(DIM, f16, f16) \
   ATTENTION_BACKWARD(DIM, bf16, bf16)
-#define STREAMED(NAME, T)                                                                                         \
-  KERNEL(attention_to_kv_512_##NAME, BackwardParams, 256) { attention_backward_streamed<T, true>(p); }            \
-  KERNEL(attention_to_q_512_##NAME, BackwardParams, 256) { attention_backward_streamed<T, false>(p); }
+#define STREAMED(NAME, T)                                                                                           \
+  KERNEL(attention_to_kv_512_##NAME, BackwardParams, STREAMED_THREADS) { attention_backward_streamed<T, true>(p); } \
+  KERNEL(attention_to_q_512_##NAME, BackwardParams, STREAMED_THREADS) { attention_backward_streamed<T, false>(p); }
 
 OF_EVERY_TYPE(16)
 OF_EVERY_TYPE(32)

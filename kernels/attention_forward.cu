@@ -25,16 +25,20 @@ struct AttentionParams {
 };
 static_assert(sizeof(AttentionParams) == 96, "as in attention.rs");
 
-// Matches `ForwardTiles` in src/exec/cuda/attention.rs.
+// A number of a head dimension's row of the tables in constants.cuh.
+template <class T, int DIM>
+DEVICE constexpr int forward_number(int column) {
+  return sizeof(T) == 2 ? FORWARD_HALF[row_of(FORWARD_HALF, DIM)][column] : FORWARD_SINGLE[row_of(FORWARD_SINGLE, DIM)][column];
+}
+
 template <class T, int DIM_>
 struct ForwardTiles {
   typedef T Storage;
-  static constexpr bool HALF = sizeof(T) == 2, LARGE = DIM_ > 160;
+  static constexpr bool HALF = sizeof(T) == 2;
   static constexpr int DIM = DIM_;
-  static constexpr int ROW_WARPS = !LARGE ? 4 : HALF ? 2 : 1, COLUMN_WARPS = !LARGE ? 1 : HALF ? 2 : 4;
+  static constexpr int ROW_WARPS = forward_number<T, DIM>(1), COLUMN_WARPS = forward_number<T, DIM>(2);
+  static constexpr int KEYS = forward_number<T, DIM>(3), SLOTS = forward_number<T, DIM>(4);
   static constexpr int ROWS = 16 * ROW_WARPS, THREADS = ROW_WARPS * COLUMN_WARPS * WARP_SIZE;
-  static constexpr int KEYS = HALF ? (DIM <= 64 ? 64 : 32) : (DIM <= 80 ? 32 : 16);
-  static constexpr int SLOTS = LARGE ? 2 : 3;
 };
 
 template <class A>

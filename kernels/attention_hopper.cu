@@ -28,12 +28,12 @@ struct AttentionHopperParams {
 };
 static_assert(sizeof(AttentionHopperParams) == 512, "as in attention.rs");
 
-// Matches `HopperTiles` in src/exec/cuda/attention.rs.
 template <class T, int DIM_>
 struct AttentionTiles {
   typedef T Storage;
-  static constexpr int DIM = DIM_, QUERIES = 128, KEYS = DIM <= 128 ? 128 : 64, SLOTS = 2;
-  static constexpr int CONSUMERS = 8, THREADS = 3 * WARPGROUP;
+  static constexpr int DIM = DIM_, QUERIES = HOPPER_QUERIES, SLOTS = HOPPER_SLOTS;
+  static constexpr int KEYS = FORWARD_HOPPER[row_of(FORWARD_HOPPER, DIM)][1];
+  static constexpr int CONSUMERS = 8, THREADS = HOPPER_ATTENTION_THREADS;
   // A tile is boxes of 64 columns of the head.
   static constexpr int BOXES = (DIM + LINE - 1) / LINE, STEPS = (DIM + STEP - 1) / STEP;
   static constexpr int QUERY_BOX = QUERIES * LINE_BYTES, KEY_BOX = KEYS * LINE_BYTES, TILE = BOXES * KEY_BOX;

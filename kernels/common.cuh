@@ -1,5 +1,6 @@
 // What kernels of every family use: storage types, 16-byte vectors, division by a constant, sums over warps and blocks.
 #pragma once
+#include "constants.cuh"
 #include "ptx.cuh"
 
 typedef __half f16;
@@ -51,6 +52,14 @@ struct Divisor {
 
 DEVICE uint32_t divide(uint32_t n, const Divisor& by) {
   return by.multiplier ? __umulhi(n, by.multiplier) >> by.shift : n;
+}
+
+// The number of the row of a table of constants.cuh that begins with `first`; none is an error of the compiler.
+template <int ROWS, int N>
+DEVICE constexpr int row_of(const int (&table)[ROWS][N], int first) {
+  int row = 0;
+  while (table[row][0] != first) row++;
+  return row;
 }
 
 constexpr int WARP_SIZE = 32;

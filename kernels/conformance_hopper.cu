@@ -95,6 +95,8 @@ DEVICE void multiply_boxes(const ConformanceHopperParams& p) {
 WGMMA_TRIAL(boxes_r, 64, Lines::Reduced, false)
 WGMMA_TRIAL(boxes_r, 128, Lines::Reduced, false)
 WGMMA_TRIAL(boxes_r, 160, Lines::Reduced, false)
+WGMMA_TRIAL(boxes_a, 40, Lines::Across, false)
+WGMMA_TRIAL(boxes_a, 80, Lines::Across, false)
 WGMMA_TRIAL(boxes_a, 128, Lines::Across, false)
 WGMMA_TRIAL(boxes_a, 160, Lines::Across, false)
 WGMMA_TRIAL(registers_a, 40, Lines::Across, true)

@@ -32,7 +32,7 @@ struct ConvParams {
   int32_t unused;
   Split split;
 };
-static_assert(sizeof(ConvParams) == 192, "as in conv2d.rs");
+static_assert(sizeof(ConvParams) == 200, "as in conv2d.rs");
 
 // A stage of gathered pixels. Every thread fetches the same lines in every stage and keeps where they begin.
 template <class B, bool BACKWARD>
@@ -126,7 +126,7 @@ struct Filter {
 template <class B, Lines RIGHT>
 DEVICE void conv2d(const ConvParams& p) {
   typedef typename B::Storage T;
-  int row = blockIdx.y * B::ROWS, column = blockIdx.x * B::COLUMNS;
+  int row = p.split.tile_down() * B::ROWS, column = p.split.tile_across() * B::COLUMNS;
   Patches<B, false> left(p, row);
   Matrix<T, RIGHT, B::COLUMNS, B::THREADS> right = {(const T*)p.w, column, p.columns, p.depth, p.w_stride, 0,
                                                     p.w_aligned != 0};
@@ -137,7 +137,7 @@ DEVICE void conv2d(const ConvParams& p) {
 
 template <class B, Lines RIGHT>
 DEVICE void conv2d_backward(const ConvParams& p) {
-  int row = blockIdx.y * B::ROWS, column = blockIdx.x * B::COLUMNS;
+  int row = p.split.tile_down() * B::ROWS, column = p.split.tile_across() * B::COLUMNS;
   Patches<B, true> left(p, row);
   Filter<B, RIGHT> right = {p, column};
   float acc[B::HIGH][B::WIDE][4];
@@ -145,12 +145,22 @@ DEVICE void conv2d_backward(const ConvParams& p) {
   end<B, false>(acc, p.epilogue, p.split, RowsFrom{row, p.rows}, p.rows, column, p.columns, 0);
 }
 
-#define CONV(KERNEL_NAME, FUNCTION, RIGHT)                                                                         \
-  KERNEL(KERNEL_NAME##_64_f16, ConvParams, 128) { FUNCTION<Blocking<f16, 64, 64, 2, 2>, RIGHT>(p); }               \
-  KERNEL(KERNEL_NAME##_64_bf16, ConvParams, 128) { FUNCTION<Blocking<bf16, 64, 64, 2, 2>, RIGHT>(p); }             \
-  KERNEL_RESIDENT(KERNEL_NAME##_64_f32, ConvParams, 128, 5) { FUNCTION<Blocking<float, 64, 64, 2, 2>, RIGHT>(p); } \
-  KERNEL(KERNEL_NAME##_128_f16, ConvParams, 256) { FUNCTION<Blocking<f16, 128, 128, 2, 4>, RIGHT>(p); }            \
-  KERNEL(KERNEL_NAME##_128_bf16, ConvParams, 256) { FUNCTION<Blocking<bf16, 128, 128, 2, 4>, RIGHT>(p); }
+#define CONV(KERNEL_NAME, FUNCTION, RIGHT)                                                     \
+  KERNEL(KERNEL_NAME##_64_f16, ConvParams, (SquareBlocking<f16, 64>::THREADS)) {               \
+    FUNCTION<SquareBlocking<f16, 64>, RIGHT>(p);                                               \
+  }                                                                                            \
+  KERNEL(KERNEL_NAME##_64_bf16, ConvParams, (SquareBlocking<bf16, 64>::THREADS)) {             \
+    FUNCTION<SquareBlocking<bf16, 64>, RIGHT>(p);                                              \
+  }                                                                                            \
+  KERNEL_RESIDENT(KERNEL_NAME##_64_f32, ConvParams, (SquareBlocking<float, 64>::THREADS), 5) { \
+    FUNCTION<SquareBlocking<float, 64>, RIGHT>(p);                                             \
+  }                                                                                            \
+  KERNEL(KERNEL_NAME##_128_f16, ConvParams, (SquareBlocking<f16, 128>::THREADS)) {             \
+    FUNCTION<SquareBlocking<f16, 128>, RIGHT>(p);                                              \
+  }                                                                                            \
+  KERNEL(KERNEL_NAME##_128_bf16, ConvParams, (SquareBlocking<bf16, 128>::THREADS)) {           \
+    FUNCTION<SquareBlocking<bf16, 128>, RIGHT>(p);                                             \
+  }
 
 CONV(conv2d_r, conv2d, Lines::Reduced)
 CONV(conv2d_a, conv2d, Lines::Across)

@@ -11,25 +11,11 @@
 //   geglu_backward  d_x[r] = (d_y gelu(g), d_y a gelu'(g))      d_x may be x
 //   strided_sum     y[r, c] = sum of the parts that cover it, in their order, 0 where none does
 //
-// x, y, a, b [n] or [rows, width], rows dense but for the parts of strided_sum.
+// x, y, a, b [n] or [rows, width], rows dense but for the parts of strided_sum. Functions go by their numbers in constants.cuh; in
+// `binary` a function of one number stands for its gradient, a = d_y and b = x.
 #include "activation.cuh"
 #include "elementary.cuh"
 #include "pieces.cuh"
-
-// Matches the numbers in src/exec/cuda/elementwise.rs; activations keep their own. In `binary` a function of one number
-// stands for its gradient, a = d_y and b = x.
-enum Function : int32_t {
-  AFFINE = 16,
-  CLAMP = 17,
-  SQRT = 18,
-  SQUARE = 19,
-  LN = 20,
-  EXP = 21,
-  RECIPROCAL = 22,
-  SPHERICAL = 23,
-  ADD = 32,
-  MUL = 33,
-};
 
 DEVICE float spherical(float x) {
   float angle = acosf(clip(x, -1.0f, 1.0f));  // rounding takes cosines a little beyond one
@@ -95,7 +81,7 @@ DEVICE void map(const MapParams& p) {
   }
 }
 
-FOR_EACH_TYPE(map, MapParams, 256)
+FOR_EACH_TYPE(map, MapParams)
 
 // Matches `BinaryParams` in src/exec/cuda/elementwise.rs.
 struct BinaryParams {
@@ -153,7 +139,7 @@ DEVICE void binary(const BinaryParams& p) {
   }
 }
 
-FOR_EACH_TYPE(binary, BinaryParams, 256)
+FOR_EACH_TYPE(binary, BinaryParams)
 
 // Matches `CastParams` in src/exec/cuda/elementwise.rs.
 struct CastParams {
@@ -175,12 +161,12 @@ DEVICE void cast(const CastParams& p) {
   });
 }
 
-KERNEL(cast_f16_bf16, CastParams, 256) { cast<f16, bf16>(p); }
-KERNEL(cast_f16_f32, CastParams, 256) { cast<f16, float>(p); }
-KERNEL(cast_bf16_f16, CastParams, 256) { cast<bf16, f16>(p); }
-KERNEL(cast_bf16_f32, CastParams, 256) { cast<bf16, float>(p); }
-KERNEL(cast_f32_f16, CastParams, 256) { cast<float, f16>(p); }
-KERNEL(cast_f32_bf16, CastParams, 256) { cast<float, bf16>(p); }
+KERNEL(cast_f16_bf16, CastParams, PLAIN_THREADS) { cast<f16, bf16>(p); }
+KERNEL(cast_f16_f32, CastParams, PLAIN_THREADS) { cast<f16, float>(p); }
+KERNEL(cast_bf16_f16, CastParams, PLAIN_THREADS) { cast<bf16, f16>(p); }
+KERNEL(cast_bf16_f32, CastParams, PLAIN_THREADS) { cast<bf16, float>(p); }
+KERNEL(cast_f32_f16, CastParams, PLAIN_THREADS) { cast<float, f16>(p); }
+KERNEL(cast_f32_bf16, CastParams, PLAIN_THREADS) { cast<float, bf16>(p); }
 
 // Matches `FillParams` in src/exec/cuda/elementwise.rs.
 struct FillParams {
@@ -201,7 +187,7 @@ DEVICE void fill(const FillParams& p) {
   });
 }
 
-FOR_EACH_TYPE(fill, FillParams, 256)
+FOR_EACH_TYPE(fill, FillParams)
 
 // Matches `ScaleParams` in src/exec/cuda/elementwise.rs. A row is a sample.
 struct ScaleParams {
@@ -226,9 +212,7 @@ DEVICE void scale(const ScaleParams& p) {
   });
 }
 
-FOR_EACH_TYPE(scale, ScaleParams, 256)
-
-constexpr int MOST_CHANNELS = 16;  // of a launch
+FOR_EACH_TYPE(scale, ScaleParams)
 
 // Matches `ChannelAffineParams` in src/exec/cuda/elementwise.rs. A row is the launch's channels of one.
 struct ChannelAffineParams {
@@ -249,7 +233,7 @@ DEVICE void channel_affine(const ChannelAffineParams& p) {
   });
 }
 
-FOR_EACH_TYPE(channel_affine, ChannelAffineParams, 256)
+FOR_EACH_TYPE(channel_affine, ChannelAffineParams)
 
 // Matches `GegluParams` in src/exec/cuda/elementwise.rs. A row of pieces is H wide.
 struct GegluParams {
@@ -295,8 +279,8 @@ DEVICE void geglu_backward(const GegluParams& p) {
   });
 }
 
-FOR_EACH_TYPE(geglu, GegluParams, 256)
-FOR_EACH_TYPE(geglu_backward, GegluParams, 256)
+FOR_EACH_TYPE(geglu, GegluParams)
+FOR_EACH_TYPE(geglu_backward, GegluParams)
 
 // Columns at .. at + width of y's rows r whose r % by lies in first .. first + count; there the element is the sum of
 // `times` elements `step` apart, from x + (r / by) outer + (r % by - first) inner + (column - at) on. Matches `Part` in
@@ -310,8 +294,6 @@ struct Part {
   int32_t times;
 };
 static_assert(sizeof(Part) == 64, "as in elementwise.rs");
-
-constexpr int MOST_PARTS = 8;
 
 // Matches `StridedSumParams` in src/exec/cuda/elementwise.rs. The first part may be y itself.
 struct StridedSumParams {
@@ -346,4 +328,4 @@ DEVICE void strided_sum(const StridedSumParams& p) {
   });
 }
 
-FOR_EACH_TYPE(strided_sum, StridedSumParams, 256)
+FOR_EACH_TYPE(strided_sum, StridedSumParams)

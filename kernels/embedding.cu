@@ -46,7 +46,7 @@ DEVICE void tokens(const TokensParams& p) {
   });
 }
 
-FOR_EACH_TYPE(tokens, TokensParams, 256)
+FOR_EACH_TYPE(tokens, TokensParams)
 
 // Matches `TokensBackwardParams` in src/exec/cuda/embedding.rs. Blocks: positions, columns by threads.
 struct TokensBackwardParams {
@@ -87,7 +87,7 @@ DEVICE void tokens_backward(const TokensBackwardParams& p) {
   ((T*)p.y)[(int64_t)(id - p.first) * p.width + column] = from_float<T>(sum);
 }
 
-FOR_EACH_TYPE(tokens_backward, TokensBackwardParams, 256)
+FOR_EACH_TYPE(tokens_backward, TokensBackwardParams)
 
 // Matches `MixParams` in src/exec/cuda/embedding.rs.
 struct MixParams {
@@ -122,7 +122,7 @@ DEVICE void mix(const MixParams& p) {
   });
 }
 
-FOR_EACH_TYPE(mix, MixParams, 256)
+FOR_EACH_TYPE(mix, MixParams)
 
 // A warp for each weight.
 template <class T>
@@ -138,7 +138,7 @@ DEVICE void mix_backward(const MixParams& p) {
   if (lane == 0) ((T*)p.y)[choice] = from_float<T>(id < 0 ? 0.0f : sum);
 }
 
-FOR_EACH_TYPE(mix_backward, MixParams, 256)
+FOR_EACH_TYPE(mix_backward, MixParams)
 
 // Matches `SinusoidalParams` in src/exec/cuda/embedding.rs.
 struct SinusoidalParams {
@@ -178,7 +178,7 @@ DEVICE void sinusoidal(const SinusoidalParams& p) {
   y[half] = from_float<T>(p.cosines_first ? sine : cosine);
 }
 
-FOR_EACH_TYPE(sinusoidal, SinusoidalParams, 256)
+FOR_EACH_TYPE(sinusoidal, SinusoidalParams)
 
 // A warp for each number.
 template <class T>
@@ -198,7 +198,7 @@ DEVICE void sinusoidal_backward(const SinusoidalParams& p) {
   if (lane == 0) ((T*)p.y)[number] = from_float<T>(sum);
 }
 
-FOR_EACH_TYPE(sinusoidal_backward, SinusoidalParams, 256)
+FOR_EACH_TYPE(sinusoidal_backward, SinusoidalParams)
 
 // Matches `PoolParams` in src/exec/cuda/embedding.rs.
 struct PoolParams {
@@ -233,5 +233,5 @@ DEVICE void pool_backward(const PoolParams& p) {
   });
 }
 
-FOR_EACH_TYPE(pool, PoolParams, 256)
-FOR_EACH_TYPE(pool_backward, PoolParams, 256)
+FOR_EACH_TYPE(pool, PoolParams)
+FOR_EACH_TYPE(pool_backward, PoolParams)

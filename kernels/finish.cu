@@ -47,4 +47,4 @@ DEVICE void finish(const FinishParams& p) {
   });
 }
 
-FOR_EACH_TYPE(finish, FinishParams, 256)
+FOR_EACH_TYPE(finish, FinishParams)

@@ -24,12 +24,12 @@ struct GemmParams {
   int32_t left_aligned, right_aligned;
   Split split;
 };
-static_assert(sizeof(GemmParams) == 128, "as in gemm.rs");
+static_assert(sizeof(GemmParams) == 136, "as in gemm.rs");
 
 template <class B, Lines LEFT, Lines RIGHT>
 DEVICE void gemm(const GemmParams& p) {
   typedef typename B::Storage T;
-  int row = blockIdx.y * B::ROWS, column = blockIdx.x * B::COLUMNS;
+  int row = p.split.tile_down() * B::ROWS, column = p.split.tile_across() * B::COLUMNS;
   Matrix<T, LEFT, B::ROWS, B::THREADS> left = {(const T*)p.left, row, p.rows, p.depth, p.left_stride, 0,
                                                p.left_aligned != 0};
   Matrix<T, RIGHT, B::COLUMNS, B::THREADS> right = {(const T*)p.right, column, p.columns, p.depth, p.right_stride, p.half,
@@ -40,12 +40,22 @@ DEVICE void gemm(const GemmParams& p) {
   end<B, LEFT == Lines::Reduced>(acc, p.epilogue, p.split, RowsFrom{row, p.rows}, p.rows, column, p.columns, p.half);
 }
 
-#define GEMM(NAME, LEFT, RIGHT)                                                                                      \
-  KERNEL(gemm_##NAME##_64_f16, GemmParams, 128) { gemm<Blocking<f16, 64, 64, 2, 2>, LEFT, RIGHT>(p); }               \
-  KERNEL(gemm_##NAME##_64_bf16, GemmParams, 128) { gemm<Blocking<bf16, 64, 64, 2, 2>, LEFT, RIGHT>(p); }             \
-  KERNEL_RESIDENT(gemm_##NAME##_64_f32, GemmParams, 128, 5) { gemm<Blocking<float, 64, 64, 2, 2>, LEFT, RIGHT>(p); } \
-  KERNEL(gemm_##NAME##_128_f16, GemmParams, 256) { gemm<Blocking<f16, 128, 128, 2, 4>, LEFT, RIGHT>(p); }            \
-  KERNEL(gemm_##NAME##_128_bf16, GemmParams, 256) { gemm<Blocking<bf16, 128, 128, 2, 4>, LEFT, RIGHT>(p); }
+#define GEMM(NAME, LEFT, RIGHT)                                                                \
+  KERNEL(gemm_##NAME##_64_f16, GemmParams, (SquareBlocking<f16, 64>::THREADS)) {               \
+    gemm<SquareBlocking<f16, 64>, LEFT, RIGHT>(p);                                             \
+  }                                                                                            \
+  KERNEL(gemm_##NAME##_64_bf16, GemmParams, (SquareBlocking<bf16, 64>::THREADS)) {             \
+    gemm<SquareBlocking<bf16, 64>, LEFT, RIGHT>(p);                                            \
+  }                                                                                            \
+  KERNEL_RESIDENT(gemm_##NAME##_64_f32, GemmParams, (SquareBlocking<float, 64>::THREADS), 5) { \
+    gemm<SquareBlocking<float, 64>, LEFT, RIGHT>(p);                                           \
+  }                                                                                            \
+  KERNEL(gemm_##NAME##_128_f16, GemmParams, (SquareBlocking<f16, 128>::THREADS)) {             \
+    gemm<SquareBlocking<f16, 128>, LEFT, RIGHT>(p);                                            \
+  }                                                                                            \
+  KERNEL(gemm_##NAME##_128_bf16, GemmParams, (SquareBlocking<bf16, 128>::THREADS)) {           \
+    gemm<SquareBlocking<bf16, 128>, LEFT, RIGHT>(p);                                           \
+  }
 
 GEMM(rr, Lines::Reduced, Lines::Reduced)
 GEMM(ra, Lines::Reduced, Lines::Across)

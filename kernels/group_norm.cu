@@ -48,9 +48,7 @@ struct GroupNormParams {
 };
 static_assert(sizeof(GroupNormParams) == 120, "as in group_norm.rs");
 
-constexpr int GROUP_THREADS = 256, GROUP_WARPS = GROUP_THREADS / WARP_SIZE;
-// Parts of a block at most.
-constexpr int PARTS = 64;
+constexpr int GROUP_WARPS = GROUP_THREADS / WARP_SIZE;
 
 // The order in which blocks take chunks, ranges and samples: the second launch begins with what the first one read last, which an
 // L2 that cannot hold all still has.

@@ -7,8 +7,8 @@
 #pragma once
 #include "tile.cuh"
 
-// Elements of a line of a box, and its bytes.
-constexpr int LINE = 64, LINE_BYTES = 128;
+// Elements of a line of a box.
+constexpr int LINE = LINE_BYTES / 2;
 constexpr int WARPGROUP = 128;
 
 #ifdef __CUDACC__

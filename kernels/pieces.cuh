@@ -57,7 +57,7 @@ DEVICE void over_pieces(const Pieces& pieces, F f) {
   }
 }
 
-#define FOR_EACH_TYPE(NAME, PARAMS, THREADS)            \
-  KERNEL(NAME##_f16, PARAMS, THREADS) { NAME<f16>(p); } \
-  KERNEL(NAME##_bf16, PARAMS, THREADS) { NAME<bf16>(p); } \
-  KERNEL(NAME##_f32, PARAMS, THREADS) { NAME<float>(p); }
+#define FOR_EACH_TYPE(NAME, PARAMS)                             \
+  KERNEL(NAME##_f16, PARAMS, PLAIN_THREADS) { NAME<f16>(p); }   \
+  KERNEL(NAME##_bf16, PARAMS, PLAIN_THREADS) { NAME<bf16>(p); } \
+  KERNEL(NAME##_f32, PARAMS, PLAIN_THREADS) { NAME<float>(p); }

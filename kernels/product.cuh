@@ -9,6 +9,10 @@
 #include "epilogue.cuh"
 #include "tile.cuh"
 
+// Reduced elements of a stage.
+template <class T>
+constexpr int STAGE_DEPTH = STAGE_DEPTH_BYTES / sizeof(T);
+
 // How many outputs a block computes and how its warps share them.
 template <class T, int ROWS_, int COLUMNS_, int WARPS_DOWN_, int WARPS_ACROSS_>
 struct Blocking {
@@ -18,16 +22,18 @@ struct Blocking {
   static constexpr int THREADS = WARPS_DOWN * WARPS_ACROSS * WARP_SIZE;
   // Fragments of a warp: 16 rows, 8 columns.
   static constexpr int HIGH = ROWS / WARPS_DOWN / 16, WIDE = COLUMNS / WARPS_ACROSS / 8;
-  // Reduced elements of a stage: 64 bytes.
-  static constexpr int DEPTH = 64 / sizeof(T);
+  static constexpr int DEPTH = STAGE_DEPTH<T>;
 };
 
-constexpr int STAGES = 3;
+// A tile of SIDE x SIDE outputs.
+template <class T, int SIDE>
+using SquareBlocking = Blocking<T, SIDE, SIDE, PRODUCT_TILES[row_of(PRODUCT_TILES, SIDE)][1],
+                                PRODUCT_TILES[row_of(PRODUCT_TILES, SIDE)][2]>;
 
 // Bytes of one operand's stage: `extent` rows or columns.
 template <class T, Lines LINES>
 DEVICE constexpr int stage_bytes(int extent) {
-  constexpr int DEPTH = 64 / sizeof(T);
+  constexpr int DEPTH = STAGE_DEPTH<T>;
   return LINES == Lines::Reduced ? extent * pitch<T>(DEPTH) : DEPTH * pitch<T>(extent);
 }
 
@@ -48,7 +54,7 @@ struct Matrix {
   DEVICE int left_of(int i) const { return half ? half - (first / 2 + i / 16 * 8 + i % 8) : extent - first - i; }
 
   DEVICE void fetch(unsigned char* tile, int k) const {
-    constexpr int DEPTH = 64 / sizeof(T);
+    constexpr int DEPTH = STAGE_DEPTH<T>;
     if (LINES == Lines::Reduced) {
       fetch_tile<T, EXTENT, DEPTH, THREADS>(tile, aligned, [&](int line, int place, int& valid) {
         valid = left_of(line) > 0 ? depth - k - place : 0;
@@ -63,18 +69,23 @@ struct Matrix {
   }
 };
 
-// What a block of a product does with its sums: it stores outputs, or where the reduced dimension is split over blocks its part of
-// them, for finish.cu. Matches `Split` in src/exec/cuda/epilogue.rs.
+// How a product is split over blocks: tiles of outputs along blockIdx.x, those of the same rows one after another, and along
+// blockIdx.z parts of the reduced dimension. A block stores outputs, or where there are several parts its part of the sums, for
+// finish.cu. (Blocks along y could be 65535 at most, which rows pass.) Matches `Split` in src/exec/cuda/epilogue.rs.
 struct Split {
   float* partial;  // [splits, rows, columns], or null where there is one part; a GEGLU's columns are values, then gates
+  Divisor across;  // tiles of the same rows
   int32_t depth;   // reduced elements of a part: whole stages
-  int32_t unused;
+
+  // This block's tile.
+  DEVICE int tile_down() const { return divide(blockIdx.x, across); }
+  DEVICE int tile_across() const { return blockIdx.x - tile_down() * across.divisor; }
 
   // This block's part.
   DEVICE int begin() const { return blockIdx.z * depth; }
   DEVICE int end(int of) const { return min(begin() + depth, of); }
 };
-static_assert(sizeof(Split) == 16, "as in epilogue.rs");
+static_assert(sizeof(Split) == 24, "as in epilogue.rs");
 
 // acc = left right, over reduced elements `begin`, at the start of a stage, to `end`.
 template <class B, Lines LEFT, Lines RIGHT, class Left, class Right>

@@ -10,10 +10,11 @@
 //   Storage T of 16 bits, accumulated in f32 in order of (tap, c in sixteens); y is overwritten and may be the residual.
 //
 // A block computes 128 pixels, a box of a power of two along each of x, y and b, by 128 or 160 columns (320, 640, 1280 are
-// multiples of 160): two warpgroups have 64 rows each, one warp more keeps five stages of 64 reduced elements filled.
+// multiples of 160): two warpgroups have 64 rows each, one warp more keeps a ring of stages of 64 reduced elements filled, as many
+// as the launch says. Tiles go along blockIdx.x, those of the same pixels one after another.
 // C, with several taps a multiple of 64, else of 8, and for lines along n also N a multiple of 8. Where the tiles are too few for
 // the GPU the reduced dimension is split over blockIdx.z as in gemm.cu.
-// Bytes: (128 + columns) C taps per block through L2; FLOPs: 2 B H W N C taps. Limits: 200 KiB of shared memory and 80
+// Bytes: (128 + columns) C taps per block through L2; FLOPs: 2 B H W N C taps. Limits: 32 to 40 KiB of shared memory a stage and 80
 // accumulators a thread; one block a multiprocessor. Limited by the tensor cores.
 #include "hopper.cuh"
 #include "product.cuh"
@@ -29,8 +30,9 @@ struct HopperParams {
   int32_t shift_x, shift_y;      // log2 of a box's extents
   int32_t down, right_by, direction;
   int32_t columns;  // of w
-  int32_t stages;
-  int32_t unused[22];
+  int32_t stages;   // of all taps
+  int32_t slots;    // of the ring
+  int32_t unused[19];
 };
 static_assert(sizeof(HopperParams) == 512, "as in hopper.rs");
 
@@ -38,8 +40,8 @@ template <class T, int COLUMNS_, Lines RIGHT_>
 struct HopperTiles {
   typedef T Storage;
   static constexpr Lines RIGHT = RIGHT_;
-  static constexpr int ROWS = 128, COLUMNS = COLUMNS_, DEPTH = LINE, STAGES = 5;
-  static constexpr int CONSUMERS = 8, THREADS = (CONSUMERS + 1) * WARP_SIZE;
+  static constexpr int ROWS = HOPPER_ROWS, COLUMNS = COLUMNS_, DEPTH = LINE;
+  static constexpr int THREADS = HOPPER_THREADS, CONSUMERS = THREADS / WARP_SIZE - 1;
   static constexpr int LEFT_BYTES = ROWS * LINE_BYTES;
   // Boxes of the right operand: one of all columns, or one for each 64 of them.
   static constexpr int BOXES = RIGHT == Lines::Reduced ? 1 : (COLUMNS + LINE - 1) / LINE;
@@ -52,9 +54,10 @@ struct PixelBox {
   int x, y, b;
 
   DEVICE PixelBox(const HopperParams& p) {
-    int rest = divide(blockIdx.y, p.tiles_x), tile_x = blockIdx.y - rest * p.tiles_x.divisor;
+    int tile = p.split.tile_down();
+    int rest = divide(tile, p.tiles_x), tile_x = tile - rest * p.tiles_x.divisor;
     int tile_b = divide(rest, p.tiles_y), tile_y = rest - tile_b * p.tiles_y.divisor;
-    x = tile_x << p.shift_x, y = tile_y << p.shift_y, b = tile_b * (128 >> p.shift_x >> p.shift_y);
+    x = tile_x << p.shift_x, y = tile_y << p.shift_y, b = tile_b * (HOPPER_ROWS >> p.shift_x >> p.shift_y);
   }
 
   // The row of y that is pixel `i` of the box, or -1.
@@ -65,17 +68,46 @@ struct PixelBox {
   }
 };
 
+// The ring in shared memory: slots for stages, and for each a barrier that says it is full and one that says it is empty.
+template <class H>
+struct Ring {
+  uint32_t stages;
+  int slots;
+
+  DEVICE uint32_t stage(int slot) const { return stages + slot * H::STAGE_BYTES; }
+  DEVICE uint32_t full(int slot) const { return stages + slots * H::STAGE_BYTES + 8 * slot; }
+  DEVICE uint32_t empty(int slot) const { return full(slots + slot); }
+
+  DEVICE void make_barriers() const {
+    for (int slot = 0; slot < slots; slot++) {
+      barrier_init(full(slot), 1);
+      barrier_init(empty(slot), H::CONSUMERS);
+    }
+    fence_barriers();
+  }
+};
+
+// Where one is on the way around a ring: the slot, and the parity of the round.
+struct Turn {
+  int slot = 0, parity = 0;
+
+  // By selects: beside a branch here ptxas takes the products' path for divergent and has them wait for each other.
+  DEVICE void next(int slots) {
+    slot = slot + 1 < slots ? slot + 1 : 0;
+    parity ^= slot == 0;
+  }
+};
+
 // One thread's work: fills stages in turn, each once the warps that computed with it are done.
 template <class H>
-DEVICE void fill_stages(const HopperParams& p, PixelBox box, int first, int count, uint32_t ring, uint32_t full,
-                        uint32_t empty) {
-  int column = blockIdx.x * H::COLUMNS;
+DEVICE void fill_stages(const HopperParams& p, PixelBox box, int first, int count, const Ring<H>& ring) {
+  int column = p.split.tile_across() * H::COLUMNS;
   bool geglu = p.epilogue.activation == GEGLU;
   int tap = divide(first, p.chunks), chunk = first - tap * p.chunks.divisor;
-  for (int stage = 0; stage < count; stage++) {
-    int slot = stage % H::STAGES;
-    uint32_t to = ring + slot * H::STAGE_BYTES, barrier = full + 8 * slot;
-    if (stage >= H::STAGES) barrier_wait(empty + 8 * slot, (stage / H::STAGES - 1) & 1);
+  Turn turn;
+  for (int stage = 0; stage < count; stage++, turn.next(ring.slots)) {
+    uint32_t to = ring.stage(turn.slot), barrier = ring.full(turn.slot);
+    barrier_wait(ring.empty(turn.slot), turn.parity ^ 1);  // over from the beginning in the first round
     barrier_expect(barrier, H::STAGE_BYTES);
     int ky = divide(tap, p.kernel_row), kx = tap - ky * p.kernel_row.divisor, c = chunk * H::DEPTH;
     copy_box(to, p.left, c, box.x + p.right_by + p.direction * kx, box.y + p.down + p.direction * ky, box.b, barrier);
@@ -93,15 +125,16 @@ DEVICE void fill_stages(const HopperParams& p, PixelBox box, int first, int coun
 
 // acc = the sums of a warpgroup's 64 rows over the stages.
 template <class H>
-DEVICE void multiply_stages(float (&acc)[H::COLUMNS / 8][4], int count, uint32_t ring, uint32_t full, uint32_t empty) {
+DEVICE void multiply_stages(float (&acc)[H::COLUMNS / 8][4], int count, const Ring<H>& ring) {
   // 16 reduced elements further: within the line, or sixteen lines on.
   constexpr int NEXT_RIGHT = H::RIGHT == Lines::Reduced ? 32 : 16 * LINE_BYTES;
   int group = threadIdx.x / WARPGROUP;
   bool signals = threadIdx.x % WARP_SIZE == 0;
+  Turn turn;
+  int before = 0;  // the slot of the stage before
   for (int stage = 0; stage < count; stage++) {
-    int slot = stage % H::STAGES;
-    uint32_t from = ring + slot * H::STAGE_BYTES;
-    barrier_wait(full + 8 * slot, stage / H::STAGES & 1);
+    uint32_t from = ring.stage(turn.slot);
+    barrier_wait(ring.full(turn.slot), turn.parity);
     uint64_t left = boxes(from + group * 64 * LINE_BYTES), right = boxes(from + H::LEFT_BYTES, H::BOX_BYTES);
     wgmma_fence();
 #pragma unroll
@@ -111,7 +144,9 @@ DEVICE void multiply_stages(float (&acc)[H::COLUMNS / 8][4], int count, uint32_t
     wgmma_commit();
     wgmma_wait<1>();
     // The products of the stage before are done.
-    if (signals && stage > 0) barrier_arrive(empty + 8 * ((stage - 1) % H::STAGES));
+    if (signals && stage > 0) barrier_arrive(ring.empty(before));
+    before = turn.slot;
+    turn.next(ring.slots);
   }
   wgmma_wait<0>();
   settled(acc);
@@ -121,27 +156,21 @@ template <class H>
 DEVICE void product_hopper(const HopperParams& p) {
   typedef typename H::Storage T;
   DYNAMIC_BOXES(shared);
-  uint32_t ring = shared_address(shared), full = ring + H::STAGES * H::STAGE_BYTES, empty = full + 8 * H::STAGES;
-  if (threadIdx.x == 0) {
-    for (int slot = 0; slot < H::STAGES; slot++) {
-      barrier_init(full + 8 * slot, 1);
-      barrier_init(empty + 8 * slot, H::CONSUMERS);
-    }
-    fence_barriers();
-  }
+  Ring<H> ring = {shared_address(shared), p.slots};
+  if (threadIdx.x == 0) ring.make_barriers();
   __syncthreads();
   PixelBox box(p);
   int first = p.split.begin() / H::DEPTH, count = min(p.split.depth / H::DEPTH, p.stages - first);
   if (threadIdx.x / WARP_SIZE == H::CONSUMERS) {
-    if (threadIdx.x % WARP_SIZE == 0) fill_stages<H>(p, box, first, count, ring, full, empty);
+    if (threadIdx.x % WARP_SIZE == 0) fill_stages(p, box, first, count, ring);
     return;
   }
   float acc[1][H::COLUMNS / 8][4];
-  multiply_stages<H>(acc[0], count, ring, full, empty);
+  multiply_stages(acc[0], count, ring);
   auto row = [&](int i) { return box.row(p, i); };
   int rows = p.batch * p.height * p.width, half = p.epilogue.activation == GEGLU ? p.epilogue.columns : 0;
   typedef Blocking<T, H::ROWS, H::COLUMNS, H::CONSUMERS, 1> B;
-  end<B, true>(acc, p.epilogue, p.split, row, rows, blockIdx.x * H::COLUMNS, p.columns, half);
+  end<B, true>(acc, p.epilogue, p.split, row, rows, p.split.tile_across() * H::COLUMNS, p.columns, half);
 }
 
 #define HOPPER(NAME, RIGHT, COLUMNS)                                                                             \

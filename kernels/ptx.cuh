@@ -80,11 +80,11 @@ DEVICE float exp2_approx(float x) {
 #define DEVICE inline
 
 // A parameter structure arrives as bytes; the kernel is found by its name.
-#define KERNEL(NAME, PARAMS, THREADS)                                                                     \
-  static void NAME(const PARAMS& p);                                                                      \
-  static emulated::Registrar NAME##_registrar({#NAME, (uint32_t)sizeof(PARAMS), [](const void* params) { \
-                                                 NAME(*(const PARAMS*)params);                            \
-                                               }});                                                       \
+#define KERNEL(NAME, PARAMS, THREADS)                                                                                 \
+  static void NAME(const PARAMS& p);                                                                                  \
+  static emulated::Registrar NAME##_registrar({#NAME, (uint32_t)sizeof(PARAMS), THREADS, [](const void* params) {     \
+                                                 NAME(*(const PARAMS*)params);                                        \
+                                               }});                                                                   \
   static void NAME(const PARAMS& p)
 
 #define KERNEL_RESIDENT(NAME, PARAMS, THREADS, BLOCKS) KERNEL(NAME, PARAMS, THREADS)

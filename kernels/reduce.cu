@@ -265,8 +265,8 @@ ROWS(softmax_backward, SoftmaxParams, TEAM)
 ROWS(unit, UnitParams, TEAM)
 ROWS(unit_backward, UnitParams, TEAM)
 ROWS(cross_entropy, CrossEntropyParams, TEAM)
-ROWS(cross_entropy_backward, CrossEntropyParams, 256)
-ROWS(dot, DotParams, 256)
+ROWS(cross_entropy_backward, CrossEntropyParams, PLAIN_THREADS)
+ROWS(dot, DotParams, PLAIN_THREADS)
 
 // Of T to T, and in two stages by way of f32.
 KERNEL(column_sums_f16_f16, ColumnSumsParams, COLUMN_THREADS) { column_sums<f16, f16>(p); }

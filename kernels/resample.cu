@@ -57,8 +57,8 @@ DEVICE void nearest_2x_backward(const NearestParams& p) {
   });
 }
 
-FOR_EACH_TYPE(nearest_2x, NearestParams, 256)
-FOR_EACH_TYPE(nearest_2x_backward, NearestParams, 256)
+FOR_EACH_TYPE(nearest_2x, NearestParams)
+FOR_EACH_TYPE(nearest_2x_backward, NearestParams)
 
 // One side of the images: the first source and the number of sources of every target, and the weights of each. Matches
 // `Table` in src/exec/cuda/resample.rs.
@@ -114,7 +114,7 @@ struct ResizeTaps {
   }
 };
 
-KERNEL(resize_tables, TablesParams, 128) {
+KERNEL(resize_tables, TablesParams, TABLE_THREADS) {
   const ResizeTable& side = p.sides[blockIdx.y];
   int target = blockIdx.x * blockDim.x + threadIdx.x;
   if (target >= side.targets) return;
@@ -178,4 +178,4 @@ DEVICE void resize(const ResizeParams& p) {
   ((T*)p.y)[element] = from_float<T>(sum);
 }
 
-FOR_EACH_TYPE(resize, ResizeParams, 256)
+FOR_EACH_TYPE(resize, ResizeParams)

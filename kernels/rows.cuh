@@ -47,9 +47,6 @@ struct Rows {
 };
 static_assert(sizeof(Rows) == 24, "as in norm.rs");
 
-// Threads of a block at most.
-constexpr int TEAM = 512;
-
 // The row of this thread's team. A team is whole warps, and of a block that is one team every row exists: leaving a kernel
 // where there is no row passes no barrier by.
 DEVICE int64_t team_row(const Rows& rows) {
@@ -68,7 +65,7 @@ DEVICE float team_max(const Rows& rows, float x, float* scratch) {
 // beyond is read again, by the thread that will overwrite it.
 template <class T, int OPERANDS>
 struct Row {
-  static constexpr int HELD = 5, V = VECTOR<T>;
+  static constexpr int V = VECTOR<T>;
   const T* from[OPERANDS];
   int width, team, thread;
   bool aligned;
@@ -137,8 +134,6 @@ struct ColumnSum {
   int32_t aligned;
 };
 static_assert(sizeof(ColumnSum) == 24, "as in reduce.rs");
-
-constexpr int COLUMN_THREADS = 256;
 
 // Adds up the rows of scratch [rows, pitch] into the first, in a fixed order. All threads of the block take part.
 DEVICE void sum_rows(float* scratch, int rows, int pitch) {

@@ -15,8 +15,6 @@
 #include "elementary.cuh"
 #include "pieces.cuh"
 
-constexpr int MOST_TERMS = 8;
-
 // Matches `CombineParams` in src/exec/cuda/update.rs.
 struct CombineParams {
   const void* terms[MOST_TERMS];
@@ -50,9 +48,9 @@ DEVICE void combine(const CombineParams& p) {
   });
 }
 
-FOR_EACH_TYPE(combine, CombineParams, 256)
-KERNEL(combine_f16_f32, CombineParams, 256) { combine<float, f16>(p); }
-KERNEL(combine_bf16_f32, CombineParams, 256) { combine<float, bf16>(p); }
+FOR_EACH_TYPE(combine, CombineParams)
+KERNEL(combine_f16_f32, CombineParams, PLAIN_THREADS) { combine<float, f16>(p); }
+KERNEL(combine_bf16_f32, CombineParams, PLAIN_THREADS) { combine<float, bf16>(p); }
 
 // Matches `OptimiserParams` in src/exec/cuda/update.rs. No output overlaps an input.
 struct OptimiserParams {
@@ -93,7 +91,7 @@ DEVICE void adamw(const OptimiserParams& params) {
   });
 }
 
-FOR_EACH_TYPE(adamw, OptimiserParams, 256)
+FOR_EACH_TYPE(adamw, OptimiserParams)
 
 template <class T>
 DEVICE void rmsprop(const OptimiserParams& params) {
@@ -107,7 +105,7 @@ DEVICE void rmsprop(const OptimiserParams& params) {
   });
 }
 
-FOR_EACH_TYPE(rmsprop, OptimiserParams, 256)
+FOR_EACH_TYPE(rmsprop, OptimiserParams)
 
 template <class T>
 DEVICE void nesterov(const OptimiserParams& params) {
@@ -119,7 +117,7 @@ DEVICE void nesterov(const OptimiserParams& params) {
   });
 }
 
-FOR_EACH_TYPE(nesterov, OptimiserParams, 256)
+FOR_EACH_TYPE(nesterov, OptimiserParams)
 
 // Philox4x32-10 (Salmon et al. 2011): replaces the counter by four random words.
 DEVICE void philox(uint32_t (&c)[4], uint32_t key0, uint32_t key1) {
@@ -153,7 +151,7 @@ struct NoiseParams {
 };
 static_assert(sizeof(NoiseParams) == 64, "as in update.rs");
 
-KERNEL(noise_f32, NoiseParams, 256) {
+KERNEL(noise_f32, NoiseParams, PLAIN_THREADS) {
   over_pieces<1>(p.pieces, [&](uint32_t sample, uint32_t quad, auto) {
     const uint32_t* counter = (const uint32_t*)p.counter + sample * 4;
     uint32_t words[4] = {quad, 0, counter[2], counter[3]};

@@ -404,6 +404,7 @@ inline std::vector<Block*> spare;
 struct Kernel {
   const char* name;
   uint32_t params_bytes;
+  uint32_t threads;  // of a block at most
   void (*entry)(const void*);
 };
 
@@ -461,7 +462,9 @@ inline void work(const Call& call, std::atomic<uint64_t>& next_block, std::strin
 // Runs a kernel; what went wrong, or nothing.
 inline std::string launch(const Call& call) {
   std::string fault;
-  if (call.threads == 0 || call.threads > MOST_THREADS) return "a block cannot have that many threads";
+  if (call.threads == 0 || call.threads > call.kernel->threads) {
+    return "the kernel is for blocks of 1 to " + std::to_string(call.kernel->threads) + " threads";
+  }
   if (call.dynamic_shared + RED_ZONE > SHARED) return "a block cannot have that much shared memory";
   std::atomic<uint64_t> next_block{0};
   uint64_t blocks = (uint64_t)call.grid.x * call.grid.y * call.grid.z;

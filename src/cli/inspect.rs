@@ -94,7 +94,9 @@ fn inspect_model(args: &Inspect, model: &ModelFlags) -> Result<()> {
         false => None,
     };
     let explained = match (&plan, args.explain) {
-        (Some(plan), Some(peak)) => plan.programs().all().map(|planned| explain(planned, peak, hopper(args))).to_vec(),
+        (Some(plan), Some(peak)) => {
+            plan.programs().all().iter().map(|planned| explain(planned, peak, hopper(args))).collect::<Result<_>>()?
+        }
         (None, _) | (_, None) => vec![],
     };
     if args.json {

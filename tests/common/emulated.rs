@@ -1,6 +1,6 @@
 //! The kernels compiled for the host: built once per content with the system's C++ compiler, opened by every test that runs them.
 //!
-//! `RAREBIT_KERNELS` names another folder of kernels (planted defects), `RAREBIT_CXXFLAGS` adds flags (sanitizers, coverage), and
+//! `RAREBIT_KERNEL_SOURCES` names another folder of kernels (planted defects), `RAREBIT_CXXFLAGS` adds flags (sanitizers, coverage), and
 //! `RAREBIT_EMULATION` is where the library is kept.
 
 use rarebit::exec::cuda::{Cuda, Emulated, Hopper, Settings};
@@ -53,7 +53,7 @@ fn target() -> PathBuf {
 
 /// Compiles the emulation unless its library is there, and returns the library.
 pub fn build() -> PathBuf {
-    let folder = env::var_os("RAREBIT_KERNELS").map(PathBuf::from);
+    let folder = env::var_os("RAREBIT_KERNEL_SOURCES").map(PathBuf::from);
     let folder = folder.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels"));
     let compiler = env::var("CXX").unwrap_or_else(|_| "c++".into());
     let flags = env::var("RAREBIT_CXXFLAGS").unwrap_or_default();

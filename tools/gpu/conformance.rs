@@ -506,7 +506,7 @@ pub fn items(subset: bool) -> Vec<Item> {
             item(format!("{name}, seed {seed}"), dtype, seed, Box::new(make));
         }
         for half in [F16, BF16] {
-            for number in 0..hopper::BOXES.len() {
+            for number in 0..hopper::BOX_COUNT {
                 let make = move |random: &mut Random| hopper::boxes(random, half, number);
                 item(format!("box {number}, seed {seed}"), half.name, seed, Box::new(make));
             }

@@ -7,30 +7,55 @@ use rarebit::exec::cuda::{Address, TensorMap};
 const LINE_BYTES: usize = TensorMap::LINE_BYTES;
 const LINE: usize = TensorMap::LINE;
 
-/// Extents, the box, and where it begins: whole, over each end of each dimension, wider than the tensor, beside it.
-pub const BOXES: [([usize; 4], [usize; 4], [i32; 4]); 6] = [
-    ([64, 8, 1, 1], [64, 8, 1, 1], [0; 4]),
-    ([160, 9, 7, 3], [64, 4, 4, 2], [64, 2, 1, 1]),
-    ([160, 9, 7, 3], [64, 8, 4, 2], [128, -1, -1, 2]),
-    ([160, 9, 7, 3], [64, 4, 8, 1], [0, 7, 5, 0]),
-    ([40, 3, 130, 2], [64, 1, 128, 1], [0, 2, 64, 1]),
-    ([64, 20, 2, 2], [64, 16, 1, 1], [0, 32, 0, 0]),
-];
+/// A tensor's extents and strides, a box of it, and where that begins.
+struct Boxed {
+    extents: [usize; 4],
+    strides: [usize; 3],
+    window: [usize; 4],
+    at: [i32; 4],
+}
+
+/// Whole, over each end of each dimension, wider than the tensor, beside it. Then tensors whose strides do not ascend, as those of the
+/// weights of a GEGLU in `HopperProduct::right_map`: eights of lines by turns from a first and a second half of so many lines.
+const BOXES: [Boxed; 8] = {
+    const fn dense(extents: [usize; 4], window: [usize; 4], at: [i32; 4]) -> Boxed {
+        Boxed { extents, strides: dense_strides(extents), window, at }
+    }
+    const fn halves([line, half]: [usize; 2], window: [usize; 4], at: [i32; 4]) -> Boxed {
+        Boxed { extents: [line, 8, 2, half / 8], strides: [line, half * line, 8 * line], window, at }
+    }
+    [
+        dense([64, 8, 1, 1], [64, 8, 1, 1], [0; 4]),
+        dense([160, 9, 7, 3], [64, 4, 4, 2], [64, 2, 1, 1]),
+        dense([160, 9, 7, 3], [64, 8, 4, 2], [128, -1, -1, 2]),
+        dense([160, 9, 7, 3], [64, 4, 8, 1], [0, 7, 5, 0]),
+        dense([40, 3, 130, 2], [64, 1, 128, 1], [0, 2, 64, 1]),
+        dense([64, 20, 2, 2], [64, 16, 1, 1], [0, 32, 0, 0]),
+        halves([128, 160], [64, 8, 2, 8], [64, 0, 0, 8]),
+        // Beyond the lines' end, and beyond the last eight of each half.
+        halves([72, 88], [64, 8, 2, 10], [64, 0, 0, 5]),
+    ]
+};
+
+pub const BOX_COUNT: usize = BOXES.len();
+
+const fn dense_strides([x, y, z, _]: [usize; 4]) -> [usize; 3] {
+    [x, x * y, x * y * z]
+}
 
 /// A dense tensor.
 fn dense(half: Half, extents: [usize; 4], window: [usize; 4]) -> TensorMap {
-    let [x, y, z, _] = extents;
-    TensorMap { dtype: half.dtype, address: Address::NULL, extents, strides: [x, x * y, x * y * z], window }
+    TensorMap { dtype: half.dtype, address: Address::NULL, extents, strides: dense_strides(extents), window }
 }
 
 /// CUDA driver API, CU_TENSOR_MAP_SWIZZLE_128B: the 16-byte chunk `c` of line `l` lies at chunk `c xor l mod 8`.
 pub fn boxes(random: &mut Random, half: Half, number: usize) -> Trial {
-    let (extents, window, at) = BOXES[number];
+    let Boxed { extents, strides, window, at } = BOXES[number];
     let count = extents.iter().product::<usize>();
     let tensor: Vec<u16> = random.words(count).into_iter().map(|word| word as u16).collect();
     let element = |place: [i64; 4]| {
         let inside = place.iter().zip(extents).all(|(i, n)| (0..n as i64).contains(i));
-        let index = (0..4).rev().fold(0, |index, i| index * extents[i] as i64 + place[i]);
+        let index = (1..4).fold(place[0], |index, i| index + place[i] * strides[i - 1] as i64);
         if inside { tensor[index as usize] } else { 0 }
     };
     let elements: usize = window.iter().product();
@@ -47,13 +72,14 @@ pub fn boxes(random: &mut Random, half: Half, number: usize) -> Trial {
         threads: 128,
         shared: elements * 2,
         operands: [bytes(&tensor), vec![], bytes(&at)],
-        maps: vec![dense(half, extents, window), dense(half, extents, window)],
+        maps: vec![TensorMap { strides, ..dense(half, extents, window) }; 2],
         count: words.len(),
         expected: Expected::Words(words),
     }
 }
 
 /// Which product: the left operand from registers or boxes, lines of the right one across the reduced dimension or along it, columns.
+/// Lines across it are boxes of 64 columns, and 40, 80 and 160 columns end within one.
 #[derive(Clone, Copy)]
 pub struct Product {
     pub registers: bool,
@@ -61,7 +87,7 @@ pub struct Product {
     pub columns: usize,
 }
 
-pub const PRODUCTS: [Product; 10] = {
+pub const PRODUCTS: [Product; 12] = {
     const fn product(registers: bool, across: bool, columns: usize) -> Product {
         Product { registers, across, columns }
     }
@@ -69,6 +95,8 @@ pub const PRODUCTS: [Product; 10] = {
         product(false, false, 64),
         product(false, false, 128),
         product(false, false, 160),
+        product(false, true, 40),
+        product(false, true, 80),
         product(false, true, 128),
         product(false, true, 160),
         product(true, true, 40),

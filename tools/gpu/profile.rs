@@ -159,7 +159,7 @@ impl Run<'_> {
     fn ops(&mut self, what: &str, program: &Program, deadline: Instant) -> Outcome<()> {
         let mut kinds: Vec<(Kind<'_>, Value, f64)> = vec![];
         for kind in program.kinds() {
-            let explained = explain(&self.plan(program.alone(kind.node, 1)), self.peak, self.cuda.hopper());
+            let explained = explain(&self.plan(program.alone(kind.node, 1)), self.peak, self.cuda.hopper())?;
             let row = &explained.rows[0];
             let kernels: Vec<&str> = row.launches.iter().map(|(launch, _)| launch.kernel.as_str()).collect();
             let line = json!({
@@ -196,7 +196,7 @@ impl Run<'_> {
     /// The program as it is run, by its graph.
     fn whole(&mut self, what: &str, program: Program) -> Outcome<()> {
         self.cuda.clear();
-        let explained = explain(&self.plan(program.clone()), self.peak, self.cuda.hopper());
+        let explained = explain(&self.plan(program.clone()), self.peak, self.cuda.hopper())?;
         let launches: usize = explained.rows.iter().map(|row| row.launches.len()).sum();
         let mut line = json!({
             "what": what, "ops": program.nodes.len(), "launches": launches, "flops": program.flops(),

@@ -503,11 +503,11 @@ impl Regret {
 /// The table as Rust.
 fn show(table: &Table) -> String {
     let tile = |tile: &Tile| {
-        let Tile { name, hopper, rows, columns, threads, stages, rates, .. } = tile;
+        let Tile { name, hopper, rows, columns, stages, rates, .. } = tile;
         let Rates { resident, rate, latency, ends } = rates;
-        let make = if *hopper { "on_hopper" } else { "tile" };
+        let (make, ring) = if *hopper { ("on_hopper", format!(" {stages},")) } else { ("tile", String::new()) };
         format!(
-            "{make}(\"{name}\", [{rows}, {columns}], {threads}, {stages}, Rates {{ resident: {resident}, rate: {rate:.1}, latency: \
+            "{make}(\"{name}\", [{rows}, {columns}],{ring} Rates {{ resident: {resident}, rate: {rate:.1}, latency: \
              {latency:.1}, ends: {ends:.1} }})"
         )
     };
@@ -613,14 +613,14 @@ mod tests {
         assert!(loss(&sweep.points, &table) < 1.02 * loss(&sweep.points, &truth), "{told}");
         for ((name, found), (_, value)) in numbers(&mut table).into_iter().zip(numbers(&mut truth)) {
             if fitted.bounds.contains(&format!("{name} at most")) {
-                assert!(*found > *value, "{name}: {found}, {value}\n{told}");
+                assert!(*found > 0.9 * *value, "{name}: {found}, {value}\n{told}");
             } else if !fitted.kept.contains(&name) {
                 assert!((*found / *value).ln().abs() < 0.1, "{name}: {found}, {value}\n{told}");
             }
         }
-        // A wait shows only where products do not take longer.
-        let unknown = || fitted.kept.iter().chain(&fitted.bounds);
-        assert!(unknown().all(|name| name.contains("latency")), "{told}");
+        // A wait shows only where products do not take longer, and what is before and after f32's takes little.
+        let may_hide = |name: &String| name.contains("latency") || name.starts_with("single 64 ends");
+        assert!(fitted.kept.iter().chain(&fitted.bounds).all(may_hide), "{told}");
         let [before, after, least] = [&TABLE, &table, &truth].map(|table| Regret::of(&sweep, table));
         assert_eq!([before.missing, after.missing, least.missing], [0; 3]);
         assert!(after.mean < 1.01 * least.mean && before.mean > after.mean, "{}\n{told}", least.mean);
@@ -683,12 +683,9 @@ mod tests {
     #[test]
     fn the_fastest_ring_is_taken() {
         let mut sweep = Sweep::parse(&made_up(&TABLE, 0.0)).unwrap();
-        let others: Vec<Point> = sweep.points.iter().filter(|point| point.cut.tile.hopper).cloned().collect();
-        for mut point in others {
-            let (stages, factor) = if point.cut.tile.name == "160" { (4, 0.9) } else { (3, 1.1) };
-            point.cut.stages = stages;
-            point.clocks *= factor;
-            sweep.points.push(point);
+        for Point { cut, clocks, .. } in &mut sweep.points {
+            let faster = cut.tile.hopper && cut.tile.name == "160" && cut.stages == 4;
+            *clocks *= if faster { 0.9 } else { 1.0 };
         }
         let fitted = Fitted::new(&sweep, &TABLE);
         assert_eq!(fitted.table.hopper.map(|tile| tile.stages), [4, TABLE.hopper[1].stages]);

@@ -1,14 +1,23 @@
 //! Launches of attention. Contracts: kernels/attention_forward.cu and kernels/attention_backward.cu.
 
 use super::gemm::{aligned, pitch};
+use super::kernels::constants::{
+    BACKWARD_HALF, BACKWARD_SINGLE, DELTA_ROWS, FORWARD_HALF, FORWARD_HOPPER, FORWARD_SINGLE, HOPPER_ATTENTION_THREADS,
+    HOPPER_QUERIES, HOPPER_SLOTS, STREAMED_COLUMNS, STREAMED_OTHER, STREAMED_OWN, STREAMED_THREADS,
+};
 use super::launch::{Address, Cx, Divisor, Launch, TensorMap};
 use super::tiles::Hopper;
 use crate::program::{Attention, AttentionBackward, Cols, DType, Op, Program, ValueId};
 use crate::{Error, Result};
 use bytemuck::{Pod, Zeroable};
 
-/// Head dimensions that kernels are made for; others are padded to the next one.
-const DIMS: [usize; 8] = [16, 32, 48, 64, 80, 128, 160, 512];
+/// The largest head dimension that a kernel is made for; others are padded to the next one.
+const LARGEST: usize = FORWARD_HALF[FORWARD_HALF.len() - 1][0];
+
+/// The row of a table for a head dimension: the first that is as large.
+fn row_of<const N: usize>(table: &[[usize; N]], head_dim: usize) -> Option<[usize; N]> {
+    table.iter().copied().find(|row| row[0] >= head_dim)
+}
 
 /// Columns of rows as a kernel takes them. Matches `Columns` in kernels/attention.cuh.
 #[repr(C)]
@@ -49,9 +58,8 @@ const _: () = assert!(size_of::<AttentionParams>() == 96);
 pub fn check(program: &Program) -> Result<()> {
     for node in &program.nodes {
         let Op::Attention(op) = &node.op else { continue };
-        if op.head_dim > DIMS[DIMS.len() - 1] {
-            let what =
-                format!("attention heads of {} dimensions; kernels have at most {}", op.head_dim, DIMS[DIMS.len() - 1]);
+        if op.head_dim > LARGEST {
+            let what = format!("attention heads of {} dimensions; kernels have at most {LARGEST}", op.head_dim);
             return Err(Error::Program { program: program.name.clone(), what, at: node.at.to_string() });
         }
     }
@@ -64,8 +72,6 @@ struct Sizes {
     batch: usize,
     heads: usize,
     head_dim: usize,
-    /// The head dimension of the kernel.
-    dim: usize,
     queries: usize,
     keys: usize,
     /// Query `i` sees keys `0 ..= i + ahead`.
@@ -81,7 +87,6 @@ impl Sizes {
             batch: program.shape(op.q.value)[0],
             heads: op.heads,
             head_dim: op.head_dim,
-            dim: DIMS.into_iter().find(|dim| *dim >= op.head_dim).unwrap_or(DIMS[DIMS.len() - 1]),
             queries,
             keys,
             ahead: if op.causal { keys - queries } else { keys },
@@ -108,8 +113,10 @@ impl Sizes {
     }
 }
 
-/// Tiles of the forward. Matches `ForwardTiles` in kernels/attention_forward.cu.
+/// Tiles of the forward.
 struct ForwardTiles {
+    /// The head dimension of the kernel.
+    dim: usize,
     rows: usize,
     threads: usize,
     keys: usize,
@@ -118,28 +125,14 @@ struct ForwardTiles {
 
 impl ForwardTiles {
     fn new(sizes: &Sizes) -> ForwardTiles {
-        let (half, dim) = (sizes.half(), sizes.dim);
-        let (row_warps, column_warps) = match (dim > 160, half) {
-            (false, _) => (4, 1),
-            (true, true) => (2, 2),
-            (true, false) => (1, 4),
-        };
-        ForwardTiles {
-            rows: 16 * row_warps,
-            threads: 32 * row_warps * column_warps,
-            keys: match half {
-                true if dim <= 64 => 64,
-                true => 32,
-                false if dim <= 80 => 32,
-                false => 16,
-            },
-            slots: if dim > 160 { 2 } else { 3 },
-        }
+        let table = if sizes.half() { FORWARD_HALF } else { FORWARD_SINGLE };
+        let [dim, down, across, keys, slots] = row_of(&table, sizes.head_dim).expect("checked when it was loaded");
+        ForwardTiles { dim, rows: 16 * down, threads: 32 * down * across, keys, slots }
     }
 
     fn shared(&self, sizes: &Sizes) -> usize {
         let probabilities = if sizes.half() { 0 } else { sizes.tile(self.rows, self.keys) };
-        sizes.tile(self.rows, sizes.dim) + self.slots * sizes.tile(self.keys, sizes.dim) + probabilities
+        sizes.tile(self.rows, self.dim) + self.slots * sizes.tile(self.keys, self.dim) + probabilities
     }
 }
 
@@ -158,29 +151,25 @@ struct HopperParams {
 }
 const _: () = assert!(size_of::<HopperParams>() + 3 * TensorMap::BYTES == 512);
 
-/// Tiles of the forward on Hopper. Matches `AttentionTiles` in kernels/attention_hopper.cu.
+/// Tiles of the forward on Hopper.
 struct HopperTiles {
     dim: usize,
     keys: usize,
 }
 
 impl HopperTiles {
-    /// Head dimensions that kernels are made for.
-    const DIMS: [usize; 5] = [40, 64, 80, 128, 160];
-    const QUERIES: usize = 128;
-    const THREADS: usize = 384;
-
     /// None for heads and masks that the kernels do not have.
     fn new(op: &Attention, sizes: &Sizes) -> Option<HopperTiles> {
-        let dim = Self::DIMS.into_iter().find(|dim| *dim >= op.head_dim)?;
+        let [dim, keys] = row_of(&FORWARD_HOPPER, op.head_dim)?;
         let possible = sizes.half() && !op.causal && op.head_dim.is_multiple_of(8);
-        possible.then_some(HopperTiles { dim, keys: if dim <= 128 { 128 } else { 64 } })
+        possible.then_some(HopperTiles { dim, keys })
     }
 
     fn shared(&self) -> usize {
         let boxes = self.dim.div_ceil(TensorMap::LINE);
-        // Queries, two slots of keys and two of values; nine barriers.
-        boxes * TensorMap::LINE_BYTES * (Self::QUERIES + 4 * self.keys) + 9 * 8
+        let (queries, others) = (HOPPER_QUERIES, 2 * HOPPER_SLOTS * self.keys);
+        // Queries, slots of keys and of values; a barrier for the queries and two for each slot.
+        boxes * TensorMap::LINE_BYTES * (queries + others) + 8 * (1 + 2 * 2 * HOPPER_SLOTS)
     }
 }
 
@@ -215,13 +204,13 @@ fn hopper(op: &Attention, cx: &Cx, sizes: &Sizes) -> Option<Launch> {
     };
     let map = |cols, tokens, rows| tensor_map(cx, cols, sizes, tokens, rows);
     let maps = vec![
-        map(op.q, sizes.queries, HopperTiles::QUERIES),
+        map(op.q, sizes.queries, HOPPER_QUERIES),
         map(op.k, sizes.keys, tiles.keys),
         map(op.v, sizes.keys, tiles.keys),
     ];
     let name = format!("attention_hopper_{}_{}", tiles.dim, sizes.dtype);
-    let grid = sizes.grid(sizes.queries, HopperTiles::QUERIES);
-    Some(Launch::new(name, grid, HopperTiles::THREADS, tiles.shared(), params).with_maps(maps))
+    let grid = sizes.grid(sizes.queries, HOPPER_QUERIES);
+    Some(Launch::new(name, grid, HOPPER_ATTENTION_THREADS, tiles.shared(), params).with_maps(maps))
 }
 
 pub fn launches(op: &Attention, cx: &Cx) -> Vec<Launch> {
@@ -244,7 +233,7 @@ pub fn launches(op: &Attention, cx: &Cx) -> Vec<Launch> {
         scale: (sizes.scale() * std::f64::consts::LOG2_E) as f32,
         unused: 0,
     };
-    let name = format!("attention_{}_{}", sizes.dim, sizes.dtype);
+    let name = format!("attention_{}_{}", tiles.dim, sizes.dtype);
     let grid = sizes.grid(sizes.queries, tiles.rows);
     vec![Launch::new(name, grid, tiles.threads, tiles.shared(&sizes), params)]
 }
@@ -284,9 +273,9 @@ struct BackwardParams {
 }
 const _: () = assert!(size_of::<BackwardParams>() == 136);
 
-/// Tiles of the backward: matches `BackwardTiles` and, for large heads, `attention_backward_streamed` in
-/// kernels/attention_backward.cu.
+/// Tiles of the backward.
 struct BackwardTiles {
+    /// The head dimension of the kernel.
     dim: usize,
     own: usize,
     threads: usize,
@@ -296,16 +285,16 @@ struct BackwardTiles {
 impl BackwardTiles {
     /// For `outputs` gradients: of keys and values, or of queries.
     fn new(sizes: &Sizes, outputs: usize) -> BackwardTiles {
-        let (half, dim) = (sizes.half(), sizes.dim);
-        if dim > if half { 160 } else { 80 } {
-            let (own, other, chunk) = (32, 64, 128);
-            let shared = 2 * sizes.tile(other, chunk) + outputs * sizes.tile(own, other);
-            return BackwardTiles { dim: 512, own, threads: 256, shared };
-        }
-        let (own, other, across) = (64, if half { 32 } else { 16 }, if dim > 80 { 2 } else { 1 });
+        let half = sizes.half();
+        let row = if half { row_of(&BACKWARD_HALF, sizes.head_dim) } else { row_of(&BACKWARD_SINGLE, sizes.head_dim) };
+        let Some([dim, own, other, across]) = row else {
+            let (own, other) = (STREAMED_OWN, STREAMED_OTHER);
+            let shared = 2 * sizes.tile(other, STREAMED_COLUMNS) + outputs * sizes.tile(own, other);
+            return BackwardTiles { dim: LARGEST, own, threads: STREAMED_THREADS, shared };
+        };
         let scores = if half && across == 1 { 0 } else { outputs * sizes.tile(own, other) };
         let shared = 2 * sizes.tile(own, dim) + 4 * sizes.tile(other, dim) + scores;
-        BackwardTiles { dim, own, threads: 128 * across, shared }
+        BackwardTiles { dim, own, threads: own / 16 * 32 * across, shared }
     }
 }
 
@@ -329,8 +318,8 @@ pub fn backward(op: &AttentionBackward, cx: &Cx) -> Vec<Launch> {
         queries: queries as i32,
         aligned: columns((*out).into()).aligned & columns((*d_out).into()).aligned,
     };
-    let grid = [(queries * heads).div_ceil(32), batch, 1];
-    let mut launches = vec![Launch::new(format!("attention_delta_{dtype}"), grid, 256, 0, delta)];
+    let grid = [(queries * heads).div_ceil(DELTA_ROWS), batch, 1];
+    let mut launches = vec![Launch::new(format!("attention_delta_{dtype}"), grid, 8 * DELTA_ROWS, 0, delta)];
     let params = BackwardParams {
         q: columns(forward.q),
         k: columns(forward.k),

@@ -2,7 +2,7 @@
 //! Contract: kernels/conv2d.cu.
 
 use super::epilogue::{Epilogue, Split, finish};
-use super::gemm::{Lines, Operand, Product, aligned, ring_bytes};
+use super::gemm::{Lines, Operand, Product, aligned, ring_bytes, threads};
 use super::hopper::{HopperProduct, HopperRight};
 use super::launch::{Address, Cx, Divisor, Launch, TensorMap, is_factor};
 use super::tiles::{Hopper, Shape};
@@ -34,7 +34,7 @@ struct ConvParams {
     unused: i32,
     split: Split,
 }
-const _: () = assert!(size_of::<ConvParams>() == 192);
+const _: () = assert!(size_of::<ConvParams>() == 200);
 
 /// Adds the shift to an epilogue: the time embedding's columns, of each sample or of all.
 fn shifted(cx: &Cx, epilogue: Epilogue, shift: Option<Cols>) -> Epilogue {
@@ -173,6 +173,8 @@ impl Gather {
         if cut.tile.hopper {
             return self.on_hopper(cx, &right).launches(epilogue, cx.workspace);
         }
+        let tiles = [rows.div_ceil(cut.tile.rows), columns.div_ceil(cut.tile.columns)];
+        let (split, grid) = Split::new(&cut, tiles, cx.workspace);
         let params = ConvParams {
             epilogue,
             x: address,
@@ -195,14 +197,13 @@ impl Gather {
                 aligned(dtype, w, right.w_stride) && (!self.is_backward || aligned(dtype, w, right.tap_stride)),
             ),
             unused: 0,
-            split: Split::new(&cut, cx.workspace),
+            split,
         };
-        let grid = [columns.div_ceil(cut.tile.columns), rows.div_ceil(cut.tile.rows), cut.splits];
         let shared = ring_bytes(&cut.tile, dtype, Lines::Reduced, right.lines);
         let backward = if self.is_backward { "backward_" } else { "" };
         let lines = if right.lines == Lines::Reduced { "r" } else { "a" };
         let kernel = format!("conv2d_{backward}{lines}_{}_{dtype}", cut.tile.name);
-        let product = Launch::new(kernel, grid, cut.tile.threads, shared, params);
+        let product = Launch::new(kernel, grid, threads(&cut.tile), shared, params);
         [Some(product), finish(&self.shape, &cut, epilogue, cx.workspace)].into_iter().flatten().collect()
     }
 }

@@ -1,11 +1,11 @@
 //! Launches of elementwise ops. Contract: kernels/elementwise.cu.
 
+use super::kernels::constants::{self, MOST_CHANNELS, MOST_PARTS};
 use super::launch::{Address, Cx, Divisor, Launch, activation};
 use crate::program::{Activation, Cols, DType, Elementwise, Scalar, ValueId};
 use bytemuck::{Pod, Zeroable};
 
-/// Threads of a block.
-pub const THREADS: usize = 256;
+pub use super::kernels::constants::PLAIN_THREADS as THREADS;
 
 /// Bytes a thread takes at once.
 const VECTOR: usize = 16;
@@ -74,9 +74,6 @@ struct ScaleParams {
 }
 const _: () = assert!(size_of::<ScaleParams>() == 56);
 
-/// Channels of a launch.
-const MOST_CHANNELS: usize = 16;
-
 /// Matches `ChannelAffineParams` in kernels/elementwise.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -115,7 +112,7 @@ pub struct Pieces {
 const _: () = assert!(size_of::<Pieces>() == 20);
 
 impl Pieces {
-    /// Of dense rows, which start at the addresses. Panics at 2^31 pieces, which no device holds.
+    /// Of dense rows, which start at the addresses.
     pub fn new(dtype: DType, rows: usize, width: usize, addresses: &[Address]) -> Pieces {
         let whole = (width * dtype.bytes()).is_multiple_of(VECTOR);
         Pieces::cut(dtype, rows, width, whole && addresses.iter().all(|address| address.is_aligned()))
@@ -128,32 +125,37 @@ impl Pieces {
 
     fn cut(dtype: DType, rows: usize, width: usize, aligned: bool) -> Pieces {
         let per_row = if aligned { width * dtype.bytes() / VECTOR } else { width };
-        let count = rows * per_row;
-        assert!(count < 1 << 31, "{rows} rows of {width} {dtype}");
-        Pieces { per_row: Divisor::new(per_row), count: count as u32, aligned: i32::from(aligned) }
+        let count = u32::try_from(rows * per_row).unwrap_or(u32::MAX);
+        Pieces { per_row: Divisor::new(per_row), count, aligned: i32::from(aligned) }
     }
 
     pub fn grid(&self) -> [usize; 3] {
-        [(self.count as usize).div_ceil(THREADS), 1, 1]
+        grid_of(self.count as usize)
     }
 }
 
-/// Functions' numbers in kernels/elementwise.cu; activations have their own.
-const AFFINE: i32 = 16;
-const CLAMP: i32 = 17;
-const ADD: i32 = 32;
-const MUL: i32 = 33;
+/// Blocks with a thread for each of `count`. Kernels count below 2^31: from there on it is a grid that [`Launch::check`] refuses.
+pub fn grid_of(count: usize) -> [usize; 3] {
+    [if count < 1 << 31 { count.div_ceil(THREADS) } else { usize::MAX }, 1, 1]
+}
 
+/// A function's number; activations have their own.
 fn scalar(f: Scalar) -> i32 {
-    match f {
-        Scalar::Sqrt => 18,
-        Scalar::Square => 19,
-        Scalar::Ln => 20,
-        Scalar::Exp => 21,
-        Scalar::Reciprocal => 22,
-        Scalar::Spherical => 23,
-    }
+    let number = match f {
+        Scalar::Sqrt => constants::SQRT,
+        Scalar::Square => constants::SQUARE,
+        Scalar::Ln => constants::LN,
+        Scalar::Exp => constants::EXP,
+        Scalar::Reciprocal => constants::RECIPROCAL,
+        Scalar::Spherical => constants::SPHERICAL,
+    };
+    number as i32
 }
+
+const AFFINE: i32 = constants::AFFINE as i32;
+const CLAMP: i32 = constants::CLAMP as i32;
+const ADD: i32 = constants::ADD as i32;
+const MUL: i32 = constants::MUL as i32;
 
 pub fn launches(op: &Elementwise, cx: &Cx) -> Vec<Launch> {
     use Elementwise::*;
@@ -323,9 +325,6 @@ fn geglu(cx: &Cx, kernel: &str, x: ValueId, d_y: Address, half: usize) -> Launch
     let params = GegluParams { x, d_y, y, half: half as i64, pieces, unused: 0 };
     Launch::new(format!("{kernel}_{dtype}"), pieces.grid(), THREADS, 0, params)
 }
-
-/// Parts of a launch.
-const MOST_PARTS: usize = 8;
 
 /// What a strided sum adds up: for row `r` of the output, `times` stretches `step` apart from
 /// `x + (r / by) outer + (r % by - first) inner` on, if `r % by` lies in `first .. first + count`. Matches `Part` in

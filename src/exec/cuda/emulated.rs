@@ -141,6 +141,7 @@ impl Driver for Emulated {
             element: map.dtype.bytes() as u32,
             unused: [0; 11],
         };
+        map.check()?;
         Ok(bytemuck::cast(host))
     }
 
@@ -206,6 +207,7 @@ impl Driver for Emulated {
     }
 
     fn launch(&mut self, function: Function, launch: &Launch) -> Result<()> {
+        launch.check()?;
         let bytes = self.kernels.get(&launch.kernel).map_or(0, |kernel| kernel.1 as usize);
         if launch.params.len() != bytes {
             let what = format!("{launch}: {} bytes of parameters, the kernel takes {bytes}", launch.params.len());

@@ -43,21 +43,22 @@ impl Epilogue {
     }
 }
 
-/// Which part of a product's sums a block stores. Matches `Split` in kernels/product.cuh.
+/// How a product is split over blocks. Matches `Split` in kernels/product.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub struct Split {
     partial: Address,
+    across: Divisor,
     depth: i32,
-    unused: i32,
 }
-const _: () = assert!(size_of::<Split>() == 16);
+const _: () = assert!(size_of::<Split>() == 24);
 
 impl Split {
-    /// `workspace` holds the parts where there are several.
-    pub fn new(cut: &Cut, workspace: Address) -> Split {
+    /// With the grid that goes with it, of so many tiles down and across. `workspace` holds the parts where there are several.
+    pub fn new(cut: &Cut, [down, across]: [usize; 2], workspace: Address) -> (Split, [usize; 3]) {
         let partial = if cut.splits > 1 { workspace } else { Address::NULL };
-        Split { partial, depth: cut.depth as i32, unused: 0 }
+        let split = Split { partial, across: Divisor::new(across), depth: cut.depth as i32 };
+        (split, [down * across, 1, cut.splits])
     }
 }
 

@@ -2,7 +2,8 @@
 
 use super::launch::{Address, Cx, Launch};
 use super::tiles::Hopper;
-use super::{HOPPER, kernels, launches_of, workspace};
+use super::{HOPPER, attention, kernels, launches_of, workspace};
+use crate::exec::guard::describe;
 use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::plan::Planned;
 use crate::program::{DType, Node, Program};
@@ -114,9 +115,11 @@ pub struct Explained {
     pub rows: Vec<Row>,
 }
 
-/// Explains a program that was planned with a [`Planner`] for this GPU, and with the same `hopper`. Nothing runs.
-pub fn explain(planned: &Planned, peak: Peak, hopper: Hopper) -> Explained {
+/// Explains a program that was planned with a [`Planner`] for this GPU, and with the same `hopper`. Nothing runs. What a driver would
+/// refuse to launch is an error, as it is when the program is loaded.
+pub fn explain(planned: &Planned, peak: Peak, hopper: Hopper) -> Result<Explained> {
     let Planned { program, plan } = planned;
+    attention::check(program)?;
     // Somewhere, aligned as the executor aligns.
     let (mut next, arena) = (Address(1 << 40), Address(1 << 20));
     let mut addresses = Vec::with_capacity(program.values.len());
@@ -125,13 +128,17 @@ pub fn explain(planned: &Planned, peak: Peak, hopper: Hopper) -> Explained {
         next = next.offset(value.bytes().next_multiple_of(256));
     }
     let registers = registers(peak.arch);
-    let rows = program.nodes.iter().enumerate().map(|(index, node)| {
+    let explained = |(index, node): (usize, &Node)| {
         let workspace = plan.workspace[index].map_or(Address::NULL, |region| arena.offset(region.offset));
         let cx = Cx { program, node, addresses: &addresses, workspace, hopper };
         let bytes = program.bytes_of(node) + 2 * super::workspace(program, node, hopper);
-        row(program, node, bytes, launches_of(&cx), peak, &registers)
-    });
-    Explained { program: program.name.clone(), peak, rows: rows.collect() }
+        let launches = launches_of(&cx);
+        let failed = |error: Error| Error::Device(describe(program, index, &error.to_string()));
+        launches.iter().try_for_each(|launch| launch.check().map_err(failed))?;
+        Ok(row(program, node, bytes, launches, peak, &registers))
+    };
+    let rows = program.nodes.iter().enumerate().map(explained).collect::<Result<Vec<Row>>>()?;
+    Ok(Explained { program: program.name.clone(), peak, rows })
 }
 
 fn row(

@@ -2,6 +2,7 @@
 
 use super::epilogue::{Epilogue, Split, finish};
 use super::hopper::{HopperProduct, HopperRight};
+use super::kernels::constants::{PRODUCT_TILES, STAGE_DEPTH_BYTES, STAGES};
 use super::launch::{Address, Cx, Launch, activation, is_factor};
 use super::tiles::{Hopper, Shape, Tile};
 use crate::program::{Activation, DType, Gemm, GemmBackward, Program};
@@ -24,10 +25,7 @@ struct GemmParams {
     right_aligned: i32,
     split: Split,
 }
-const _: () = assert!(size_of::<GemmParams>() == 128);
-
-/// Stages of a product's ring in shared memory.
-const STAGES: usize = 3;
+const _: () = assert!(size_of::<GemmParams>() == 136);
 
 /// Bytes from one line of a tile in shared memory to the next (`pitch` in kernels/tile.cuh).
 pub fn pitch(dtype: DType, elements: usize) -> usize {
@@ -43,12 +41,19 @@ pub enum Lines {
 
 /// Bytes of a block's ring of stages (`stage_bytes` in kernels/product.cuh).
 pub fn ring_bytes(tile: &Tile, dtype: DType, left: Lines, right: Lines) -> usize {
-    let depth = 64 / dtype.bytes();
+    let depth = STAGE_DEPTH_BYTES / dtype.bytes();
     let stage = |lines, extent| match lines {
         Lines::Reduced => extent * pitch(dtype, depth),
         Lines::Across => depth * pitch(dtype, extent),
     };
     STAGES * (stage(left, tile.rows) + stage(right, tile.columns))
+}
+
+/// Threads of a block that has a square tile.
+pub fn threads(tile: &Tile) -> usize {
+    let row = PRODUCT_TILES.iter().find(|row| [row[0]; 2] == [tile.rows, tile.columns]);
+    let [_, down, across] = row.expect("a tile of kernels/constants.cuh");
+    32 * down * across
 }
 
 /// Whether lines of `stride` elements from `address` on begin at multiples of 16 bytes.
@@ -88,6 +93,9 @@ impl Product {
         };
         // In a GEGLU a chunk of columns must lie in one half.
         let whole = (half * dtype.bytes()).is_multiple_of(16) || right.lines == Lines::Reduced;
+        let across = if *half > 0 { 2 * half.next_multiple_of(8) } else { columns };
+        let tiles = [rows.div_ceil(cut.tile.rows), across.div_ceil(cut.tile.columns)];
+        let (split, grid) = Split::new(&cut, tiles, workspace);
         let params = GemmParams {
             epilogue,
             left: left.address,
@@ -100,13 +108,11 @@ impl Product {
             half: *half as i32,
             left_aligned: i32::from(aligned(dtype, left.address, left.stride)),
             right_aligned: i32::from(aligned(dtype, right.address, right.stride) && whole),
-            split: Split::new(&cut, workspace),
+            split,
         };
-        let across = if *half > 0 { 2 * half.next_multiple_of(8) } else { columns };
-        let grid = [across.div_ceil(cut.tile.columns), rows.div_ceil(cut.tile.rows), cut.splits];
         let shared = ring_bytes(&cut.tile, dtype, left.lines, right.lines);
         let kernel = format!("gemm_{name}_{}_{dtype}", cut.tile.name);
-        let product = Launch::new(kernel, grid, cut.tile.threads, shared, params);
+        let product = Launch::new(kernel, grid, threads(&cut.tile), shared, params);
         [Some(product), finish(shape, &cut, epilogue, workspace)].into_iter().flatten().collect()
     }
 

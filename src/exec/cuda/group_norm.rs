@@ -1,13 +1,10 @@
 //! Launches of group normalisation. Contract: kernels/group_norm.cu.
 
+use super::kernels::constants::{GROUP_THREADS as THREADS, PARTS};
 use super::launch::{Address, Cx, Divisor, Launch};
 use crate::program::{DType, Program, ValueId};
 use bytemuck::{Pod, Zeroable};
 
-/// Threads of a block.
-const THREADS: usize = 256;
-/// Parts of a block at most (`PARTS` in kernels/group_norm.cu).
-const PARTS: usize = 64;
 /// Channels of a part at most.
 const SIZE: usize = 512;
 /// Bytes of a range at least, where there are as many: whole lines of the cache.

@@ -2,6 +2,7 @@
 
 use super::epilogue::{Epilogue, Split, finish};
 use super::gemm::Lines;
+use super::kernels::constants::{HOPPER_ROWS as ROWS, HOPPER_THREADS};
 use super::launch::{Address, Divisor, Launch, TensorMap};
 use super::tiles::Shape;
 use bytemuck::{Pod, Zeroable};
@@ -26,20 +27,17 @@ struct HopperParams {
     direction: i32,
     columns: i32,
     stages: i32,
-    unused: [i32; 22],
+    slots: i32,
+    unused: [i32; 19],
 }
 const _: () = assert!(size_of::<HopperParams>() + 2 * TensorMap::BYTES == 512);
 
-/// Rows of a block's tile.
-const ROWS: usize = 128;
 /// Reduced elements of a stage.
 const DEPTH: usize = TensorMap::LINE;
-/// Stages that the ring can have.
-pub const RINGS: &[usize] = &[5];
-/// Bytes of shared memory that a block can have.
-pub const MOST_SHARED: usize = 227 * 1024;
+/// Slots of the ring that stages go through, as far as shared memory allows; with 2 it would be right too, and slower.
+pub const RINGS: [usize; 4] = [3, 4, 5, 6];
 
-/// Bytes of a ring for tiles of so many columns, with two barriers for each of its stages.
+/// Bytes of a ring for tiles of so many columns, with two barriers for each of its slots.
 pub fn ring_bytes(columns: usize, right: Lines, stages: usize) -> usize {
     let lines = match right {
         Lines::Reduced => columns,
@@ -112,9 +110,10 @@ impl HopperProduct {
         let ([width, height], batch, chunks) = (self.output, self.extents[3], self.extents[0].div_ceil(DEPTH));
         let [tiles_x, tiles_y, tiles_b] = [width.div_ceil(x), height.div_ceil(y), batch.div_ceil(b)];
         let stages = chunks * self.kernel[0] * self.kernel[1];
+        let (split, grid) = Split::new(&cut, [tiles_x * tiles_y * tiles_b, columns.div_ceil(side)], workspace);
         let params = HopperParams {
             epilogue,
-            split: Split::new(&cut, workspace),
+            split,
             tiles_x: Divisor::new(tiles_x),
             tiles_y: Divisor::new(tiles_y),
             chunks: Divisor::new(chunks),
@@ -129,14 +128,14 @@ impl HopperProduct {
             direction: self.direction,
             columns: columns as i32,
             stages: stages as i32,
-            unused: [0; 22],
+            slots: cut.stages as i32,
+            unused: [0; 19],
         };
-        let grid = [columns.div_ceil(side), tiles_x * tiles_y * tiles_b, cut.splits];
         let name = if lines == Lines::Reduced { "r" } else { "a" };
         let shared = ring_bytes(side, lines, cut.stages);
         let kernel = format!("product_hopper_{name}_{side}_{}", self.shape.dtype);
         let maps = vec![self.left_map([x, y, b]), self.right_map(side)];
-        let product = Launch::new(kernel, grid, cut.tile.threads, shared, params).with_maps(maps);
+        let product = Launch::new(kernel, grid, HOPPER_THREADS, shared, params).with_maps(maps);
         [Some(product), finish(&self.shape, &cut, epilogue, workspace)].into_iter().flatten().collect()
     }
 }

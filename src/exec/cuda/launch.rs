@@ -1,10 +1,12 @@
 //! A launch is a value: which kernel, how many blocks and threads, how much shared memory, and the bytes of its parameters.
 
 use super::driver::Driver;
+use super::kernels::constants;
 use super::tiles::Hopper;
-use crate::Result;
 use crate::program::{Activation, Cols, DType, Node, Origin, Program, ValueId};
+use crate::{Error, Result};
 use bytemuck::Pod;
+use std::ops::RangeInclusive;
 
 /// An address in device memory (on the emulated driver: in host memory).
 #[repr(transparent)]
@@ -26,17 +28,17 @@ impl Address {
 }
 
 /// A tensor of 16-bit elements and the box of it that Hopper's copy engine brings at a time, 128 bytes along the first dimension.
-/// What of a box lies outside the tensor is 0.
+/// What of a box lies outside the tensor is 0. [`TensorMap::check`] has the limits.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorMap {
     pub dtype: DType,
-    /// Of the first element; a multiple of 16.
+    /// Of the first element.
     pub address: Address,
     /// Elements along each dimension, the first one contiguous.
     pub extents: [usize; 4],
-    /// Elements from one to the next along each dimension behind the first; multiples of 8, and of no matter where the extent is 1.
+    /// Elements from one to the next along each dimension behind the first; of no matter where the extent is 1.
     pub strides: [usize; 3],
-    /// Of the box: at most 256 each.
+    /// Of the box.
     pub window: [usize; 4],
 }
 
@@ -45,10 +47,10 @@ impl TensorMap {
     pub const BYTES: usize = 128;
 
     /// Bytes of the box along its first dimension.
-    pub const LINE_BYTES: usize = 128;
+    pub const LINE_BYTES: usize = constants::LINE_BYTES;
 
     /// Elements of it.
-    pub const LINE: usize = 64;
+    pub const LINE: usize = TensorMap::LINE_BYTES / 2;
 
     /// Bytes from one to the next along each dimension behind the first, of a dimension of one element 16.
     pub fn byte_strides(&self) -> [u64; 3] {
@@ -56,7 +58,47 @@ impl TensorMap {
             |i| if self.extents[i + 1] == 1 { 16 } else { (self.strides[i] * self.dtype.bytes()) as u64 },
         )
     }
+
+    /// Refuses what the driver would (`cuTensorMapEncodeTiled`, with lines permuted by 128 bytes), in words.
+    pub fn check(&self) -> Result<()> {
+        let TensorMap { dtype, address, extents, window, .. } = self;
+        let refuse = |what: String| Err(Error::Device(format!("a tensor map has {what}")));
+        if dtype.bytes() != 2 {
+            return refuse(format!("elements of 16 bits, not of {dtype}"));
+        }
+        if !address.is_aligned() {
+            return refuse(format!("an address that is a multiple of 16, not {:#x}", address.0));
+        }
+        if let Some(extent) = extents.iter().find(|extent| !EXTENTS.contains(extent)) {
+            return refuse(format!("extents of 1 to 2^32, not {extent}"));
+        }
+        if let Some(stride) = self.byte_strides().iter().find(|stride| *stride % 16 > 0 || **stride >= 1 << 40) {
+            return refuse(format!("strides of multiples of 16 bytes below 2^40, not {stride}"));
+        }
+        if let Some(extent) = window.iter().find(|extent| !WINDOW.contains(extent)) {
+            return refuse(format!("boxes of 1 to 256 elements along a dimension, not {extent}"));
+        }
+        if window[0] != TensorMap::LINE {
+            return refuse(format!(
+                "boxes of {} elements along the first dimension, not {}",
+                TensorMap::LINE,
+                window[0]
+            ));
+        }
+        Ok(())
+    }
 }
+
+/// What the driver takes: extents of a tensor and of a box.
+const EXTENTS: RangeInclusive<usize> = 1..=1 << 32;
+const WINDOW: RangeInclusive<usize> = 1..=256;
+/// Blocks along x, y and z; threads of a block.
+const GRID: [RangeInclusive<u32>; 3] = [1..=(1 << 31) - 1, 1..=65_535, 1..=65_535];
+const BLOCK: RangeInclusive<u32> = 1..=1024;
+/// Bytes of dynamic shared memory on sm_90, which has the most that kernels here ask for; a device may have less, and says so.
+pub const SHARED: u32 = 227 << 10;
+/// Bytes of parameters.
+const PARAMS: usize = 4096;
 
 /// One kernel launch. Every kernel takes one parameter, a `#[repr(C)]` structure passed by value.
 #[derive(Clone, Debug, PartialEq)]
@@ -75,12 +117,15 @@ pub struct Launch {
 }
 
 impl Launch {
+    /// Whether a driver takes it [`Launch::check`] says: sizes are the user's.
     pub fn new<P: Pod>(kernel: impl Into<String>, grid: [usize; 3], block: usize, shared: usize, params: P) -> Launch {
+        // What 32 bits do not hold is beyond every limit, and stays so.
+        let narrow = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         Launch {
             kernel: kernel.into(),
-            grid: grid.map(|n| n as u32),
-            block: block as u32,
-            shared: shared as u32,
+            grid: grid.map(narrow),
+            block: narrow(block),
+            shared: narrow(shared),
             params: bytemuck::bytes_of(&params).to_vec(),
             maps: vec![],
         }
@@ -92,6 +137,29 @@ impl Launch {
         self.params.extend(params);
         self.maps = maps;
         self
+    }
+
+    /// Refuses what every driver would, in words: the emulation has no other limits than a GPU.
+    pub fn check(&self) -> Result<()> {
+        let refuse = |what: String| Err(Error::Device(format!("{self}: {what}")));
+        for ((axis, blocks), limit) in ["x", "y", "z"].iter().zip(self.grid).zip(GRID) {
+            if !limit.contains(&blocks) {
+                return refuse(format!(
+                    "a grid has 1 to {} blocks along {axis}; use a smaller --batch or --size",
+                    limit.end()
+                ));
+            }
+        }
+        if !BLOCK.contains(&self.block) {
+            return refuse(format!("a block has {} to {} threads", BLOCK.start(), BLOCK.end()));
+        }
+        if self.shared > SHARED {
+            return refuse(format!("a block has at most {SHARED} bytes of shared memory"));
+        }
+        if self.params.len() > PARAMS {
+            return refuse(format!("{} bytes of parameters, a kernel takes at most {PARAMS}", self.params.len()));
+        }
+        self.maps.iter().try_for_each(|map| map.check().or_else(|error| refuse(error.to_string())))
     }
 
     /// Puts the tensor maps where the kernel looks for them.
@@ -199,16 +267,17 @@ pub fn is_factor(program: &Program, id: ValueId) -> bool {
     }
 }
 
-/// An activation's number in kernels/activation.cuh.
+/// An activation's number.
 pub fn activation(activation: Activation) -> i32 {
-    match activation {
-        Activation::None => 0,
-        Activation::Silu => 1,
-        Activation::Gelu => 2,
-        Activation::QuickGelu => 3,
-        Activation::GeluTanh => 4,
-        Activation::Geglu => 5,
-    }
+    let number = match activation {
+        Activation::None => constants::NONE,
+        Activation::Silu => constants::SILU,
+        Activation::Gelu => constants::GELU,
+        Activation::QuickGelu => constants::QUICK_GELU,
+        Activation::GeluTanh => constants::GELU_TANH,
+        Activation::Geglu => constants::GEGLU,
+    };
+    number as i32
 }
 
 #[cfg(test)]
@@ -218,6 +287,66 @@ mod tests {
     /// As the kernel divides.
     fn divide(n: u32, by: Divisor) -> u32 {
         if by.multiplier == 0 { n } else { ((n as u64 * by.multiplier as u64) >> 32) as u32 >> by.shift }
+    }
+
+    fn launch() -> Launch {
+        let map = TensorMap {
+            dtype: DType::F16,
+            address: Address(1 << 20),
+            extents: [320, 64, 64, 2],
+            strides: [320, 64 * 320, 64 * 64 * 320],
+            window: [64, 16, 8, 1],
+        };
+        Launch::new("product", [2, 3, 4], 288, 200_000, [0u64; 32]).with_maps(vec![map.clone(), map])
+    }
+
+    #[test]
+    fn what_a_driver_takes_is_let_through() {
+        launch().check().unwrap();
+        let (grid, params) = ([(1 << 31) - 1, 65_535, 65_535], vec![0; 4096]);
+        Launch { grid, block: 1024, shared: 227 << 10, params, ..launch() }.check().unwrap();
+        let mut ends = launch();
+        let map = &mut ends.maps[0];
+        (map.extents, map.strides, map.window) = ([1 << 32, 1, 1, 2], [0, 0, (1 << 39) - 8], [64, 256, 1, 1]);
+        // Of one element along a dimension strides are of no matter.
+        map.strides[0] = 3;
+        ends.check().unwrap();
+    }
+
+    #[test]
+    fn what_a_driver_refuses_is_one_line() {
+        let of = |change: &dyn Fn(&mut Launch)| {
+            let mut launch = Launch { params: vec![0; 4096], ..launch() };
+            change(&mut launch);
+            launch
+        };
+        let of_map = |change: &dyn Fn(&mut TensorMap)| of(&|launch| change(&mut launch.maps[1]));
+        let refused = [
+            (Launch::new("k", [1 << 31, 1, 1], 32, 0, 0u64), "along x"),
+            (Launch::new("k", [1 << 40, 1, 1], 32, 0, 0u64), "along x"),
+            (Launch::new("k", [0, 1, 1], 32, 0, 0u64), "along x"),
+            (of(&|launch| launch.grid[1] = 65_536), "1 to 65535 blocks along y"),
+            (of(&|launch| launch.grid[1] = 0), "along y"),
+            (of(&|launch| launch.grid[2] = 65_536), "along z"),
+            (of(&|launch| launch.grid[2] = 0), "along z"),
+            (of(&|launch| launch.block = 0), "1 to 1024 threads"),
+            (of(&|launch| launch.block = 1025), "1 to 1024 threads"),
+            (of(&|launch| launch.shared = (227 << 10) + 1), "shared memory"),
+            (of(&|launch| launch.params.push(0)), "4097 bytes of parameters"),
+            (of_map(&|map| map.dtype = DType::F32), "elements of 16 bits, not of f32"),
+            (of_map(&|map| map.address = Address(24)), "multiple of 16, not 0x18"),
+            (of_map(&|map| map.extents[2] = 0), "extents of 1 to 2^32, not 0"),
+            (of_map(&|map| map.extents[0] = (1 << 32) + 1), "extents of 1 to 2^32"),
+            (of_map(&|map| map.strides[1] += 4), "multiples of 16 bytes"),
+            (of_map(&|map| map.strides[2] = 1 << 39), "below 2^40"),
+            (of_map(&|map| map.window[3] = 0), "boxes of 1 to 256"),
+            (of_map(&|map| map.window[1] = 257), "boxes of 1 to 256"),
+            (of_map(&|map| map.window[0] = 32), "boxes of 64 elements along the first dimension"),
+        ];
+        for (launch, what) in refused {
+            let error = launch.check().unwrap_err().to_string();
+            assert!(error.contains(what) && error.contains(&launch.kernel) && !error.contains('\n'), "{error}");
+        }
     }
 
     #[test]

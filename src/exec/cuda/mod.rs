@@ -229,6 +229,7 @@ impl Cuda {
             let mut found = vec![];
             for mut launch in launches_of(&cx) {
                 let failed = |error: Error| Error::Device(describe(program, op, &error.to_string()));
+                launch.check().map_err(failed)?;
                 launch.encode_maps(&*self.driver).map_err(failed)?;
                 found.push((self.driver.function(&launch.kernel, launch.shared).map_err(failed)?, launch));
             }

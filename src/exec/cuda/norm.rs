@@ -1,6 +1,7 @@
 //! Launches of normalisations and of what else turns rows into rows. Contracts: kernels/layer_norm.cu,
 //! kernels/reduce.cu.
 
+use super::kernels::constants::{HELD, PLAIN_THREADS as ELEMENTS, TEAM};
 use super::launch::{Address, Cx, Launch};
 use super::{group_norm, reduce};
 use crate::program::{Norm, Program, ValueId};
@@ -20,13 +21,9 @@ pub fn workspace(op: &Norm, program: &Program) -> usize {
     }
 }
 
-/// Vectors of 16 bytes that a thread keeps of a row (`Row::HELD` in kernels/rows.cuh).
-const HELD: usize = 5;
 const WARP: usize = 32;
-/// Threads of a block of warps that have a row each, of a block that has one row, of one that has elements.
+/// Threads of a block of warps that have a row each.
 const WARPS: usize = 128;
-const TEAM: usize = 512;
-const ELEMENTS: usize = 256;
 
 /// Matches `Rows` in kernels/rows.cuh.
 #[repr(C)]

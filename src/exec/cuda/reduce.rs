@@ -1,12 +1,11 @@
 //! Launches of sums: of columns, of products, of a layer norm's affine gradients. Contracts: kernels/reduce.cu,
 //! kernels/layer_norm.cu.
 
+use super::kernels::constants::{COLUMN_THREADS, PLAIN_THREADS};
 use super::launch::{Address, Cx, Launch};
 use crate::program::{DType, Over, Program, ValueId};
 use bytemuck::{Pod, Zeroable};
 
-/// Threads of a block.
-const THREADS: usize = 256;
 /// Blocks per set to aim at.
 const BLOCKS: usize = 256;
 /// Vectors of a thread at least, where there are several chunks.
@@ -67,7 +66,7 @@ impl ColumnSum {
     fn cut(rows: usize, columns: usize, dtype: DType, most: usize) -> (ColumnSum, [usize; 2]) {
         let vector = 16 / dtype.bytes();
         let lanes = columns.div_ceil(vector).min(8);
-        let (side, across) = (THREADS / lanes, columns.div_ceil(lanes * vector));
+        let (side, across) = (COLUMN_THREADS / lanes, columns.div_ceil(lanes * vector));
         let steps = rows.div_ceil(side);
         let chunks = BLOCKS.div_ceil(across).min(steps.div_ceil(VECTORS)).min(most);
         let length = side * steps.div_ceil(chunks);
@@ -93,7 +92,7 @@ impl ColumnSum {
 fn total(x: Address, y: Address, [sets, rows, columns]: [usize; 3], from: DType, to: DType) -> Launch {
     let (shape, [across, chunks]) = ColumnSum::cut(rows, columns, from, 1);
     let params = ColumnSumsParams { shape: shape.at(from, &[x]), x, y };
-    Launch::new(format!("column_sums_{from}_{to}"), [across, chunks, sets], THREADS, 0, params)
+    Launch::new(format!("column_sums_{from}_{to}"), [across, chunks, sets], COLUMN_THREADS, 0, params)
 }
 
 /// Bytes of the partial sums of several chunks.
@@ -127,14 +126,14 @@ pub fn sum(cx: &Cx, x: ValueId, over: Over) -> Vec<Launch> {
     let params = ColumnSumsParams { shape: shape.at(dtype, &[x]), x, y: cx.workspace };
     let wide = dtype.wide();
     vec![
-        Launch::new(format!("column_sums_{dtype}_{wide}"), [across, chunks, sets], THREADS, 0, params),
+        Launch::new(format!("column_sums_{dtype}_{wide}"), [across, chunks, sets], COLUMN_THREADS, 0, params),
         total(cx.workspace, y, [sets, chunks, columns], wide, dtype),
     ]
 }
 
 /// Elements of a sample, of a chunk, and chunks.
 fn multiplied(shape: &[usize], dtype: DType) -> [usize; 3] {
-    let (size, step) = (shape[1..].iter().product::<usize>(), THREADS * 16 / dtype.bytes());
+    let (size, step) = (shape[1..].iter().product::<usize>(), PLAIN_THREADS * 16 / dtype.bytes());
     let steps = size.div_ceil(step);
     let length = step * steps.div_ceil(steps.div_ceil(VECTORS).min(BLOCKS));
     [size, length, size.div_ceil(length)]
@@ -153,7 +152,7 @@ pub fn dot(cx: &Cx, a: ValueId, b: ValueId) -> Vec<Launch> {
     let y = if chunks > 1 { cx.workspace } else { out };
     let (size, length, aligned) = (size as i64, length as i64, i32::from(aligned));
     let params = DotParams { a, b, y, size, length, aligned, unused: 0 };
-    let mut launches = vec![Launch::new(format!("dot_{dtype}"), [chunks, samples, 1], THREADS, 0, params)];
+    let mut launches = vec![Launch::new(format!("dot_{dtype}"), [chunks, samples, 1], PLAIN_THREADS, 0, params)];
     if chunks > 1 {
         launches.push(total(y, out, [samples, chunks, 1], dtype.wide(), dtype.wide()));
     }
@@ -182,7 +181,7 @@ pub fn affine(cx: &Cx, [x, d_y, mean, rstd]: [ValueId; 4]) -> Vec<Launch> {
     let of = |which: usize| sums.offset(which * chunks * width * size_of::<f32>());
     let total = |which, y| total(of(which), y, [1, chunks, width], dtype.wide(), dtype);
     vec![
-        Launch::new(format!("layer_norm_backward_affine_{dtype}"), [across, chunks, 1], THREADS, 0, params),
+        Launch::new(format!("layer_norm_backward_affine_{dtype}"), [across, chunks, 1], COLUMN_THREADS, 0, params),
         total(0, d_gamma),
         total(1, d_beta),
     ]

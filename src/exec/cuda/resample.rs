@@ -1,6 +1,7 @@
 //! Launches of resampling. Contract: kernels/resample.cu.
 
-use super::elementwise::{Part, Pieces, THREADS, strided_sum};
+use super::elementwise::{Part, Pieces, THREADS, grid_of, strided_sum};
+use super::kernels::constants::TABLE_THREADS;
 use super::launch::{Address, Cx, Divisor, Launch};
 use crate::program::{Filter, Interpolation, Program, Resample, ValueId};
 use bytemuck::{Pod, Zeroable};
@@ -44,9 +45,6 @@ struct TablesParams {
     unused: i32,
 }
 const _: () = assert!(size_of::<TablesParams>() == 80);
-
-/// Targets of a block of `resize_tables`.
-const TARGETS: usize = 128;
 
 /// Matches `ResizeParams` in kernels/resample.cu.
 #[repr(C)]
@@ -190,12 +188,11 @@ fn resize(op: &Resample, cx: &Cx, x: ValueId) -> Vec<Launch> {
         transposed: i32::from(down.transposed),
         unused: 0,
     };
-    let blocks = down.targets().max(across.targets()).div_ceil(TARGETS);
-    let tabulate = Launch::new("resize_tables", [blocks, 2, 1], TARGETS, 0, params);
+    let blocks = down.targets().max(across.targets()).div_ceil(TABLE_THREADS);
+    let tabulate = Launch::new("resize_tables", [blocks, 2, 1], TABLE_THREADS, 0, params);
     let (y, dtype) = (cx.output(0), cx.dtype(x));
     let ([_, x_height, x_width, _], [_, height, width, channels]) = (dims(cx.shape(x)), dims(cx.shape(y)));
     let count = cx.len(y);
-    assert!(count < 1 << 31, "an image of {count} elements");
     let params = ResizeParams {
         x: cx.address(x),
         y: cx.address(y),
@@ -208,6 +205,6 @@ fn resize(op: &Resample, cx: &Cx, x: ValueId) -> Vec<Launch> {
         x_height: x_height as i32,
         x_width: x_width as i32,
     };
-    let apply = Launch::new(format!("resize_{dtype}"), [count.div_ceil(THREADS), 1, 1], THREADS, 0, params);
+    let apply = Launch::new(format!("resize_{dtype}"), grid_of(count), THREADS, 0, params);
     vec![tabulate, apply]
 }

@@ -1,12 +1,10 @@
 //! Launches of updates. Contract: kernels/update.cu.
 
 use super::elementwise::{Pieces, THREADS, flat};
+use super::kernels::constants::MOST_TERMS;
 use super::launch::{Address, Cx, Divisor, Launch};
 use crate::program::{Rows, Update, ValueId};
 use bytemuck::{Pod, Zeroable};
-
-/// Terms of a launch.
-const MOST_TERMS: usize = 8;
 
 /// Matches `CombineParams` in kernels/update.cu.
 #[repr(C)]

@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 mod graphs;
+mod images;
 mod library;
 mod pace;
 mod staging;
@@ -16,13 +17,16 @@ use super::{HOPPER, kernels};
 use crate::{Error, Result};
 use cudarc::driver::{DriverError, result, sys};
 use graphs::Graphs;
+use images::{FOLDER, Image, images};
 use library::{Version, Words, failed, find, version};
 pub use pace::AHEAD;
 use pace::Pace;
 use staging::Staging;
 use std::collections::{BTreeMap, HashMap};
+use std::env;
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::fmt;
+use std::path::PathBuf;
 
 /// Ampere: the first with asynchronous copies and bf16 in the tensor cores.
 const OLDEST_ARCH: c_int = 80;
@@ -75,7 +79,8 @@ pub struct Resources {
 unsafe impl Send for Gpu {}
 
 impl Gpu {
-    /// Opens a device and loads the kernels; an error says what is missing.
+    /// Opens a device and loads the kernels; an error says what is missing. `RAREBIT_KERNELS` names a folder of files that are loaded
+    /// in place of embedded ones.
     pub fn new(ordinal: usize) -> Result<Gpu> {
         let name = format!("cuda:{ordinal}");
         let device = find(ordinal, &name)?;
@@ -98,6 +103,9 @@ impl Gpu {
                  or use --device cpu"
             )));
         }
+
+        let folder = env::var_os(FOLDER).filter(|folder| !folder.is_empty()).map(PathBuf::from);
+        let images = images(kernels::FAT_BINARIES, folder.as_deref())?;
 
         // SAFETY: `device` is from `device::get`; the reference is given back when `gpu` is dropped.
         let context =
@@ -126,11 +134,7 @@ impl Gpu {
         let staging = unsafe { Staging::new() };
         gpu.staging = Some(gpu.check("allocating page-locked memory", staging)?);
         gpu.pace = Some(gpu.check("making events", Pace::new())?);
-        for (stem, architectures, image) in kernels::FAT_BINARIES {
-            if gpu.takes(architectures) {
-                gpu.load(stem, image)?;
-            }
-        }
+        images.iter().try_for_each(|image| gpu.load(image))?;
         Ok(gpu)
     }
 
@@ -152,13 +156,27 @@ impl Gpu {
         architectures.is_empty() || architectures.split(',').any(|one| one.trim_end_matches(['a', 'f']) == arch)
     }
 
-    fn load(&mut self, stem: &str, image: &'static [u8]) -> Result<()> {
-        // SAFETY: `image` is a whole fat binary as nvcc wrote it, aligned to 16 bytes, and is never freed.
-        let module = unsafe { result::module::load_data(image.as_ptr().cast::<c_void>()) };
+    /// Loads what is for this device; a file that is not, though it was asked for, is an error.
+    fn load(&mut self, image: &Image) -> Result<()> {
+        let Image { stem, only, code, file } = image;
+        match file {
+            None if !self.takes(only) => return Ok(()),
+            Some(file) if !self.takes(only) => {
+                let what = format!("{}: {} is for sm_{only} alone ({FOLDER})", self.name, file.display());
+                return Err(Error::Device(what));
+            }
+            None => {}
+            Some(file) => eprintln!("{}: kernels/{stem}.cu is {} ({FOLDER})", self.name, file.display()),
+        }
+        // SAFETY: `code` is a whole file as nvcc wrote it, aligned to 16 bytes, and is never freed.
+        let module = unsafe { result::module::load_data(code.as_ptr().cast::<c_void>()) };
         let why = match module {
             Ok(module) => {
                 self.modules.push(module);
                 return Ok(());
+            }
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU)) if file.is_some() => {
+                format!("was compiled for another GPU than sm_{}", self.arch)
             }
             Err(DriverError(sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU)) => {
                 format!("was built for {} alone; build without RAREBIT_CUDA_ARCHS", kernels::ARCHITECTURES)
@@ -168,7 +186,8 @@ impl Gpu {
             }
             Err(error) => format!("does not load: {}", Words(error)),
         };
-        Err(Error::Device(format!("{}: kernels/{stem}.cu {why}", self.name)))
+        let name = file.as_ref().map_or_else(|| format!("kernels/{stem}.cu"), |file| file.display().to_string());
+        Err(Error::Device(format!("{}: {name} {why}", self.name)))
     }
 
     /// How many multiprocessors it has.
@@ -341,6 +360,7 @@ impl Driver for Gpu {
     }
 
     fn tensor_map(&self, map: &TensorMap) -> Result<[u8; TensorMap::BYTES]> {
+        map.check()?;
         self.bind()?;
         self.check(format_args!("describing {map:?}"), tensor_map::encode(map))
     }
