@@ -225,7 +225,7 @@ fn with(table: &Table, moves: &[f64]) -> Table {
 /// Moves of the free numbers that make the sum of squared residuals least. The model has corners: a wait that is short against the
 /// products shows nowhere, and so does not say that it should be longer; from where the slopes lead each number is tried farther off.
 fn search(start: &[f64], is_free: &[bool], residuals: impl Fn(&[f64]) -> Vec<f64>) -> Vec<f64> {
-    const JUMPS: [f64; 4] = [0.3, -0.3, 0.7, -0.7];
+    const JUMPS: [f64; 10] = [0.1, -0.1, 0.2, -0.2, 0.35, -0.35, 0.5, -0.5, 0.7, -0.7];
     let mut best = descend(start, is_free, &residuals);
     loop {
         let mut at = best.clone();
@@ -361,7 +361,7 @@ impl Fitted {
         let rings = rings(sweep, old);
         for (tile, (_, of)) in table.hopper.iter_mut().zip(&rings) {
             let best = of.iter().filter(|(_, pairs, _)| *pairs >= 5).min_by(|(.., a), (.., b)| a.total_cmp(b));
-            if let Some((stages, ..)) = best.filter(|(.., ratio)| *ratio < 0.995) {
+            if let Some((stages, ..)) = best.filter(|(.., ratio)| *ratio < 0.99) {
                 tile.stages = *stages;
             }
         }
@@ -547,7 +547,7 @@ mod tests {
     const MHZ: f64 = 1700.0;
 
     /// Rows of a sample, columns, depth, and whether Hopper can, as Stable Diffusion has them.
-    const SHAPES: [([usize; 3], bool); 14] = [
+    const SHAPES: [([usize; 3], bool); 16] = [
         ([4096, 320, 2880], true),
         ([4096, 320, 320], true),
         ([4096, 2560, 320], true),
@@ -562,6 +562,9 @@ mod tests {
         ([64, 1280, 1280], true),
         ([4096, 4, 2880], false),
         ([77, 1280, 2048], true),
+        // Shallow: little but a block's ends.
+        ([4096, 64, 64], false),
+        ([1024, 320, 32], false),
     ];
 
     /// Times as a table would have them, with up to so much noise.
@@ -601,7 +604,7 @@ mod tests {
 
     #[test]
     fn rates_come_back_through_noise() {
-        (0..8).for_each(come_back);
+        (0..4).for_each(come_back);
     }
 
     fn come_back(seed: usize) {
@@ -618,9 +621,8 @@ mod tests {
                 assert!((*found / *value).ln().abs() < 0.1, "{name}: {found}, {value}\n{told}");
             }
         }
-        // A wait shows only where products do not take longer, and what is before and after f32's takes little.
-        let may_hide = |name: &String| name.contains("latency") || name.starts_with("single 64 ends");
-        assert!(fitted.kept.iter().chain(&fitted.bounds).all(may_hide), "{told}");
+        // A wait shows only where products do not take longer.
+        assert!(fitted.kept.iter().chain(&fitted.bounds).all(|name| name.contains("latency")), "{told}");
         let [before, after, least] = [&TABLE, &table, &truth].map(|table| Regret::of(&sweep, table));
         assert_eq!([before.missing, after.missing, least.missing], [0; 3]);
         assert!(after.mean < 1.01 * least.mean && before.mean > after.mean, "{}\n{told}", least.mean);
