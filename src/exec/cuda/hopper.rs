@@ -34,10 +34,10 @@ const _: () = assert!(size_of::<HopperParams>() + 2 * TensorMap::BYTES == 512);
 
 /// Reduced elements of a stage.
 const DEPTH: usize = TensorMap::LINE;
-/// Stages that the ring is tried with, of those that fit the shared memory: the kernel takes any number from 2 on.
-pub const RINGS: &[usize] = &[3, 4, 5, 6];
+/// Slots of the ring that stages go through, as far as shared memory allows; with 2 it would be right too, and slower.
+pub const RINGS: [usize; 4] = [3, 4, 5, 6];
 
-/// Bytes of a ring for tiles of so many columns, with two barriers for each of its stages.
+/// Bytes of a ring for tiles of so many columns, with two barriers for each of its slots.
 pub fn ring_bytes(columns: usize, right: Lines, stages: usize) -> usize {
     let lines = match right {
         Lines::Reduced => columns,

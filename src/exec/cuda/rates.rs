@@ -4,6 +4,7 @@
 //! memory, and for split products the way of the parts through memory and one more launch. `tools/kernels/fit` fits the table to
 //! what was measured (`gpu_check sweep`), by this same model.
 
+use super::kernels::constants::{LINE_BYTES, STAGE_DEPTH_BYTES, STAGES};
 use super::tiles::{Cut, Shape, Tile};
 use crate::program::DType;
 
@@ -43,14 +44,14 @@ pub struct Table {
 // 1024 products a warp reads 12 times 128 bytes. Memory is about an H100's.
 pub const TABLE: Table = Table {
     half: [
-        tile("128", [128, 128], 256, 3, Rates { resident: 2, rate: 1024.0, latency: 800.0, ends: 2000.0 }),
-        tile("64", [64, 64], 128, 3, Rates { resident: 5, rate: 683.0, latency: 800.0, ends: 2000.0 }),
+        tile("128", [128, 128], Rates { resident: 2, rate: 1024.0, latency: 800.0, ends: 2000.0 }),
+        tile("64", [64, 64], Rates { resident: 5, rate: 683.0, latency: 800.0, ends: 2000.0 }),
     ],
     hopper: [
-        on_hopper("160", [128, 160], 288, 5, Rates { resident: 1, rate: 1638.0, latency: 800.0, ends: 3000.0 }),
-        on_hopper("128", [128, 128], 288, 5, Rates { resident: 1, rate: 1638.0, latency: 800.0, ends: 3000.0 }),
+        on_hopper("160", [128, 160], 5, Rates { resident: 1, rate: 1638.0, latency: 800.0, ends: 3000.0 }),
+        on_hopper("128", [128, 128], 5, Rates { resident: 1, rate: 1638.0, latency: 800.0, ends: 3000.0 }),
     ],
-    single: [tile("64", [64, 64], 128, 3, Rates { resident: 5, rate: 85.0, latency: 800.0, ends: 2000.0 })],
+    single: [tile("64", [64, 64], Rates { resident: 5, rate: 85.0, latency: 800.0, ends: 2000.0 })],
     bandwidth: 2048.0,
     launch: 3000.0,
 };
@@ -61,12 +62,12 @@ pub const MULTIPROCESSORS: usize = 132;
 /// Bytes of depth that the model counts in.
 const STEP: usize = 64;
 
-const fn tile(name: &'static str, [rows, columns]: [usize; 2], threads: usize, stages: usize, rates: Rates) -> Tile {
-    Tile { name, hopper: false, rows, columns, threads, stages, stage_bytes: 64, rates }
+const fn tile(name: &'static str, [rows, columns]: [usize; 2], rates: Rates) -> Tile {
+    Tile { name, hopper: false, rows, columns, stages: STAGES, stage_bytes: STAGE_DEPTH_BYTES, rates }
 }
 
-const fn on_hopper(name: &'static str, sides: [usize; 2], threads: usize, stages: usize, rates: Rates) -> Tile {
-    Tile { hopper: true, stage_bytes: 128, ..tile(name, sides, threads, stages, rates) }
+const fn on_hopper(name: &'static str, sides: [usize; 2], stages: usize, rates: Rates) -> Tile {
+    Tile { hopper: true, stages, stage_bytes: LINE_BYTES, ..tile(name, sides, rates) }
 }
 
 impl Table {

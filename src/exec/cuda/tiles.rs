@@ -2,8 +2,9 @@
 //! split into, the depth of its ring. A pure function of the shape, fed by one table (`rates`); the same on every GPU.
 
 use super::gemm::Lines;
+use super::hopper::{RINGS, ring_bytes};
+use super::launch::SHARED;
 use super::rates::{Rates, TABLE, Table};
-use super::{hopper, launch};
 use crate::program::DType;
 
 /// A block of outputs as kernels/gemm.cu and kernels/conv2d.cu have it, or kernels/product_hopper.cu.
@@ -15,7 +16,6 @@ pub struct Tile {
     pub hopper: bool,
     pub rows: usize,
     pub columns: usize,
-    pub threads: usize,
     /// Of the ring in shared memory, where no other number is forced.
     pub stages: usize,
     /// Bytes of depth of one.
@@ -141,7 +141,7 @@ impl Shape {
     pub fn legal(&self) -> Vec<Cut> {
         let mut cuts: Vec<Cut> = vec![];
         for &tile in [false, true].into_iter().flat_map(|kind| TABLE.tiles(kind, self.dtype)) {
-            let rings = if tile.hopper { hopper::RINGS } else { &[tile.stages] };
+            let rings: &[usize] = if tile.hopper { &RINGS } else { &[tile.stages] };
             for (splits, &stages) in SPLITS.into_iter().flat_map(|splits| rings.iter().map(move |ring| (splits, ring)))
             {
                 let cut = self.with(tile, splits, stages);
@@ -173,12 +173,12 @@ impl Shape {
         }
         match self.boxes {
             Some(lines) if tile.hopper => {
-                let (bytes, most) = (hopper::ring_bytes(tile.columns, lines, stages), launch::SHARED as usize);
-                if !hopper::RINGS.contains(&stages) {
-                    return refuse(format!("its ring has one of {:?} stages", hopper::RINGS));
+                let bytes = ring_bytes(tile.columns, lines, stages);
+                if !RINGS.contains(&stages) {
+                    return refuse(format!("its ring has one of {RINGS:?} stages"));
                 }
-                if bytes > most {
-                    return refuse(format!("a ring of {bytes} bytes, and a block has {most} of shared memory"));
+                if bytes > SHARED as usize {
+                    return refuse(format!("a ring of {bytes} bytes, and a block has {SHARED} of shared memory"));
                 }
             }
             _ if stages != tile.stages => return refuse(format!("its ring has {} stages", tile.stages)),
@@ -324,9 +324,9 @@ mod tests {
             (large, Cut { splits: 0, ..cut }, "leave one empty"),
             (large, Cut { depth: 11520, splits: 2, ..cut }, "leave one empty"),
             (large, Cut { depth: 5761, splits: 2, ..cut }, "no whole stages"),
-            (large, Cut { stages: 1, ..cut }, "stages"),
+            (large, Cut { stages: 1, ..cut }, "one of [3, 4, 5, 6] stages"),
             (large, large.with(TABLE.half[0], 2, 4), "its ring has 3 stages"),
-            (large, large.with(tile160, 2, 6), "6 stages"),
+            (large, large.with(tile160, 2, 6), "a ring of 245856 bytes"),
         ] {
             let told = shape.check(&cut).unwrap_err();
             assert!(told.contains(why), "{told}");
