@@ -1,8 +1,8 @@
 //! `gpu_check profile`: what each kind of op of the real programs takes alone, and what the whole programs take: where the time goes.
 //!
-//! A line of JSON for each op is in the file before the next one begins, those that the peak rates give most time first. Alone an op
-//! finds its inputs and weights where the last run left them, so the parts need not add up to the whole; how far they do not is
-//! told.
+//! A line of JSON for each op is in the file before the next one begins, which a `begin` names; those come first that the peak rates
+//! give most time. Alone an op finds its inputs and weights where the last run left them, so the parts need not add up to the whole;
+//! how far they do not is told.
 
 use crate::Outcome;
 use crate::device::Choice;
@@ -180,6 +180,7 @@ impl Run<'_> {
             let times =
                 if self.bench.is_gpu { (1e-3 * kind.count as f64 / least).clamp(4.0, 50.0) as usize } else { 1 };
             self.cuda.clear();
+            self.lines.write(&json!({"begin": line["op"]}))?;
             let timed = self.load(program.alone(kind.node, times));
             match timed.and_then(|id| self.bench.time(&mut self.cuda, id)) {
                 Ok((ms, mhz)) => {
@@ -202,6 +203,7 @@ impl Run<'_> {
             "what": what, "ops": program.nodes.len(), "launches": launches, "flops": program.flops(),
             "least_ms": 1e3 * explained.seconds(),
         });
+        self.lines.write(&json!({"begin": what}))?;
         match self.load(program).and_then(|id| self.bench.time(&mut self.cuda, id)) {
             Ok((ms, mhz)) => {
                 line["ms"] = json!(ms);

@@ -183,16 +183,17 @@ impl Case {
         b.finish().expect("a valid program")
     }
 
-    /// The product that it is, cut as the engine would on Hopper.
-    fn product(&self) -> rarebit::exec::cuda::Shape {
+    /// The product that it is.
+    fn product(&self, hopper: Hopper) -> rarebit::exec::cuda::Shape {
         let program = self.program(1);
-        product(&program, &program.nodes[0], Hopper::Auto).expect("a product")
+        product(&program, &program.nodes[0], hopper).expect("a product")
     }
 
-    /// Every cut, and how far it is from the one that the engine chooses.
-    fn cuts(&self) -> Vec<(Cut, usize)> {
-        let shape = self.product();
-        let (chosen, legal) = (shape.cut(), shape.legal());
+    /// Every cut that the device can run, and how far it is from the one that the engine chooses.
+    fn cuts(&self, hopper: Hopper) -> Vec<(Cut, usize)> {
+        let shape = self.product(hopper);
+        let (chosen, mut legal) = (shape.cut(), shape.legal());
+        legal.retain(|cut| hopper != Hopper::Off || !cut.tile.hopper);
         let splits: BTreeSet<usize> = legal.iter().map(|cut| cut.splits).collect();
         let place = |cut: &Cut| splits.iter().position(|of| *of == cut.splits).unwrap_or_default();
         let far = |cut: &Cut| {
@@ -242,10 +243,11 @@ pub fn run(args: &Sweep, emulation: impl FnOnce() -> PathBuf) -> Outcome<bool> {
     }
     let mut sweep = Run { cuda, bench, lines, known, model: no_weights(), held: HashSet::new(), counts: [0; 2] };
     let cases = if args.quick { tiny(args.dtype) } else { cases(args.dtype) };
-    let mut left = 0;
+    // Before any cut is forced: auto, or off where there is no Hopper.
+    let (hopper, mut left) = (sweep.cuda.hopper(), 0);
     for round in ROUNDS {
         for case in &cases {
-            let cuts = case.cuts().into_iter().filter(|(_, far)| round.contains(far)).map(|(cut, _)| cut);
+            let cuts = case.cuts(hopper).into_iter().filter(|(_, far)| round.contains(far)).map(|(cut, _)| cut);
             let name = case.name();
             let cuts: Vec<Cut> = cuts.filter(|cut| !sweep.known.contains(&key(&name, cut).to_string())).collect();
             left += sweep.case(case, &cuts, deadline)?;
@@ -293,7 +295,9 @@ impl Run {
             match self.measure(case, cut, &mut is_fed) {
                 Ok(found) => {
                     self.counts[0] += 1;
-                    line.as_object_mut().zip(found.as_object()).map(|(line, found)| line.extend(found.clone()));
+                    if let Some((line, found)) = line.as_object_mut().zip(found.as_object()) {
+                        line.extend(found.clone());
+                    }
                 }
                 Err(error) => {
                     self.counts[1] += 1;
@@ -307,7 +311,7 @@ impl Run {
     }
 
     fn measure(&mut self, case: &Case, cut: &Cut, is_fed: &mut bool) -> rarebit::Result<Value> {
-        let shape = case.product();
+        let shape = case.product(Hopper::Forced(*cut));
         let clocks = TABLE.clocks(&shape, cut);
         // So many that what a start takes is little of a run, which takes about a millisecond.
         let together = if self.bench.is_gpu { (1.7e6 / clocks).ceil().clamp(4.0, 50.0) as usize } else { 1 };

@@ -52,6 +52,9 @@ fn fit(args: &Args) -> Outcome<String> {
     let fitted = Fitted::new(&sweep, &TABLE);
     let mut told = fitted.report(&sweep, &TABLE);
     let lines = fitted.lines(&sweep);
+    if args.write && sweep.device == "emulated" {
+        return Err(format!("{}: the emulation's times say nothing of a GPU", args.sweep.display()).into());
+    }
     if args.write {
         let path = Path::new("src/exec/cuda/rates.rs");
         let failed = |error: std::io::Error| format!("{}: {error}; run it in the checkout", path.display());
@@ -316,8 +319,17 @@ struct Fitted {
     kept: Vec<String>,
     /// Numbers of which one bound is known, where they are put.
     bounds: Vec<String>,
-    /// Per tile of Hopper: stages, pairs of measurements, and the mean ratio of their times to those of the table's ring.
-    rings: Vec<(&'static str, Vec<(usize, usize, f64)>)>,
+    rings: Vec<Ring>,
+}
+
+/// Another ring than the table's, of a tile of Hopper.
+struct Ring {
+    tile: &'static str,
+    stages: usize,
+    /// Measurements of both, of the same shape and splits.
+    pairs: usize,
+    /// Its time over that of the table's, in the geometric mean.
+    ratio: f64,
 }
 
 impl Fitted {
@@ -359,10 +371,10 @@ impl Fitted {
         moves = search(&settled, &is_free, all);
         let mut table = with(old, &moves);
         let rings = rings(sweep, old);
-        for (tile, (_, of)) in table.hopper.iter_mut().zip(&rings) {
-            let best = of.iter().filter(|(_, pairs, _)| *pairs >= 5).min_by(|(.., a), (.., b)| a.total_cmp(b));
-            if let Some((stages, ..)) = best.filter(|(.., ratio)| *ratio < 0.99) {
-                tile.stages = *stages;
+        for tile in &mut table.hopper {
+            let others = rings.iter().filter(|ring| ring.tile == tile.name && ring.pairs >= 5 && ring.ratio < 0.99);
+            if let Some(best) = others.min_by(|a, b| a.ratio.total_cmp(&b.ratio)) {
+                tile.stages = best.stages;
             }
         }
         Fitted { table, kept, bounds, rings }
@@ -403,13 +415,11 @@ impl Fitted {
                 let _ = writeln!(told, "{what}: {}", numbers.join(", "));
             }
         }
-        for (tile, rings) in &self.rings {
-            for (stages, pairs, ratio) in rings {
-                let _ = writeln!(
-                    told,
-                    "hopper {tile}: a ring of {stages} takes {ratio:.3} of the time of the table's ({pairs} pairs)"
-                );
-            }
+        for Ring { tile, stages, pairs, ratio } in &self.rings {
+            let _ = writeln!(
+                told,
+                "hopper {tile}: a ring of {stages} takes {ratio:.3} of the time of the table's ({pairs} pairs)"
+            );
         }
         told
     }
@@ -448,8 +458,7 @@ fn comment(text: &str) -> String {
     lines + "\n"
 }
 
-/// For each of Hopper's tiles: the time of other rings over that of the table's, of the same shapes and splits.
-fn rings(sweep: &Sweep, table: &Table) -> Vec<(&'static str, Vec<(usize, usize, f64)>)> {
+fn rings(sweep: &Sweep, table: &Table) -> Vec<Ring> {
     let of = |tile: &Tile| {
         let mut times: BTreeMap<(&str, usize), BTreeMap<usize, f64>> = BTreeMap::new();
         for point in sweep.points.iter().filter(|point| point.cut.tile.hopper && point.cut.tile.name == tile.name) {
@@ -462,10 +471,13 @@ fn rings(sweep: &Sweep, table: &Table) -> Vec<(&'static str, Vec<(usize, usize, 
                 ratios.entry(*stages).or_default().push((clocks / own).ln());
             }
         }
-        let ratios = ratios.into_iter().map(|(stages, of)| (stages, of.len(), mean(of.into_iter()).exp()));
-        (tile.name, ratios.collect())
+        let name = tile.name;
+        ratios.into_iter().map(move |(stages, of)| {
+            let (pairs, ratio) = (of.len(), mean(of.into_iter()).exp());
+            Ring { tile: name, stages, pairs, ratio }
+        })
     };
-    table.hopper.iter().map(of).collect()
+    table.hopper.iter().flat_map(of).collect()
 }
 
 /// How much longer the cuts that a table chooses take than the best.

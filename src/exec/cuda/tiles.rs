@@ -16,7 +16,7 @@ pub struct Tile {
     pub hopper: bool,
     pub rows: usize,
     pub columns: usize,
-    /// Of the ring in shared memory, where no other number is forced.
+    /// Of the ring in shared memory, if so many fit.
     pub stages: usize,
     /// Bytes of depth of one.
     pub stage_bytes: usize,
@@ -121,7 +121,7 @@ impl Shape {
         };
         let best = |shape: &Shape, kinds: &[bool], splits| {
             let cuts = kinds.iter().flat_map(|&kind| table.tiles(kind, shape.dtype));
-            let cuts = cuts.map(|&tile| shape.with(tile, splits, tile.stages));
+            let cuts = cuts.map(|&tile| shape.with(tile, splits, shape.stages(&tile)));
             cuts.map(|cut| (cut, table.clocks(shape, &cut))).min_by(|(_, a), (_, b)| a.total_cmp(b)).expect("a tile")
         };
         let nominal = Shape { rows: self.nominal_rows, ..*self };
@@ -137,13 +137,28 @@ impl Shape {
         Cut { tile, splits: self.depth.div_ceil(depth), stages, depth }
     }
 
+    /// Stages that a tile's ring can have.
+    fn rings(&self, tile: &Tile) -> Vec<usize> {
+        match self.boxes {
+            Some(lines) if tile.hopper => {
+                let fits = |stages: &usize| ring_bytes(tile.columns, lines, *stages) <= SHARED as usize;
+                RINGS.into_iter().filter(fits).collect()
+            }
+            Some(_) | None => vec![tile.stages],
+        }
+    }
+
+    /// The tile's own, or fewer where that is too many for the lines of the right operand.
+    fn stages(&self, tile: &Tile) -> usize {
+        self.rings(tile).into_iter().filter(|stages| *stages <= tile.stages).max().unwrap_or(tile.stages)
+    }
+
     /// Every cut that a kernel can compute, whatever [`Shape::hopper`] says: what there is to measure.
     pub fn legal(&self) -> Vec<Cut> {
         let mut cuts: Vec<Cut> = vec![];
         for &tile in [false, true].into_iter().flat_map(|kind| TABLE.tiles(kind, self.dtype)) {
-            let rings: &[usize] = if tile.hopper { &RINGS } else { &[tile.stages] };
-            for (splits, &stages) in SPLITS.into_iter().flat_map(|splits| rings.iter().map(move |ring| (splits, ring)))
-            {
+            let rings = self.rings(&tile);
+            for (splits, stages) in SPLITS.into_iter().flat_map(|n| rings.iter().map(move |stages| (n, *stages))) {
                 let cut = self.with(tile, splits, stages);
                 if self.check(&cut).is_ok() && !cuts.contains(&cut) {
                     cuts.push(cut);
@@ -171,18 +186,9 @@ impl Shape {
         if splits == 0 || *cut != self.with(tile, splits, stages) {
             return refuse(format!("parts of {depth} reduced elements leave one empty, or are no whole stages"));
         }
-        match self.boxes {
-            Some(lines) if tile.hopper => {
-                let bytes = ring_bytes(tile.columns, lines, stages);
-                if !RINGS.contains(&stages) {
-                    return refuse(format!("its ring has one of {RINGS:?} stages"));
-                }
-                if bytes > SHARED as usize {
-                    return refuse(format!("a ring of {bytes} bytes, and a block has {SHARED} of shared memory"));
-                }
-            }
-            _ if stages != tile.stages => return refuse(format!("its ring has {} stages", tile.stages)),
-            _ => {}
+        let rings = self.rings(&tile);
+        if !rings.contains(&stages) {
+            return refuse(format!("its ring can have {rings:?} stages in a block's {SHARED} bytes of shared memory"));
         }
         Ok(())
     }
@@ -311,6 +317,21 @@ mod tests {
     }
 
     #[test]
+    fn rings_are_as_deep_as_fits() {
+        let mut table = TABLE;
+        table.hopper.iter_mut().for_each(|tile| tile.stages = 6);
+        for (lines, size) in [Lines::Across, Lines::Reduced]
+            .into_iter()
+            .flat_map(|lines| LEVELS.concat().into_iter().map(move |size| (lines, size)))
+        {
+            let shape = shape(DType::F16, 2, size).on_hopper(Hopper::Always, lines, true);
+            let cut = shape.cut_by(&table);
+            assert_eq!(shape.check(&cut), Ok(()), "{size:?}");
+            assert_eq!(cut.stages, if cut.tile.columns == 160 && lines == Lines::Across { 5 } else { 6 });
+        }
+    }
+
+    #[test]
     fn what_is_not_legal_says_why() {
         let large = shape(DType::BF16, 2, LEVELS[3][0]).on_hopper(Hopper::Auto, Lines::Across, true);
         let single = shape(DType::F32, 2, LEVELS[3][0]).on_hopper(Hopper::Auto, Lines::Across, true);
@@ -324,9 +345,9 @@ mod tests {
             (large, Cut { splits: 0, ..cut }, "leave one empty"),
             (large, Cut { depth: 11520, splits: 2, ..cut }, "leave one empty"),
             (large, Cut { depth: 5761, splits: 2, ..cut }, "no whole stages"),
-            (large, Cut { stages: 1, ..cut }, "one of [3, 4, 5, 6] stages"),
-            (large, large.with(TABLE.half[0], 2, 4), "its ring has 3 stages"),
-            (large, large.with(tile160, 2, 6), "a ring of 245856 bytes"),
+            (large, Cut { stages: 1, ..cut }, "stages in a block"),
+            (large, large.with(TABLE.half[0], 2, 4), "can have [3] stages"),
+            (large, large.with(tile160, 2, 6), "can have [3, 4, 5] stages in a block's 232448 bytes"),
         ] {
             let told = shape.check(&cut).unwrap_err();
             assert!(told.contains(why), "{told}");
