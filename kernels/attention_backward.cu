@@ -136,7 +136,8 @@ DEVICE void differentiate(float (&s)[1][WIDE][4], float (&d)[1][WIDE][4], const 
 // A number of a head dimension's row of the tables in constants.cuh.
 template <class T, int DIM>
 DEVICE constexpr int backward_number(int column) {
-  return sizeof(T) == 2 ? BACKWARD_HALF[row_of(BACKWARD_HALF, DIM)][column] : BACKWARD_SINGLE[row_of(BACKWARD_SINGLE, DIM)][column];
+  return sizeof(T) == 2 ? BACKWARD_HALF[row_of(BACKWARD_HALF, DIM)][column]
+                        : BACKWARD_SINGLE[row_of(BACKWARD_SINGLE, DIM)][column];
 }
 
 // A warp has 16 of the own rows, and all or half of the others and of the gradients' columns.

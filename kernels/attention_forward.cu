@@ -28,7 +28,8 @@ static_assert(sizeof(AttentionParams) == 96, "as in attention.rs");
 // A number of a head dimension's row of the tables in constants.cuh.
 template <class T, int DIM>
 DEVICE constexpr int forward_number(int column) {
-  return sizeof(T) == 2 ? FORWARD_HALF[row_of(FORWARD_HALF, DIM)][column] : FORWARD_SINGLE[row_of(FORWARD_SINGLE, DIM)][column];
+  return sizeof(T) == 2 ? FORWARD_HALF[row_of(FORWARD_HALF, DIM)][column]
+                        : FORWARD_SINGLE[row_of(FORWARD_SINGLE, DIM)][column];
 }
 
 template <class T, int DIM_>

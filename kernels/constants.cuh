@@ -32,7 +32,7 @@ constexpr int LINE_BYTES = 128;
 // Products there (product_hopper.cu): rows of a tile, threads of a block.
 constexpr int HOPPER_ROWS = 128, HOPPER_THREADS = 288;
 
-// Attention (attention_forward.cu), by head dimension: warps down and across, keys of a tile, slots of the ring. In 16 bits, in f32.
+// Attention (attention_forward.cu) in 16 bits and in f32, by head dimension: warps down, across, keys of a tile, slots of the ring.
 constexpr int FORWARD_HALF[][5] = {
     {16, 4, 1, 64, 3}, {32, 4, 1, 64, 3},  {48, 4, 1, 64, 3},  {64, 4, 1, 64, 3},
     {80, 4, 1, 32, 3}, {128, 4, 1, 32, 3}, {160, 4, 1, 32, 3}, {512, 2, 2, 32, 2},
@@ -41,7 +41,7 @@ constexpr int FORWARD_SINGLE[][5] = {
     {16, 4, 1, 32, 3}, {32, 4, 1, 32, 3},  {48, 4, 1, 32, 3},  {64, 4, 1, 32, 3},
     {80, 4, 1, 32, 3}, {128, 4, 1, 16, 3}, {160, 4, 1, 16, 3}, {512, 1, 4, 16, 2},
 };
-// On Hopper (attention_hopper.cu): keys of a tile by head dimension; queries of a block, its threads, slots of keys and of values.
+// On Hopper (attention_hopper.cu): keys of a tile by head dimension; queries and threads of a block, slots of keys and of values.
 constexpr int FORWARD_HOPPER[][2] = {{40, 128}, {64, 128}, {80, 128}, {128, 128}, {160, 64}};
 constexpr int HOPPER_QUERIES = 128, HOPPER_ATTENTION_THREADS = 384, HOPPER_SLOTS = 2;
 // Its gradient (attention_backward.cu), by head dimension: a block's own rows, rows of a tile that passes, warps across. Larger

@@ -11,8 +11,8 @@
 //   geglu_backward  d_x[r] = (d_y gelu(g), d_y a gelu'(g))      d_x may be x
 //   strided_sum     y[r, c] = sum of the parts that cover it, in their order, 0 where none does
 //
-// x, y, a, b [n] or [rows, width], rows dense but for the parts of strided_sum. Functions go by their numbers in constants.cuh; in
-// `binary` a function of one number stands for its gradient, a = d_y and b = x.
+// x, y, a, b [n] or [rows, width], rows dense but for the parts of strided_sum. Functions go by their numbers in constants.cuh;
+// in `binary` a function of one number stands for its gradient, a = d_y and b = x.
 #include "activation.cuh"
 #include "elementary.cuh"
 #include "pieces.cuh"

@@ -10,11 +10,12 @@
 //   Storage T of 16 bits, accumulated in f32 in order of (tap, c in sixteens); y is overwritten and may be the residual.
 //
 // A block computes 128 pixels, a box of a power of two along each of x, y and b, by 128 or 160 columns (320, 640, 1280 are
-// multiples of 160): two warpgroups have 64 rows each, one warp more keeps a ring of stages of 64 reduced elements filled, as many
-// as the launch says. Tiles go along blockIdx.x, those of the same pixels one after another.
+// multiples of 160): two warpgroups have 64 rows each, one warp more keeps a ring of stages of 64 reduced elements filled. The
+// launch says of how many slots: two at least, for a slot is given back when the stage after its own is under way. Tiles go along
+// blockIdx.x, those of the same pixels one after another.
 // C, with several taps a multiple of 64, else of 8, and for lines along n also N a multiple of 8. Where the tiles are too few for
 // the GPU the reduced dimension is split over blockIdx.z as in gemm.cu.
-// Bytes: (128 + columns) C taps per block through L2; FLOPs: 2 B H W N C taps. Limits: 32 to 40 KiB of shared memory a stage and 80
+// Bytes: (128 + columns) C taps per block through L2; FLOPs: 2 B H W N C taps. Limits: 32 to 40 KiB of shared memory a slot, 80
 // accumulators a thread; one block a multiprocessor. Limited by the tensor cores.
 #include "hopper.cuh"
 #include "product.cuh"

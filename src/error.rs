@@ -30,9 +30,13 @@ pub enum Error {
     /// The GPU is not there, cannot run this build, or failed.
     #[error("{0}")]
     Device(String),
-    /// Numbers went wrong while running (`--check-finite`).
+    /// Numbers went wrong while running; names the op.
     #[error("{0}")]
     Numeric(String),
+    /// What came of a run holds infinities or NaN. It does not say where they begin: the same run does after
+    /// [`Executor::set_check_finite`](crate::exec::Executor::set_check_finite).
+    #[error("{0} is not finite; --check-finite names the op where that begins")]
+    NotFinite(String),
     /// A measurement is worse than it may be.
     #[error("{0}")]
     Regression(String),
@@ -51,6 +55,14 @@ impl Error {
     /// A malformed file.
     pub fn file(path: impl AsRef<Path>, what: impl Into<String>) -> Error {
         Error::File { path: path.as_ref().to_path_buf(), what: what.into() }
+    }
+
+    /// Says of numbers that went wrong when they did.
+    pub fn during(self, what: impl std::fmt::Display) -> Error {
+        match self {
+            Error::Numeric(wrong) => Error::Numeric(format!("{what}: {wrong}")),
+            other => other,
+        }
     }
 
     /// 2 for wrong usage, 3 for a measurement that got worse, 1 for everything else that failed.

@@ -4,6 +4,7 @@ mod common;
 
 use common::command::{check_failure, fails, files, path, rarebit, succeeds, text};
 use common::golden::data_folder;
+use common::layouts::{copy_of, scale_tensors, weights_of};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,27 +12,8 @@ use tempfile::TempDir;
 
 const PROMPT: &str = "a red star on a dark blue background";
 
-/// A writable copy of a tiny pipeline.
-fn copy_of(name: &str) -> TempDir {
-    fn copy(from: &Path, to: &Path) {
-        fs::create_dir_all(to).unwrap();
-        for entry in fs::read_dir(from).unwrap() {
-            let entry = entry.unwrap();
-            let target = to.join(entry.file_name());
-            if entry.path().is_dir() {
-                copy(&entry.path(), &target)
-            } else {
-                fs::write(target, fs::read(entry.path()).unwrap()).unwrap()
-            }
-        }
-    }
-    let folder = TempDir::new().unwrap();
-    copy(&data_folder(name), folder.path());
-    folder
-}
-
 fn unet_file(model: &TempDir) -> PathBuf {
-    model.path().join("unet/diffusion_pytorch_model.safetensors")
+    weights_of(model, "unet")
 }
 
 /// Rewrites the JSON header of a safetensors file, leaving the data.
@@ -315,7 +297,11 @@ fn odd_outputs() {
         &["i.png", "--latents-out"],
     );
     fails(&["generate", PROMPT, "--steps", "1", "--out", &image, "--latents-out", "/dev/null"], 2, &["/dev/null"]);
-    fails(&["generate", PROMPT, "--steps", "1", "--quiet", "--guidance", "1e308", "--out", &image], 1, &["not finite"]);
+    fails(
+        &["generate", PROMPT, "--steps", "1", "--quiet", "--guidance", "1e308", "--out", &image],
+        1,
+        &["step 1 of 1", "combine"],
+    );
     assert!(!Path::new(&image).exists());
     fs::create_dir(path(&out, "k-1.png")).unwrap();
     fails(&["generate", PROMPT, "--count", "2", "--out", &path(&out, "k.png")], 2, &["k-1.png", "folder"]);
@@ -381,22 +367,78 @@ fn broken_models() {
     refuses_model(model.path(), 1, &["mid_block.resnets.1.norm2.bias", "missing"], &[]);
 }
 
+/// Whoever finds them: the last look at latents and pixels, which has the run repeated, or a look at every op.
 #[test]
 fn nan_weights_are_found() {
+    for flags in [&[][..], &["--check-finite"]] {
+        let (unet, vae) = (copy_of("tiny-sd1"), copy_of("tiny-sd1"));
+        scale_tensors(&weights_of(&unet, "unet"), &[("mid_block.resnets.0.conv1.weight", f32::NAN)]);
+        let words = ["sampling step 1 of 3", "'step'", "NaN", "conv2d", "its weight mid_block.resnets.0.conv1.weight"];
+        refuses_model(unet.path(), 1, &words, flags);
+        scale_tensors(&weights_of(&vae, "vae"), &[("decoder.conv_out.weight", f32::INFINITY)]);
+        refuses_model(vae.path(), 1, &["'decode'", "conv2d", "its weight decoder.conv_out.weight"], flags);
+    }
+    let vae = copy_of("tiny-sd1");
+    scale_tensors(&weights_of(&vae, "vae"), &[("decoder.conv_out.weight", f32::NAN)]);
+    let (out, model) = (TempDir::new().unwrap(), vae.path().display().to_string());
+    let args = ["minority", PROMPT, "--steps", "4", "--iterations", "1", "--quiet", "--model", &model, "--out"];
+    fails(&[&args[..], &[&path(&out, "i.png")]].concat(), 1, &["decoding the image of seed 0", "'decode'", "conv_out"]);
+    assert!(files(out.path()).is_empty());
+}
+
+/// What is finite in the checkpoint and overflows on the way.
+#[test]
+fn overflow_is_named_with_its_step() {
     let model = copy_of("tiny-sd1");
-    let mut bytes = fs::read(unet_file(&model)).unwrap();
-    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-    let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
-    let tensor = &header["mid_block.resnets.0.conv1.bias"];
-    let at = 8 + length + tensor["data_offsets"][0].as_u64().unwrap() as usize;
-    // All ones is a NaN in f16, bf16 and f32.
-    let size = match tensor["dtype"].as_str().unwrap() {
-        "F32" => 4,
-        _ => 2,
-    };
-    bytes[at..at + size].fill(0xff);
-    fs::write(unet_file(&model), &bytes).unwrap();
-    refuses_model(model.path(), 1, &["NaN", "conv2d", "mid_block.resnets.0.conv1.weight"], &["--check-finite"]);
+    let conv = "mid_block.resnets.0.conv1.weight";
+    scale_tensors(&weights_of(&model, "unet"), &[(conv, 1e38), ("mid_block.resnets.0.norm1.weight", 1e3)]);
+    refuses_model(model.path(), 1, &["sampling step 1 of 3: program 'step'", "conv2d", conv], &[]);
+    refuses_model(
+        model.path(),
+        1,
+        &["SGMS before sampling step 1: program 'minority", "conv2d", conv],
+        &["--sgms", "1"],
+    );
+    refuses_model(model.path(), 1, &["sampling step 1 of 3", "conv2d", conv], &["--best-of", "2"]);
+}
+
+/// The image before stays, and nothing of the one that failed.
+#[test]
+fn images_that_were_finished_stay() {
+    let (out, model) = (TempDir::new().unwrap(), data_folder("tiny-sd1").display().to_string());
+    let noise: Vec<u8> = (0..2 * 4 * 8 * 8).flat_map(|i| if i < 256 { 0.5f32 } else { 3e38 }.to_le_bytes()).collect();
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![2, 4, 8, 8], &noise).unwrap();
+    let inputs = TempDir::new().unwrap();
+    let file = path(&inputs, "noise.safetensors");
+    fs::write(&file, safetensors::serialize([("noise", view)], None).unwrap()).unwrap();
+    let latents = path(&out, "latents.safetensors");
+    let images = ["generate", PROMPT, "--model", &model, "--steps", "2", "--quiet", "--count", "2", "--noise", &file];
+    let to = ["--out", &path(&out, "i.png"), "--latents-out", &latents];
+    fails(&[&images[..], &to].concat(), 1, &["sampling step 1 of 3: program 'step'"]);
+    assert_eq!(files(out.path()), ["i-0.png"]);
+}
+
+/// The VAE's type is its own: SDXL's leaves the range of f16.
+#[test]
+fn a_vae_is_planned_in_its_own_type() {
+    let folder = data_folder("tiny-sdxl").display().to_string();
+    for (flags, step, decode) in [
+        (&["--device", "cuda"][..], "f16", "bf16"),
+        (&["--device", "cuda", "--dtype", "bf16"], "bf16", "bf16"),
+        (&["--device", "cuda", "--dtype", "f32"], "f32", "f32"),
+        (&[], "f32", "f32"),
+    ] {
+        let told = succeeds(&[&["inspect", &folder, "--ops", "--steps", "2"], flags].concat());
+        for line in [format!("program step ({step})"), format!("program decode ({decode})")] {
+            assert!(told.lines().any(|told| told == line), "{flags:?}: no '{line}'");
+        }
+    }
+    let model = copy_of("tiny-sdxl");
+    let file = model.path().join("vae/config.json");
+    let fixed = fs::read_to_string(&file).unwrap().replace("\"force_upcast\": true", "\"force_upcast\": false");
+    fs::write(&file, fixed).unwrap();
+    let told = succeeds(&["inspect", &model.path().display().to_string(), "--ops", "--device", "cuda"]);
+    assert!(told.contains("program decode (f16)"), "obeys the config");
 }
 
 #[test]

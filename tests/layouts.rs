@@ -32,6 +32,7 @@ fn single_file_and_folder_give_identical_images() {
         assert_eq!(config.text, folder.config.text, "{name}");
         assert_eq!(config.unet.channels, folder.config.unet.channels, "{name}");
         assert_eq!(config.scheduler.prediction, folder.config.scheduler.prediction, "{name}");
+        assert_eq!(config.vae.force_upcast, name == "tiny-sdxl", "a file does not say, SDXL's needs it");
 
         // A single file brings no tokenizer, and CLIP's own is too large for a tiny text tower: the folder's are used.
         let tokenizers = golden.pipeline().tokenizers;

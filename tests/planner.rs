@@ -153,6 +153,7 @@ fn arena_is_within_a_tenth_of_what_is_live() {
         mid_attention: true,
         quant_conv: true,
         post_quant_conv: true,
+        force_upcast: false,
     };
     let mut b = Builder::new("decode", DType::F32);
     let latents = b.input("latents", &[1, 64, 64, 4]);

@@ -54,7 +54,7 @@ impl Apart<'_> {
 
     /// A new value, kept as the op's output is.
     fn value(&mut self, shape: Vec<usize>) -> ValueId {
-        let dtype = self.out.dtype;
+        let dtype = self.out.value(self.node.outputs[0]).dtype;
         self.out.values.push(Value { shape, dtype, origin: Origin::Op(0) });
         if let Some(kept) = self.kept {
             kept.push(kept[self.node.outputs[0].index()]);

@@ -148,7 +148,7 @@ impl Run<'_> {
                 let images = loaded.run(&jobs, &mut |progress| {
                     match progress {
                         Progress::Step { .. } | Progress::Iteration(_) => self.reporter.step(),
-                        Progress::Image { .. } => {}
+                        Progress::Image { .. } | Progress::Again => {}
                     }
                     if interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
                 })?;

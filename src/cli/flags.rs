@@ -111,7 +111,7 @@ pub struct DeviceFlags {
     #[arg(long, default_value = "auto", value_name = "auto|cpu|cuda[:N]")]
     pub device: Device,
     /// Number type of weights and activations; auto is f32 on the CPU, which can also compute in f64 as its own oracle, and f16
-    /// on a GPU, which also takes bf16 and f32
+    /// on a GPU, which also takes bf16 and f32; beside f16 a VAE that needs its range (force_upcast) is in bf16
     #[arg(long, value_enum, default_value = "auto")]
     pub dtype: DTypeFlag,
     /// Refuse to start when the plan needs more, e.g. 6G or 800M

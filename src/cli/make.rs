@@ -62,7 +62,8 @@ pub struct ImageFlags {
     /// Write no text chunks into the PNGs
     #[arg(long)]
     no_metadata: bool,
-    /// Stop at the first op whose output is not finite
+    /// Stop at the first op whose output is not finite; without, final latents and pixels are looked at, and what made such is
+    /// repeated to name the op
     #[arg(long)]
     pub check_finite: bool,
     /// Worker threads, at most 1024 [default: one per core]
@@ -301,6 +302,7 @@ impl Run<'_> {
         let images = loaded.run(&jobs, &mut |progress| {
             match progress {
                 Progress::Step { .. } => self.reporter.step(),
+                Progress::Again => {}
                 Progress::Iteration(report) => {
                     self.reporter.step();
                     if let (Some(trace), Some(report)) = (trace.as_mut(), report) {

@@ -3,7 +3,7 @@
 use crate::cli::minority::Options;
 use crate::exec::Executor;
 use crate::methods::best_of::{self, Chosen};
-use crate::methods::generate::{self, Generator, Image, Job, Observer, Settings};
+use crate::methods::generate::{self, Generator, Image, Job, Observer, Progress, Settings};
 use crate::methods::minority::{self, Minority};
 use crate::methods::objective::Passes;
 use crate::methods::pipeline::{LearnedToken, Pipeline};
@@ -227,9 +227,27 @@ pub enum Loaded<'p, 'e> {
     Minority(Box<minority::Loaded<'p, 'e>>, Options),
 }
 
-impl Loaded<'_, '_> {
-    /// Makes one full batch of images.
+impl<'p, 'e> Loaded<'p, 'e> {
+    /// Makes one full batch of images. What is not finite is made once more with a look at every op, for the error to name the
+    /// first that goes wrong.
     pub fn run(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
+        let made = self.make(jobs, observe);
+        let Err(Error::NotFinite(_)) = made else { return made };
+        self.images().executor().set_check_finite(true);
+        let again = self.make(jobs, &mut |_| observe(Progress::Again));
+        self.images().executor().set_check_finite(false);
+        again.and(made)
+    }
+
+    fn images(&mut self) -> &mut generate::Loaded<'p, 'e> {
+        match self {
+            Loaded::Plain(images) | Loaded::Cads(images, _) | Loaded::BestOf { images, .. } => images,
+            Loaded::Sgms(sgms) => sgms.images(),
+            Loaded::Minority(minority, _) => minority.images(),
+        }
+    }
+
+    fn make(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
         match self {
             Loaded::Plain(images) => images.run(jobs, observe),
             Loaded::Cads(images, cads) => cads::run(images, cads, jobs, observe),

@@ -1,7 +1,7 @@
 //! Checks between ops, for tests: that an op wrote only where it may, and that it read only what is alive.
 
 use crate::plan::{Planned, Region};
-use crate::program::{Program, ValueId};
+use crate::program::{DType, Origin, Program, ValueId};
 use crate::{Error, Result};
 
 /// The bytes of dead memory: NaN in every float type.
@@ -13,20 +13,24 @@ pub fn describe(program: &Program, index: usize, what: &str) -> String {
     format!("program '{}', op {index} ({}): {what} (appended at {})", program.name, program.show_op(&node.op), node.at)
 }
 
-/// Fails when a value that op `index` made holds an infinity or a NaN.
-pub fn finite(program: &Program, index: usize, id: ValueId, mut values: impl Iterator<Item = f64>) -> Result<()> {
-    let mut wrong = 0.0;
-    let found = values.position(|x| {
-        wrong = x;
-        !x.is_finite()
-    });
-    match found {
-        None => Ok(()),
-        Some(at) => {
-            let what = format!("%{} is {wrong} at element {at} of {:?}", id.0, program.shape(id));
-            Err(Error::Numeric(describe(program, index, &what)))
-        }
+/// The weights that op `index` reads.
+pub fn weights(program: &Program, index: usize) -> impl Iterator<Item = ValueId> {
+    let read = program.nodes[index].op.inputs().into_iter();
+    read.filter(|id| matches!(program.value(*id).origin, Origin::Weight(_)))
+}
+
+/// Value `id`, which op `index` made, is an infinity or a NaN at element `at`, and so are some of the weights it read: the op, and
+/// what can be done.
+pub fn not_finite(program: &Program, index: usize, id: ValueId, (at, x): (usize, f64), weights: &[ValueId]) -> Error {
+    let node = &program.nodes[index];
+    let mut what = format!("%{} is {x} at element {at} of {:?}", id.0, program.shape(id));
+    if let Some(weight) = weights.first() {
+        what += &format!("; its weight {} is not finite: a damaged checkpoint?", program.show(*weight));
     }
+    if [node.op.inputs(), node.outputs.clone()].concat().iter().any(|id| program.value(*id).dtype == DType::F16) {
+        what += "; f16 ends at 65504, --dtype bf16 and f32 do not";
+    }
+    Error::Numeric(describe(program, index, &what))
 }
 
 /// A copy of the arena as it must be outside the ranges of the next op. Dead memory is NaN, so reading it shows.

@@ -48,8 +48,11 @@ impl Lockstep {
         }
         self.host.run(*on_host)?;
         self.device.run_op(id, index, true)?;
-        let limit = limit(program.dtype);
-        for (output, buffer) in program.nodes[index].outputs.iter().zip(outputs) {
+        self.device.check_op(id, index)?;
+        let node = &program.nodes[index];
+        let types = node.op.inputs().into_iter().chain(node.outputs.iter().copied()).map(|id| program.value(id).dtype);
+        let limit = types.map(limit).fold(limit(program.dtype), f64::max);
+        for (output, buffer) in node.outputs.iter().zip(outputs) {
             let found = self.device.value(id, *output)?;
             let mut expected = vec![0.0; found.len()];
             self.host.read(buffer, DataMut::F64(&mut expected))?;
@@ -155,6 +158,10 @@ impl Executor for Lockstep {
         self.device.check_bounds(program)?;
         (0..self.programs[program.0].program.nodes.len()).try_for_each(|index| self.step(program, index))?;
         self.device.copy_outputs(program)
+    }
+
+    fn set_check_finite(&mut self, on: bool) {
+        self.device.set_check_finite(on);
     }
 
     fn wait(&self) -> Result<()> {

@@ -112,6 +112,10 @@ pub trait Executor {
     /// waits, and may be where an error shows.
     fn run(&mut self, program: ProgramId) -> Result<()>;
 
+    /// Whether a run stops at the first op whose output is not finite and names it, from now on; slow on a GPU. An executor that
+    /// cannot look between ops runs as ever.
+    fn set_check_finite(&mut self, _on: bool) {}
+
     /// Waits until all that was run is done.
     fn wait(&self) -> Result<()> {
         Ok(())

@@ -36,7 +36,7 @@ pub fn run(
             jobs.iter().map(|job| Job { seed: candidate(job.seed, n, index), ..job.clone() }).collect();
         let made = images.run(&candidates, &mut |progress| match progress {
             Progress::Image { .. } => Ok(()),
-            Progress::Step { .. } | Progress::Iteration(_) => observe(progress),
+            Progress::Step { .. } | Progress::Iteration(_) | Progress::Again => observe(progress),
         })?;
         let scores = score(images, &candidates, &made)?;
         for (((job, image), score), best) in candidates.iter().zip(made).zip(scores).zip(&mut best) {

@@ -2,7 +2,8 @@
 //!
 //! Two ways to store what the backward needs, with the same bits: *latents*, which keeps only the sampler's state after every
 //! step and runs each step's UNet again on the way back (memory does not grow with the number of steps but for that state), and
-//! *activations*, one program over all steps, where the budget holds everything.
+//! *activations*, one program over all steps, where the budget holds everything. (The same bits in f32 and f64: in 16 bits the
+//! forward of the second also rounds between a product and its activation, which are apart there for the backward.)
 //!
 //! ```
 //! use rarebit::exec::{Data, Executor, cpu::Cpu};

@@ -4,7 +4,6 @@
 //! (Ho et al. 2020, eq. 14) under the image's prompt: high where the model finds an image unlikely. Ours, and no likelihood; the
 //! minority objective raises one of its terms, so score its images with another model too.
 
-use crate::Result;
 use crate::exec::{DataMut, Executor};
 use crate::methods::generate::{self, Generator, Job};
 use crate::methods::objective::{self, Ask, At, Look, Objective, Objectives, Passes, Scene, Told, Varies, score_name};
@@ -12,6 +11,7 @@ use crate::methods::pipeline::Pipeline;
 use crate::plan::Planned;
 use crate::program::DType;
 use crate::sampler::{Convention, Level, Renoise, draw, renoise};
+use crate::{Error, Result};
 
 /// The score's program, planned but not loaded.
 pub struct Planner<'p> {
@@ -95,6 +95,9 @@ impl Loaded {
             self.objectives.prepare(images, look)?;
             self.objectives.run(images, 0, &seeds, draw::SCORE + index as u64)?;
             images.executor.read(&score_name(0), DataMut::F32(&mut scores))?;
+            if scores.iter().any(|score| !score.is_finite()) {
+                return Err(Error::NotFinite("the error that images are scored by".into()));
+            }
             sums.iter_mut().zip(&scores).for_each(|(sum, score)| *sum += f64::from(*score));
         }
         Ok(sums.into_iter().map(|sum| sum / self.looks.len() as f64).collect())

@@ -70,6 +70,8 @@ pub enum Progress<'a> {
     Image { index: usize, image: &'a Image },
     /// An iteration of an optimiser is finished; told what came of it where a trace is kept.
     Iteration(Option<&'a Iteration>),
+    /// A run that went wrong goes on once more, to find out where.
+    Again,
 }
 
 pub type Observer<'a> = dyn FnMut(Progress<'_>) -> Result<()> + 'a;
@@ -220,6 +222,11 @@ impl Loaded<'_, '_> {
         self.executor.write(sampler::LATENTS, Data::F32(&latents))
     }
 
+    /// What the run is on.
+    pub fn executor(&mut self) -> &mut dyn Executor {
+        &mut *self.executor
+    }
+
     pub(super) fn guidance(&self) -> f64 {
         self.settings.sampler.guidance
     }
@@ -346,8 +353,9 @@ impl Loaded<'_, '_> {
             let noise = self.draw(index + 1);
             self.executor.write(sampler::NOISE, Data::F32(&noise))?;
         }
-        self.executor.run(self.step)?;
-        observe(Progress::Step { done: index + 1, steps: self.schedule.steps.len() })
+        let (done, steps) = (index + 1, self.schedule.steps.len());
+        self.executor.run(self.step).map_err(|error| error.during(format!("sampling step {done} of {steps}")))?;
+        observe(Progress::Step { done, steps })
     }
 
     /// The latents as they are now, `[B, h, w, C]`.
@@ -364,9 +372,8 @@ impl Loaded<'_, '_> {
         let channels = self.pipeline.config.unet.in_channels;
         self.decode(0)?;
         let latents = self.latents()?;
-        if latents.iter().any(|x| !x.is_finite()) {
-            let what = "the final latents are not finite; --check-finite names the op where it begins";
-            return Err(Error::Numeric(what.into()));
+        if let Some(image) = latents.chunks(latents.len() / batch).position(|x| !are_finite(x)) {
+            return Err(Error::NotFinite(format!("what is sampled for {}", self.image(image))));
         }
         let mut pixels =
             vec![0.0; self.settings.height * self.settings.width * self.pipeline.config.vae.image_channels];
@@ -375,6 +382,9 @@ impl Loaded<'_, '_> {
             self.executor.read(buffer::IMAGE, DataMut::F32(&mut pixels))?;
             if index + 1 < batch {
                 self.decode(index + 1)?;
+            }
+            if !are_finite(&pixels) {
+                return Err(self.where_pixels_go_wrong(index));
             }
             let rgb = pixels.par_iter().with_min_len(1 << 14).map(|&x| to_byte(x)).collect();
             let latents = to_channels_first(latents, channels);
@@ -385,13 +395,30 @@ impl Loaded<'_, '_> {
         Ok(images)
     }
 
+    /// Decodes an image again, op by op.
+    fn where_pixels_go_wrong(&mut self, index: usize) -> Error {
+        self.executor.set_check_finite(true);
+        let decoded = self.decode(index);
+        self.executor.set_check_finite(false);
+        decoded.err().unwrap_or_else(|| Error::NotFinite(self.image(index)))
+    }
+
+    /// An image of the batch, in messages.
+    fn image(&self, index: usize) -> String {
+        format!("the image of seed {}", self.jobs[index].seed)
+    }
+
     /// Starts decoding one image.
     fn decode(&mut self, index: usize) -> Result<()> {
         let Sizes { height, width, .. } = self.sizes;
         let len = height * width * self.pipeline.config.unet.in_channels;
         self.executor.copy((sampler::LATENTS, index * len), (buffer::DECODE_LATENTS, 0), len)?;
-        self.executor.run(self.decode)
+        self.executor.run(self.decode).map_err(|error| error.during(format!("decoding {}", self.image(index))))
     }
+}
+
+fn are_finite(values: &[f32]) -> bool {
+    values.par_iter().with_min_len(1 << 14).all(|x| x.is_finite())
 }
 
 /// `[-1, 1]` → `0..=255`, rounding halves to even (`VaeImageProcessor.postprocess`, `numpy_to_pil`).

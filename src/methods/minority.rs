@@ -184,10 +184,15 @@ pub struct Loaded<'p, 'e> {
     drawn: u64,
 }
 
-impl Loaded<'_, '_> {
+impl<'p, 'e> Loaded<'p, 'e> {
     /// Fills an input that an objective of your own declares.
     pub fn write(&mut self, name: &str, data: Data<'_>) -> Result<()> {
         self.images.executor.write(name, data)
+    }
+
+    /// What samples.
+    pub fn images(&mut self) -> &mut generate::Loaded<'p, 'e> {
+        &mut self.images
     }
 
     /// Makes one full batch of images; `seeds` are the optimiser's, one per image. Other seeds leave the starting noise as it is.
@@ -219,14 +224,17 @@ impl Loaded<'_, '_> {
             self.forget_moments()?;
             for iteration in 0..self.settings.schedule.iterations {
                 let of_prefix = &self.prefixes[&self.prefix];
-                of_prefix.objectives.run(&mut self.images, objective, &self.seeds, draw::LOOK + self.drawn)?;
+                let place = format_args!("iteration {} before sampling step {}", iteration + 1, step + 1);
+                let draw = draw::LOOK + self.drawn;
+                let looked = of_prefix.objectives.run(&mut self.images, objective, &self.seeds, draw);
+                looked.map_err(|error| error.during(place))?;
                 self.drawn += 1;
                 let report = match self.settings.trace {
                     true => Some(self.report(step, visit, objective, iteration)?),
                     false => None,
                 };
                 self.images.executor.write(ADAM, Data::F64(&adam(visit.rate, iteration)))?;
-                self.images.executor.run(self.update)?;
+                self.images.executor.run(self.update).map_err(|error| error.during(place))?;
                 observe(Progress::Iteration(report.as_ref()))?;
             }
         }
@@ -359,14 +367,20 @@ impl Loaded<'_, '_> {
             }
         }
         gradient.iter_mut().chain(&mut moved).for_each(|sum| *sum = sum.sqrt());
+        let score = self.read(&score_name(objective), batch)?;
+        let name = self.settings.objectives[objective].name;
+        if score.iter().chain(&gradient).chain(&moved).any(|x| !x.is_finite()) {
+            let what = format!("the objective '{name}' before sampling step {}, or its gradient,", step + 1);
+            return Err(Error::NotFinite(what));
+        }
         Ok(Iteration {
             step,
             timestep: visit.look.timestep,
             second_timestep: visit.look.again,
-            objective: self.settings.objectives[objective].name,
+            objective: name,
             iteration,
             rate: visit.rate,
-            score: self.read(&score_name(objective), batch)?,
+            score,
             gradient,
             moved,
         })

@@ -256,7 +256,7 @@ impl<'p> Networks<'p> {
 
     /// The program of [`Networks::load_decoder`], not loaded.
     pub fn decoder_program(&self, [b, c, h, w]: [usize; 4]) -> Result<Program> {
-        let mut builder = Builder::new("decode", self.dtype);
+        let mut builder = Builder::new("decode", self.pipeline.config.vae.dtype(self.dtype));
         let latents = builder.wide_input(LATENTS, &[b, h, w, c]);
         let image = vae::decode(&mut builder, &self.pipeline.config.vae, latents);
         builder.output(PIXELS, image);
@@ -295,7 +295,7 @@ impl<'p> Networks<'p> {
         let [b, c, h, w] = image.image_shape()?;
         let config = &self.pipeline.config.vae;
         let (f, latent) = (config.factor(), config.latent_channels);
-        let mut builder = Builder::new("encode", self.dtype);
+        let mut builder = Builder::new("encode", config.dtype(self.dtype));
         let pixels = builder.wide_input(PIXELS, &[b, h, w, c]);
         let moments = vae::encode(&mut builder, config, pixels);
         builder.output(MOMENTS, moments);

@@ -184,7 +184,7 @@ pub fn step(pipeline: &Pipeline, dtype: DType, sizes: Sizes, schedule: &Schedule
 /// One image's latents → its pixels.
 pub fn decode(pipeline: &Pipeline, dtype: DType, sizes: Sizes) -> Result<Program> {
     let config = &pipeline.config.vae;
-    let mut b = Builder::new("decode", dtype);
+    let mut b = Builder::new("decode", config.dtype(dtype));
     let latents = b.wide_input(buffer::DECODE_LATENTS, &[1, sizes.height, sizes.width, config.latent_channels]);
     let image = vae::decode(&mut b, config, latents);
     b.output(buffer::IMAGE, image);

@@ -139,7 +139,12 @@ pub struct Loaded<'p, 'e> {
     guided: Vec<Option<(Look, f64)>>,
 }
 
-impl Loaded<'_, '_> {
+impl<'p, 'e> Loaded<'p, 'e> {
+    /// What samples.
+    pub fn images(&mut self) -> &mut generate::Loaded<'p, 'e> {
+        &mut self.images
+    }
+
     /// Makes one full batch of images.
     pub fn run(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
         self.images.begin(jobs)?;
@@ -151,7 +156,8 @@ impl Loaded<'_, '_> {
                 continue;
             };
             self.objectives.prepare(&mut self.images, &look)?;
-            self.objectives.run(&mut self.images, 0, &seeds, draw::LOOK + step as u64)?;
+            let looked = self.objectives.run(&mut self.images, 0, &seeds, draw::LOOK + step as u64);
+            looked.map_err(|error| error.during(format!("SGMS before sampling step {}", step + 1)))?;
             observe(Progress::Iteration(None))?;
             let direction = self.direction()?;
             self.images.step(step, observe)?;

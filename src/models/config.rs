@@ -1,7 +1,7 @@
 //! Configurations of the networks and the scheduler, as read from diffusers JSON or detected from a checkpoint's keys.
 
 use super::preprocess::Preprocess;
-use crate::program::Activation;
+use crate::program::{Activation, DType};
 use crate::{Error, Result};
 
 /// CLIP text tower (`CLIPTextModel`, `CLIPTextModelWithProjection`).
@@ -131,9 +131,17 @@ pub struct VaeConfig {
     pub mid_attention: bool,
     pub quant_conv: bool,
     pub post_quant_conv: bool,
+    /// Its activations leave the range of f16, as those of SDXL's do.
+    pub force_upcast: bool,
 }
 
 impl VaeConfig {
+    /// The type it computes in where the model computes in `dtype`. bf16 has the range of f32 at the peak rates of f16, and moves a
+    /// pixel by two of 255 levels at most (`tests/upcast.rs`); those who want f32 can have the whole model in it.
+    pub fn dtype(&self, dtype: DType) -> DType {
+        if self.force_upcast && dtype == DType::F16 { DType::BF16 } else { dtype }
+    }
+
     /// Image pixels per latent pixel along one side.
     pub fn factor(&self) -> usize {
         1 << (self.channels.len() - 1)

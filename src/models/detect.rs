@@ -108,7 +108,7 @@ pub fn vae_config(model: &Model) -> Result<VaeConfig> {
             None => Ok(seen),
         };
     };
-    let config = parse::vae(&fields)?;
+    let config = parse::vae(&fields, seen.force_upcast)?;
     let check = Check { fields, weights: model.source(Component::Vae) };
     check.same("out_channels", &config.image_channels, &seen.image_channels)?;
     check.same("latent_channels", &config.latent_channels, &seen.latent_channels)?;

@@ -251,8 +251,9 @@ fn sample_size(f: &Fields) -> Result<usize> {
     }
 }
 
-/// `AutoencoderKL`.
-pub fn vae(f: &Fields) -> Result<VaeConfig> {
+/// `AutoencoderKL`; `upcast` is its `force_upcast` where the file does not say. The class's own default is no answer: of diffusers'
+/// pipelines those of SDXL alone heed it.
+pub fn vae(f: &Fields, upcast: bool) -> Result<VaeConfig> {
     f.only("_class_name", json!("AutoencoderKL"))?;
     f.only("act_fn", json!("silu"))?;
     f.only("down_block_types", json!("DownEncoderBlock2D"))?;
@@ -269,6 +270,7 @@ pub fn vae(f: &Fields) -> Result<VaeConfig> {
         mid_attention: f.flag("mid_block_add_attention", true)?,
         quant_conv: f.flag("use_quant_conv", true)?,
         post_quant_conv: f.flag("use_post_quant_conv", true)?,
+        force_upcast: f.flag("force_upcast", upcast)?,
     };
     f.only("in_channels", json!(config.image_channels))?;
     if config.scaling_factor == 0.0 || !config.scaling_factor.is_finite() {

@@ -1,4 +1,5 @@
-//! The image autoencoder (`AutoencoderKL`): latents to pixels and pixels to latent moments.
+//! The image autoencoder (`AutoencoderKL`): latents to pixels and pixels to latent moments, each in the type that holds its numbers,
+//! whatever the program around it computes in.
 
 use super::config::VaeConfig;
 use super::layers::{Layers, Linear, ResnetNorm};
@@ -14,6 +15,17 @@ struct Vae<'c, 'b> {
 
 /// `latents [B, h, w, L]`, scaled as the UNet sees them → image `[B, f·h, f·w, 3]`, nominally in [-1, 1].
 pub fn decode(b: &mut Builder, config: &VaeConfig, latents: ValueId) -> ValueId {
+    let image = b.computing_in(config.dtype(b.dtype()), |b| decoder(b, config, latents));
+    b.narrow(image)
+}
+
+/// `image [B, H, W, 3]` in [-1, 1] → moments `[B, H/f, W/f, 2L]`: means, then log-variances, before scaling.
+pub fn encode(b: &mut Builder, config: &VaeConfig, image: ValueId) -> ValueId {
+    let moments = b.computing_in(config.dtype(b.dtype()), |b| encoder(b, config, image));
+    b.narrow(moments)
+}
+
+fn decoder(b: &mut Builder, config: &VaeConfig, latents: ValueId) -> ValueId {
     let mut vae = Vae { config, net: Layers::new(b, Component::Vae) };
     let levels = config.channels.len();
     let mut x = vae.net.b.affine(latents, 1.0 / config.scaling_factor, config.shift_factor);
@@ -39,8 +51,7 @@ pub fn decode(b: &mut Builder, config: &VaeConfig, latents: ValueId) -> ValueId 
     vae.net.conv("decoder.conv_out", x, config.image_channels, 3, |_| {})
 }
 
-/// `image [B, H, W, 3]` in [-1, 1] → moments `[B, H/f, W/f, 2L]`: means, then log-variances, before scaling.
-pub fn encode(b: &mut Builder, config: &VaeConfig, image: ValueId) -> ValueId {
+fn encoder(b: &mut Builder, config: &VaeConfig, image: ValueId) -> ValueId {
     let mut vae = Vae { config, net: Layers::new(b, Component::Vae) };
     let levels = config.channels.len();
     let mut x = vae.net.conv("encoder.conv_in", image, config.channels[0], 3, |_| {});

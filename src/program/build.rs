@@ -7,7 +7,9 @@ use std::collections::HashMap;
 /// Appends ops to a [`Program`]. After a mistake every method returns a dummy value, so model code needs no `?` per layer.
 pub struct Builder {
     program: Program,
-    weights: HashMap<Weight, ValueId>,
+    /// What weights, inputs and constants are of: the program's type, but for [`Builder::computing_in`].
+    dtype: DType,
+    weights: HashMap<(Weight, DType), ValueId>,
     error: Option<Error>,
 }
 
@@ -15,13 +17,27 @@ impl Builder {
     pub fn new(name: impl Into<String>, dtype: DType) -> Builder {
         let program =
             Program { name: name.into(), dtype, nodes: vec![], values: vec![], inputs: vec![], outputs: vec![] };
-        Builder { program, weights: HashMap::new(), error: None }
+        Builder { program, dtype, weights: HashMap::new(), error: None }
     }
 
     /// Goes on where a finished program ends.
     pub(crate) fn extend(program: Program, name: String) -> Builder {
-        let weights = program.weights().map(|(id, weight)| (weight.clone(), id)).collect();
-        Builder { program: Program { name, ..program }, weights, error: None }
+        let weights = program.weights().map(|(id, weight)| ((weight.clone(), program.value(id).dtype), id)).collect();
+        Builder { dtype: program.dtype, program: Program { name, ..program }, weights, error: None }
+    }
+
+    /// The type that is computed in.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Appends a part that computes in another float type than the rest: its weights, inputs and constants are of that type, and
+    /// so is what [`Builder::narrow`] gives.
+    pub fn computing_in<R>(&mut self, dtype: DType, append: impl FnOnce(&mut Builder) -> R) -> R {
+        let outer = std::mem::replace(&mut self.dtype, dtype);
+        let appended = append(self);
+        self.dtype = outer;
+        appended
     }
 
     pub(crate) fn program(&self) -> &Program {
@@ -43,7 +59,7 @@ impl Builder {
 
     /// A named float buffer; asking for the same one again gives the same value.
     pub fn input(&mut self, name: impl Into<String>, shape: &[usize]) -> ValueId {
-        self.input_of(name, shape, self.program.dtype)
+        self.input_of(name, shape, self.dtype)
     }
 
     /// A named buffer of i32: token ids, indices.
@@ -53,7 +69,7 @@ impl Builder {
 
     /// A named buffer of the wide type: state that is carried from run to run, timesteps.
     pub fn wide_input(&mut self, name: impl Into<String>, shape: &[usize]) -> ValueId {
-        self.input_of(name, shape, self.program.dtype.wide())
+        self.input_of(name, shape, self.dtype.wide())
     }
 
     /// A named buffer of scalars that change between runs, of the wide type.
@@ -89,12 +105,13 @@ impl Builder {
 
     /// A weight; asking for the same one again gives the same value.
     pub fn weight(&mut self, weight: Weight) -> ValueId {
-        if let Some(&id) = self.weights.get(&weight) {
+        let key = (weight, self.dtype);
+        if let Some(&id) = self.weights.get(&key) {
             return id;
         }
-        let (shape, dtype) = (weight.shape.clone(), self.program.dtype);
-        let id = self.value(Value { shape, dtype, origin: Origin::Weight(weight.clone()) });
-        self.weights.insert(weight, id);
+        let (weight, dtype) = key.clone();
+        let id = self.value(Value { shape: weight.shape.clone(), dtype, origin: Origin::Weight(weight) });
+        self.weights.insert(key, id);
         id
     }
 
@@ -268,16 +285,16 @@ impl Builder {
         self.push(Op::Elementwise(Elementwise::Clamp { x, low, high }))[0]
     }
 
-    /// The value in the program's own type; the value itself where it is of that.
+    /// The value in the type that is computed in; the value itself where it is of that.
     #[track_caller]
     pub fn narrow(&mut self, x: ValueId) -> ValueId {
-        self.cast(x, self.program.dtype)
+        self.cast(x, self.dtype)
     }
 
     /// The value in the wide type; the value itself where it is of that.
     #[track_caller]
     pub fn widen(&mut self, x: ValueId) -> ValueId {
-        self.cast(x, self.program.dtype.wide())
+        self.cast(x, self.dtype.wide())
     }
 
     #[track_caller]
@@ -296,7 +313,7 @@ impl Builder {
 
     #[track_caller]
     pub fn constant(&mut self, shape: &[usize], value: f64) -> ValueId {
-        let dtype = self.program.dtype;
+        let dtype = self.dtype;
         self.push(Op::Elementwise(Elementwise::Constant { shape: shape.to_vec(), dtype, value }))[0]
     }
 

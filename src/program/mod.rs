@@ -18,8 +18,9 @@ pub use ops::*;
 use crate::weights::Weight;
 use std::panic::Location;
 
-/// Element type of a value. Weights and activations of a program are of one float type, its own; statistics, losses and state
-/// are of its wide type (an op computes in the type of its operands); `I32` holds token ids and indices.
+/// Element type of a value. Weights and activations of a program are of one float type, its own, but for networks that need
+/// another; statistics, losses and state are of its wide type (an op computes in the type of its operands); `I32` holds token ids
+/// and indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum DType {
     F64,

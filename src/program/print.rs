@@ -24,7 +24,7 @@ impl fmt::Display for Program {
 
 impl Program {
     /// A value as it is written in a line: `%7`, `'latents'`, or a weight's key.
-    pub(super) fn show(&self, id: ValueId) -> String {
+    pub(crate) fn show(&self, id: ValueId) -> String {
         match &self.value(id).origin {
             Origin::Input(name) => format!("'{name}'"),
             Origin::Weight(w) if w.keys.len() == 1 => w.keys[0].clone(),

@@ -8,6 +8,7 @@ pub fn verify(program: &Program) -> Result<()> {
     let fail = |what: String, at: String| Err(Error::Program { program: program.name.clone(), what, at });
     let mut defined: HashSet<ValueId> = HashSet::new();
     let mut names: HashMap<&str, (&Shape, DType)> = HashMap::new();
+    let mut weights: HashSet<(&Weight, DType)> = HashSet::new();
 
     // Inputs and weights exist before the first op; no two inputs share a name.
     for (i, value) in program.values.iter().enumerate() {
@@ -22,8 +23,8 @@ pub fn verify(program: &Program) -> Result<()> {
                 defined.insert(ValueId(i as u32));
             }
             Origin::Weight(weight) => {
-                if weight.shape != value.shape || value.dtype != program.dtype {
-                    return fail(format!("weight '{}' has two types", weight.keys.join("+")), "weights".into());
+                if weight.shape != value.shape || !weights.insert((weight, value.dtype)) {
+                    return fail(format!("weight '{}' is listed twice", weight.keys.join("+")), "weights".into());
                 }
                 defined.insert(ValueId(i as u32));
             }

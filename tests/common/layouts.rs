@@ -1,11 +1,14 @@
-//! Other layouts of the tiny pipelines, made from their folders: single files (`single_file.json`), a UNet-only file.
+//! The tiny pipelines in other forms, made from their folders: single files (`single_file.json`), a UNet-only file, copies with other
+//! numbers.
 
 use super::golden::data_folder;
 use safetensors::Dtype;
 use safetensors::tensor::{SafeTensors, TensorView};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
+use tempfile::TempDir;
 
 struct Stored {
     dtype: Dtype,
@@ -83,4 +86,45 @@ fn transpose(data: &[u8], shape: &[usize], size: usize) -> Vec<u8> {
     let [rows, columns] = shape[..] else { panic!("{shape:?} is no matrix") };
     let element = |r: usize, c: usize| &data[(r * columns + c) * size..][..size];
     (0..columns).flat_map(|c| (0..rows).flat_map(move |r| element(r, c).iter().copied())).collect()
+}
+
+/// A writable copy of a tiny pipeline.
+pub fn copy_of(name: &str) -> TempDir {
+    fn copy(from: &Path, to: &Path) {
+        fs::create_dir_all(to).unwrap();
+        for entry in fs::read_dir(from).unwrap() {
+            let entry = entry.unwrap();
+            let target = to.join(entry.file_name());
+            if entry.path().is_dir() {
+                copy(&entry.path(), &target)
+            } else {
+                fs::write(target, fs::read(entry.path()).unwrap()).unwrap()
+            }
+        }
+    }
+    let folder = TempDir::new().unwrap();
+    copy(&data_folder(name), folder.path());
+    folder
+}
+
+/// The weights of a component in such a copy.
+pub fn weights_of(model: &TempDir, component: &str) -> std::path::PathBuf {
+    model.path().join(component).join("diffusion_pytorch_model.safetensors")
+}
+
+/// Multiplies tensors of a file of f16, which are f32 from then on.
+pub fn scale_tensors(file: &Path, factors: &[(&str, f32)]) {
+    let bytes = fs::read(file).unwrap();
+    let mut tensors = BTreeMap::new();
+    for (key, view) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
+        let stored = Stored { dtype: view.dtype(), shape: view.shape().to_vec(), data: view.data().to_vec() };
+        tensors.insert(key, stored);
+    }
+    for (key, factor) in factors {
+        let tensor = tensors.get_mut(*key).unwrap();
+        assert_eq!(tensor.dtype, Dtype::F16, "{key}");
+        let scaled = |x: &[u8]| (half::f16::from_le_bytes([x[0], x[1]]).to_f32() * factor).to_le_bytes();
+        (tensor.dtype, tensor.data) = (Dtype::F32, tensor.data.chunks(2).flat_map(scaled).collect());
+    }
+    fs::write(file, serialize(&tensors)).unwrap();
 }

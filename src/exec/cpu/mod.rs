@@ -215,7 +215,7 @@ impl<T: Real> Cpu<T> {
                 guard.check(planned, index, bytemuck::cast_slice_mut(self.arena.as_mut_slice()))?;
             }
             if self.check_finite {
-                check::finite(planned, index, self.arena.as_slice())?;
+                check::finite(&self.programs[program.0], index, self.arena.as_slice(), &self.store)?;
             }
         }
         let Loaded { outputs, places, .. } = &self.programs[program.0];
@@ -283,6 +283,10 @@ impl<T: Real> Executor for Cpu<T> {
 
     fn run(&mut self, program: ProgramId) -> Result<()> {
         T::run(self, program)
+    }
+
+    fn set_check_finite(&mut self, on: bool) {
+        self.check_finite = on;
     }
 
     fn read(&self, buffer: &str, out: DataMut<'_>) -> Result<()> {

@@ -92,7 +92,9 @@ impl TensorMap {
 /// What the driver takes: extents of a tensor and of a box.
 const EXTENTS: RangeInclusive<usize> = 1..=1 << 32;
 const WINDOW: RangeInclusive<usize> = 1..=256;
-/// Blocks along x, y and z; threads of a block.
+/// Blocks along x, y and z; threads of a block. Pixels, tokens and elements go along x alone. Along y and z go samples, heads, splits,
+/// chunks (some hundreds at most) and blocks of columns (hundreds of elements each): of these only a batch is the user's to choose, and
+/// one of 65536 is refused.
 const GRID: [RangeInclusive<u32>; 3] = [1..=(1 << 31) - 1, 1..=65_535, 1..=65_535];
 const BLOCK: RangeInclusive<u32> = 1..=1024;
 /// Bytes of dynamic shared memory on sm_90, which has the most that kernels here ask for; a device may have less, and says so.
@@ -144,10 +146,8 @@ impl Launch {
         let refuse = |what: String| Err(Error::Device(format!("{self}: {what}")));
         for ((axis, blocks), limit) in ["x", "y", "z"].iter().zip(self.grid).zip(GRID) {
             if !limit.contains(&blocks) {
-                return refuse(format!(
-                    "a grid has 1 to {} blocks along {axis}; use a smaller --batch or --size",
-                    limit.end()
-                ));
+                let hint = if blocks > 0 { "; use a smaller --batch or --size" } else { "" };
+                return refuse(format!("a grid has 1 to {} blocks along {axis}{hint}", limit.end()));
             }
         }
         if !BLOCK.contains(&self.block) {

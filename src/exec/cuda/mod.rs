@@ -42,7 +42,7 @@ pub mod kernels {
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }
 
-use super::guard::{Guard, describe, finite};
+use super::guard::{self, Guard, describe};
 use super::{Data, DataMut, Executor, ProgramId, held};
 use crate::plan::Planned;
 use crate::program::{DType, Node, Op, Origin, Program, ValueId};
@@ -157,14 +157,14 @@ impl Cuda {
     /// Where a program's weights and buffers lie, fetched and made if they are not held yet.
     fn outside(&mut self, program: &Program, weights: &Model) -> Result<Vec<Address>> {
         let driver = &mut *self.driver;
-        let mut ahead = program.weights().map(|(_, weight)| weight);
-        self.store.prefetch(ahead.by_ref().take(WEIGHTS_AHEAD), program.dtype, weights);
+        let mut ahead = program.weights().map(|(id, weight)| (weight, program.value(id).dtype));
+        self.store.prefetch(ahead.by_ref().take(WEIGHTS_AHEAD), weights);
         let mut outside = Vec::with_capacity(program.values.len());
         for value in &program.values {
             outside.push(match &value.origin {
                 Origin::Input(name) => self.store.buffer(driver, program, name, value)?,
                 Origin::Weight(weight) => {
-                    self.store.prefetch(ahead.next().into_iter(), program.dtype, weights);
+                    self.store.prefetch(ahead.next().into_iter(), weights);
                     self.store.weight(driver, weight, value.dtype, weights)?
                 }
                 Origin::Op(_) => Address::NULL,
@@ -186,6 +186,23 @@ impl Cuda {
         if wait { self.driver.synchronize().map_err(failed) } else { Ok(()) }
     }
 
+    /// Where that is asked for, fails if op `index`, which has just run, made what is not finite.
+    pub(super) fn check_op(&self, id: ProgramId, index: usize) -> Result<()> {
+        if !self.check_finite {
+            return Ok(());
+        }
+        let program = &self.programs[id.0].planned.program;
+        for &output in &program.nodes[index].outputs {
+            let Some(found) = self.not_finite(id, output)? else { continue };
+            let mut spoiled = vec![];
+            for weight in guard::weights(program, index) {
+                spoiled.extend(self.not_finite(id, weight)?.map(|_| weight));
+            }
+            return Err(guard::not_finite(program, index, output, found, &spoiled));
+        }
+        Ok(())
+    }
+
     /// Checks the index buffers of a program.
     pub(super) fn check_bounds(&self, program: ProgramId) -> Result<()> {
         let loaded = &self.programs[program.0];
@@ -198,10 +215,22 @@ impl Cuda {
 
     /// What a value of a program holds now, read from the device.
     pub(super) fn value(&self, program: ProgramId, id: ValueId) -> Result<Vec<f64>> {
+        let (dtype, bytes) = self.bytes(program, id)?;
+        Ok(store::to_f64(dtype, &bytes))
+    }
+
+    fn bytes(&self, program: ProgramId, id: ValueId) -> Result<(DType, Vec<u8>)> {
         let Loaded { planned: Planned { program, .. }, addresses, .. } = &self.programs[program.0];
-        let mut bytes = vec![0; program.value(id).bytes()];
+        let value = program.value(id);
+        let mut bytes = vec![0; value.bytes()];
         self.driver.read(addresses[id.index()], &mut bytes)?;
-        Ok(store::to_f64(program.value(id).dtype, &bytes))
+        Ok((value.dtype, bytes))
+    }
+
+    /// The first element of a value that is not finite.
+    fn not_finite(&self, program: ProgramId, id: ValueId) -> Result<Option<(usize, f64)>> {
+        let (dtype, bytes) = self.bytes(program, id)?;
+        Ok(store::not_finite(dtype, &bytes))
     }
 
     /// Makes the launches of a program for where the arena lies now.
@@ -282,12 +311,7 @@ impl Cuda {
             guard.check(planned, index, &mut arena)?;
             self.driver.write(self.arena, &arena)?;
         }
-        if self.check_finite {
-            for &id in &planned.program.nodes[index].outputs {
-                finite(&planned.program, index, id, self.value(program, id)?.into_iter())?;
-            }
-        }
-        Ok(())
+        self.check_op(program, index)
     }
 }
 
@@ -439,6 +463,10 @@ impl Executor for Cuda {
             }
             Replay::Ready(graph) => self.driver.replay(graph),
         }
+    }
+
+    fn set_check_finite(&mut self, on: bool) {
+        self.check_finite = on;
     }
 
     fn wait(&self) -> Result<()> {

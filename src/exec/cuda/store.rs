@@ -83,9 +83,9 @@ fn embedding_bound(program: &Program, op: &Embedding) -> Option<(ValueId, &'stat
 
 impl Store {
     /// Asks for the bytes of weights that are not held yet, as many as are uploaded while a disk reads.
-    pub fn prefetch<'w>(&self, weights: impl Iterator<Item = &'w Weight>, dtype: DType, model: &Model) {
-        let missing = weights.filter(|weight| !self.weights.contains_key(&((*weight).clone(), dtype)));
-        missing.for_each(|weight| model.prefetch(weight));
+    pub fn prefetch<'w>(&self, weights: impl Iterator<Item = (&'w Weight, DType)>, model: &Model) {
+        let missing = weights.filter(|(weight, dtype)| !self.weights.contains_key(&((*weight).clone(), *dtype)));
+        missing.for_each(|(weight, _)| model.prefetch(weight));
     }
 
     /// The address of a weight, fetched and uploaded if it is not held yet: row by row, of a product's right operand `[N, K]`.
@@ -246,6 +246,23 @@ fn encode(dtype: DType, values: impl Iterator<Item = f32>, out: &mut [u8]) {
         DType::F64 => put(values, out, |x| f64::from(x).to_ne_bytes()),
         DType::I32 => put(values, out, |x| (x as i32).to_ne_bytes()),
     }
+}
+
+/// The first number that is an infinity or a NaN, and where it is.
+pub fn not_finite(dtype: DType, bytes: &[u8]) -> Option<(usize, f64)> {
+    fn first<const N: usize>(bytes: &[u8], is_finite: impl Fn([u8; N]) -> bool + Sync) -> Option<usize> {
+        let (elements, _) = bytes.as_chunks();
+        elements.par_iter().with_min_len(1 << 14).position_first(|element| !is_finite(*element))
+    }
+    let at = match dtype {
+        DType::F16 => first(bytes, |x| f16::from_ne_bytes(x).is_finite()),
+        DType::BF16 => first(bytes, |x| bf16::from_ne_bytes(x).is_finite()),
+        DType::F32 => first(bytes, |x| f32::from_ne_bytes(x).is_finite()),
+        DType::F64 => first(bytes, |x| f64::from_ne_bytes(x).is_finite()),
+        DType::I32 => None,
+    }?;
+    let value = to_f64(dtype, &bytes[at * dtype.bytes()..][..dtype.bytes()]);
+    Some((at, value[0]))
 }
 
 /// Numbers as the host reads them.

@@ -2,8 +2,8 @@
 //! split into, the depth of its ring. A pure function of the shape, fed by one table (`rates`); the same on every GPU.
 
 use super::gemm::Lines;
-use super::{hopper, launch};
 use super::rates::{Rates, TABLE, Table};
+use super::{hopper, launch};
 use crate::program::DType;
 
 /// A block of outputs as kernels/gemm.cu and kernels/conv2d.cu have it, or kernels/product_hopper.cu.

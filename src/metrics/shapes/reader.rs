@@ -115,6 +115,9 @@ impl Reader {
             self.executor.write(IMAGES, Data::F32(&self.images))?;
             self.executor.run(self.program)?;
             self.executor.read(LOGITS, DataMut::F32(&mut self.logits))?;
+            if self.logits.iter().any(|x| !x.is_finite()) {
+                return Err(Error::Numeric("what the reader makes of the images is not finite".into()));
+            }
             all.extend_from_slice(&self.logits[..images.len() / self.image_len * self.heads.iter().sum::<usize>()]);
         }
         Ok(all)

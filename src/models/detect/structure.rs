@@ -131,7 +131,7 @@ fn added(t: &Tensors) -> Result<Option<AddedConfig>> {
     }
 }
 
-/// The autoencoder by the tensors of its decoder; 32 norm groups, the scaling factor of SD 1 and 2.
+/// The autoencoder by the tensors of its decoder; 32 norm groups, the scaling factor of SD 1 and 2. That of SDXL needs more than f16.
 pub(super) fn vae(model: &Model) -> Result<VaeConfig> {
     let t = Tensors { model, component: Component::Vae };
     let levels = t.count("decoder.up_blocks.");
@@ -152,6 +152,7 @@ pub(super) fn vae(model: &Model) -> Result<VaeConfig> {
         mid_attention: t.has("decoder.mid_block.attentions.0.to_q.weight"),
         quant_conv: t.has("quant_conv.weight"),
         post_quant_conv: t.has("post_quant_conv.weight"),
+        force_upcast: model.has(Component::TextEncoder2),
     })
 }
 

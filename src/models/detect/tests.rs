@@ -83,6 +83,9 @@ fn a_folder_is_read_with_the_defaults_of_diffusers() {
     assert_eq!((config.family, config.image_size), (Family::Sd1, 16));
     assert_eq!((config.unet.heads[0], config.unet.norm_groups, config.unet.mid_transformers), (4, 32, 1));
     assert_eq!((config.vae.norm_groups, config.vae.scaling_factor), (16, 0.18215));
+    assert!(!config.vae.force_upcast, "only diffusers' pipelines for SDXL heed what the class says by default");
+    let said = folder(&[("vae", "force_upcast", json!(true))]);
+    assert!(pipeline_config(&said, None).unwrap().vae.force_upcast);
     assert_eq!(config.text[0].activation, crate::program::Activation::QuickGelu);
     assert!(!config.zero_empty_negative);
     // StableDiffusionPipeline overrules steps_offset and clip_sample.

@@ -28,7 +28,7 @@ fn check(bytes: &[u8]) -> Option<()> {
             b.output("out", out);
         }
         1 => {
-            let config = parse::vae(&fields).ok()?;
+            let config = parse::vae(&fields, false).ok()?;
             if config.channels.len() > 6 || config.layers_per_block > 4 {
                 return None;
             }
