@@ -40,6 +40,7 @@ use report::{Head, Report};
 use section::Item;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 use supervise::Check;
 
 /// Check every kernel on a GPU and write a report.
@@ -73,8 +74,8 @@ struct Args {
     #[arg(long, default_value_t = 540)]
     time_limit: u64,
     /// Seconds that a kernel may stay on the device; one that takes longer hangs [default: 8, on the emulation 300]
-    #[arg(long, value_name = "SECONDS")]
-    patience: Option<f64>,
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    patience: Option<Duration>,
     /// Kernels that are not to be launched, separated by commas
     #[arg(long, value_name = "KERNEL", value_delimiter = ',')]
     quarantine: Vec<String>,
@@ -183,10 +184,6 @@ impl Args {
         }
     }
 
-    fn patience(&self) -> f64 {
-        self.patience.unwrap_or_else(|| supervise::patience(&self.device))
-    }
-
     fn emulation(&self) -> PathBuf {
         self.emulation.clone().or_else(|| beside("emulation.so")).unwrap_or_else(common::emulated::build)
     }
@@ -214,6 +211,11 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let number = text.parse().map_err(|_| format!("'{text}' is no number"))?;
+    Duration::try_from_secs_f64(number).map_err(|error| error.to_string())
 }
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;

@@ -26,7 +26,7 @@ pub struct Head {
 pub struct Summary {
     pub section: String,
     pub items: usize,
-    /// Items that were begun, or are behind one that was.
+    /// Items of which all that could be done was.
     pub reached: usize,
     pub rows: usize,
     pub failed: usize,

@@ -39,8 +39,7 @@ pub struct Check<'a> {
     known: Known,
     report: Report,
     journal: Option<File>,
-    /// The section at work.
-    summary: Summary,
+    /// The section at work began.
     began: Instant,
     spoke: Instant,
 }
@@ -70,11 +69,10 @@ impl<'a> Check<'a> {
             emulation: device.emulation.clone(),
             start,
             deadline: start + Duration::from_secs(args.time_limit),
-            patience: Duration::from_secs_f64(args.patience()),
+            patience: args.patience.unwrap_or_else(|| patience(&args.device)),
             known: Known { quarantined: args.quarantine.iter().cloned().collect(), ..Known::default() },
             report: Report::default(),
             journal: args.journal.as_deref().map(journal::create).transpose()?,
-            summary: Summary::default(),
             began: start,
             spoke: start,
         };
@@ -95,11 +93,12 @@ impl<'a> Check<'a> {
         let sections = self.args.sections();
         let mut gone = false;
         for &section in &sections {
-            self.summary = Summary { section: section.name(), ..Summary::default() };
-            (self.began, self.spoke) = (Instant::now(), Instant::now());
-            self.progress()?;
+            self.began = Instant::now();
+            self.put(Entry::Section(Summary { section: section.name(), ..Summary::default() }))?;
             match device {
-                Some(_) if gone => self.summary.items = section.items(self.args, &self.data).len(),
+                _ if gone || Instant::now() >= self.deadline => {
+                    self.summary().items = section.items(self.args, &self.data).len();
+                }
                 Some(device) => gone = self.here(section, device)?,
                 None => self.apart(section)?,
             }
@@ -122,6 +121,12 @@ impl<'a> Check<'a> {
         Ok((self.write()?, self.report.ok))
     }
 
+    /// Of the section at work, which [`Check::run`] put there.
+    fn summary(&mut self) -> &mut Summary {
+        let last = self.report.sections.len() - 1;
+        &mut self.report.sections[last]
+    }
+
     fn write(&self) -> Outcome<PathBuf> {
         let out = &self.args.out;
         self.report.write(out).map_err(|error| format!("{}: {error}", out.display()).into())
@@ -130,10 +135,10 @@ impl<'a> Check<'a> {
     /// Takes up what is told; why the device is lost, if it is.
     fn take(&mut self, event: Event, doing: &mut Doing) -> Outcome<Option<String>> {
         match event {
-            Event::Items(count) => self.summary.items = count,
+            Event::Items(count) => self.summary().items = count,
             Event::Begin { name, dtype, next } => {
                 (doing.next, doing.began) = (next, true);
-                doing.run = Some(Row { section: self.summary.section.clone(), ..Row::failed(name, dtype, "") });
+                doing.run = Some(Row { section: self.summary().section.clone(), ..Row::failed(name, dtype, "") });
             }
             Event::Launch(kernel) => {
                 if let Some((row, kernel)) = doing.run.as_mut().zip(kernel.as_ref())
@@ -146,7 +151,7 @@ impl<'a> Check<'a> {
             Event::Back => doing.outstanding = None,
             Event::End { rows, incident } => {
                 (doing.run, doing.outstanding) = (None, None);
-                self.summary.reached = doing.next.item;
+                self.summary().reached = doing.next.item;
                 doing.explained = incident.is_some();
                 self.end(rows, incident)?;
             }
@@ -165,10 +170,7 @@ impl<'a> Check<'a> {
             self.known.proven.extend(rows.iter().flat_map(|row| row.kernels.iter().cloned()));
         }
         for row in rows {
-            self.summary.rows += 1;
-            self.summary.failed += usize::from(row.is(State::Failed));
-            self.summary.not_run += usize::from(row.is(State::NotRun));
-            if row.is(State::Failed) && self.summary.failed <= 20 {
+            if row.is(State::Failed) && self.summary().failed < 20 {
                 let numbers = row.error.zip(row.allowed);
                 let numbers =
                     numbers.map_or(String::new(), |(error, allowed)| format!("{error:.3e} of {allowed:.3e}, "));
@@ -187,11 +189,12 @@ impl<'a> Check<'a> {
 
     fn progress(&mut self) -> Outcome<()> {
         self.spoke = Instant::now();
-        self.summary.seconds = self.began.elapsed().as_secs_f64();
-        let Summary { section, items, reached, failed, .. } = &self.summary;
+        self.summary().seconds = self.began.elapsed().as_secs_f64();
+        let summary = self.summary().clone();
+        let Summary { section, items, reached, failed, .. } = &summary;
         let seconds = self.start.elapsed().as_secs();
         eprintln!("{seconds:4} s  {section}: {reached} of {items}, {failed} rows failed");
-        self.put(Entry::Section(self.summary.clone()))
+        self.put(Entry::Section(summary))
     }
 
     /// Runs a section in this process; whether the device is lost.
@@ -207,13 +210,14 @@ impl<'a> Check<'a> {
         trouble.map_or(Ok(()), Err)?;
         let Some(why) = lost else { return Ok(false) };
         if !doing.explained {
-            self.end(vec![], Some(self.incident("the device", None, format!("is lost: {why}"))))?;
+            let incident = self.incident("the device", None, format!("is lost: {why}"));
+            self.end(vec![], Some(incident))?;
         }
         Ok(true)
     }
 
-    fn incident(&self, name: impl Into<String>, kernel: Option<String>, what: String) -> Incident {
-        let (section, quarantined) = (self.summary.section.clone(), kernel.is_some());
+    fn incident(&mut self, name: impl Into<String>, kernel: Option<String>, what: String) -> Incident {
+        let (section, quarantined) = (self.summary().section.clone(), kernel.is_some());
         Incident { section, name: name.into(), kernel, quarantined, what }
     }
 
@@ -221,7 +225,7 @@ impl<'a> Check<'a> {
     fn apart(&mut self, section: Section) -> Outcome<()> {
         let mut doing = Doing::default();
         loop {
-            (doing.began, doing.run, doing.outstanding) = (false, None, None);
+            doing = Doing { next: doing.next, ..Doing::default() };
             let mut child = self.spawn(section, doing.next)?;
             let watched = self.watch(&mut child, &mut doing);
             let end = end(&mut child)?;
@@ -251,9 +255,10 @@ impl<'a> Check<'a> {
     /// Takes up the end of a process that did not end by itself.
     fn bury(&mut self, doing: &mut Doing, why: String) -> Outcome<()> {
         let Some(run) = doing.run.take() else {
-            return self.end(vec![], Some(self.incident("its process", None, why)));
+            let incident = self.incident("its process", None, why);
+            return self.end(vec![], Some(incident));
         };
-        self.summary.reached = doing.next.item;
+        self.summary().reached = doing.next.item;
         let name = format!("{} {}", run.name, run.dtype);
         let (kernel, what) = match doing.outstanding.take() {
             Some((_, Some(kernel))) => (Some(kernel.clone()), format!("kernel {kernel}: {why}")),
@@ -360,7 +365,13 @@ pub fn tell(args: &Args, data: &Path, emulation: PathBuf) -> Outcome<()> {
         std::process::exit(1);
     });
     let deadline = Instant::now() + Duration::from_secs_f64(seconds);
-    let device = Device::open(&args.device, || emulation)?.telling(print);
+    let device = match Device::open(&args.device, || emulation) {
+        Ok(device) => device.telling(print),
+        Err(error) => {
+            print(&Event::Lost(error.to_string()));
+            return Ok(());
+        }
+    };
     device.kernels.borrow_mut().known = known;
     let section = Section::named(&section).ok_or_else(|| format!("there is no section '{section}'"))?;
     let span = Span { from, deadline, keep_going: args.keep_going };
@@ -379,7 +390,7 @@ fn print(event: &Event) {
     }
 }
 
-/// The patience with a device, in seconds, where none is asked for: no kernel of the check needs one on a GPU.
-pub fn patience(device: &Choice) -> f64 {
-    if *device == Choice::Emulated { 300.0 } else { 8.0 }
+/// What a kernel may take where nothing else is asked for: on a GPU none of the check needs a second.
+fn patience(device: &Choice) -> Duration {
+    Duration::from_secs(if *device == Choice::Emulated { 300 } else { 8 })
 }
