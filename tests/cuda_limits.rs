@@ -30,6 +30,7 @@ fn decode(dtype: DType, batch: usize, side: usize) -> Program {
         mid_attention: true,
         quant_conv: true,
         post_quant_conv: true,
+        force_upcast: false,
     };
     let mut b = Builder::new("decode", dtype);
     let latents = b.input("latents", &[batch, side, side, 4]);
