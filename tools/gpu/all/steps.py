@@ -46,7 +46,8 @@ def ended(code: int | None) -> str:
 def broken(course: Course) -> list[str]:
     """Kernels that an earlier step found to hang, to fault or to be wrong."""
     lines = (entry["line"] for entry in read(course.journal.path) if isinstance(entry.get("line"), dict))
-    return sorted({line["incident"]["kernel"] for line in lines if line.get("incident", {}).get("kernel")})
+    incidents = (line["incident"] for line in lines if "incident" in line)
+    return sorted({incident["kernel"] for incident in incidents if incident["quarantined"]})
 
 
 def hopper(course: Course) -> str:
@@ -82,7 +83,7 @@ def kernels(course: Course, end: float) -> str:
 
 
 def images(course: Course, end: float) -> str:
-    return check(course, "images", end, "--subset", "--only", "images,models")
+    return check(course, "images", end, "--subset", "--only", "networks")
 
 
 def full_check(course: Course, end: float) -> str:
@@ -116,17 +117,14 @@ def profile(course: Course, end: float) -> str:
             outcomes.append(f"{model}: its weights were not written in time")
             continue
         rows = course.scratch / f"profile-{model}.jsonl"
-        command = gpu_check(course, "profile", "--device", course.device, "--dtype", course.dtype, "--model", folder, "--what", programs, "--out", rows)
-        command += ["--hopper", hopper(course), "--emulation", course.pack / "emulation.so"]
+        command = gpu_check(course, "profile", "--device", course.device, "--dtype", course.dtype, "--model", folder, "--what", programs, "--hopper", hopper(course))
         outcomes.append(f"{model}: {resumed(course, 'profile', until, command, rows, f'profile-{model}')}")
     return "; ".join(outcomes)
 
 
 def sweep(course: Course, end: float) -> str:
     rows = course.scratch / "sweep.jsonl"
-    command = gpu_check(course, "sweep", "--device", course.device, "--emulation", course.pack / "emulation.so")
-    if hopper(course) == "off":
-        command += ["--hopper", "off"]
+    command = gpu_check(course, "sweep", "--device", course.device, "--dtype", course.dtype, "--hopper", hopper(course))
     return resumed(course, "sweep", end, [*command, *([] if course.gpu else ["--quick"])], rows, "sweep")
 
 

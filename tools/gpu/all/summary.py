@@ -11,6 +11,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 import tables
 
 MOST_FAILURES = 40
+MOST_OPS = 12
+# What became of a row of the check.
+STATES = ["passed", "failed", "not_run"]
 
 
 def write(out: Path) -> None:
@@ -65,23 +68,27 @@ def machine(lines: list) -> str:
 
 def checks(steps: dict[str, list]) -> str:
     """Rows by step and section, incidents, and the first failures."""
-    body, incidents, failed = [], [], []
+    body, incidents, failed, missing = [], [], [], []
     for step, lines in steps.items():
         counts = defaultdict(lambda: [0, 0, 0])
         for line in lines:
             if "row" in line:
                 row = line["row"]
-                state = 2 if row.get("not_run") else 0 if row["ok"] else 1
+                state = STATES.index(row["state"])
                 counts[row["section"]][state] += 1
                 if state == 1:
                     failed.append([step, row["section"], row["name"], row["dtype"], number(row["error"]), number(row["allowed"]), row["what"]])
             elif "incident" in line:
                 incidents.append(line["incident"])
+            elif line.get("end", {}).get("never_launched"):
+                missing.append(f"{step}: kernels of the build that nothing launched: {', '.join(line['end']['never_launched'])}")
         body += [[step, section, *three] for section, three in counts.items()]
     if not body and not incidents:
         return ""
     text = tables.table(["step", "section", "passed", "failed", "not run, for their kernel"], body)
-    text += "".join(f"\n- {incident.get('kernel') or incident.get('section', '')}: {incident.get('what', incident)}" for incident in incidents)
+    blamed = lambda incident: (incident["kernel"] or "no kernel blamed") + (", not launched again" if incident["quarantined"] else "")  # noqa: E731
+    text += "".join(f"\n- **{blamed(incident)}**: {incident['section']}, {incident['name']}: {cell(incident['what'])}" for incident in incidents)
+    text += "".join(f"\n- {words}" for words in missing)
     if failed:
         shown = [[cell(x) for x in row] for row in failed[:MOST_FAILURES]]
         text += f"\n\n{len(failed)} rows failed:\n\n" + tables.table(["step", "section", "what", "type", "error", "allowed", ""], shown)
@@ -101,11 +108,46 @@ def sanitizers(lines: list) -> str:
 
 
 def profile(lines: list) -> str:
-    return ""
+    """For each program the whole, the sum of its parts, and the ops that take most."""
+    model, programs = "", defaultdict(lambda: ([], [], []))
+    for line in lines:
+        model = line.get("profile", {}).get("model", model).rsplit("/", 1)[-1]
+        if "what" in line:
+            ops, whole, failed = programs[f"{model} {line['what']}"]
+            (failed if "error" in line else ops if "op" in line else whole).append(line)
+    text = ""
+    for name, (ops, whole, failed) in programs.items():
+        total = lambda op: op["ms"] * op["count"]  # noqa: E731
+        ops.sort(key=total, reverse=True)
+        said = f"{whole[0]['ms']:.3f} ms in {whole[0]['launches']} launches" if whole else "not measured"
+        least = f", at least {whole[0]['least_ms']:.3f} ms by peak rates" if whole else ""
+        text += f"**{name}**: whole {said}{least}; its parts alone {sum(map(total, ops)):.3f} ms, {len(ops)} kinds of ops measured.\n\n"
+        body = [
+            [cell(op["op"]), op["count"], f"{op['ms']:.4f}", f"{total(op):.3f}", f"{op['ms'] / op['least_ms']:.1f}", ", ".join(op["kernels"])] for op in ops[:MOST_OPS]
+        ]
+        text += tables.table(["op", "times", "ms of one", "ms of all", "of the least", "kernels"], body) + "\n"
+        text += "".join(f"- failed: {cell(line.get('op', 'whole'))}: {cell(line['error'])}\n" for line in failed)
+    return text
 
 
 def sweep(lines: list) -> str:
-    return ""
+    """For each shape the cut that was measured first, which is the engine's choice, and the best one."""
+    cases = defaultdict(list)
+    failed = [line for line in lines if "error" in line]
+    for line in lines:
+        if "ms" in line:
+            cases[line["case"]].append(line)
+    if not cases and not failed:
+        return ""
+    cut = lambda line: f"{line['tile']}{' Hopper' if line['hopper'] else ''}, {line['splits']} parts, {line['stages']} stages"  # noqa: E731
+    body = []
+    for case, measured in cases.items():
+        chosen, best = measured[0], min(measured, key=lambda line: line["ms"])
+        times = [f"{1e3 * chosen['ms']:.1f}", cut(best), f"{1e3 * best['ms']:.1f}", f"{chosen['ms'] / best['ms']:.2f}"]
+        body.append([case, len(measured), cut(chosen), *times])
+    text = f"{sum(map(len, cases.values()))} cuts of {len(cases)} shapes; `tools/kernels/fit` makes the engine's table of `all/sweep.jsonl`.\n\n"
+    text += tables.table(["shape", "cuts", "chosen", "us", "best", "us", "chosen/best"], body)
+    return text + "".join(f"- failed: {cell(line['case'])}, {cut(line)}: {cell(line['error'])}\n" for line in failed)
 
 
 def bench(lines: list) -> str:

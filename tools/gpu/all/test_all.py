@@ -27,12 +27,13 @@ rows = words[words.index("--journal") + 1]
 section = words[words.index("--only") + 1] if "--only" in words else "all"
 with open(rows, "a") as file:
     for n in range(40):
-        row = dict(section=section, name=f"case {{n}}", dtype="f16", error=1e-3 * (1 + n), allowed=3.85e-2, ok=n < 38, not_run=None, milliseconds=1.0, what="made up")
+        row = dict(section=section, name=f"case {{n}}", dtype="f16", state="passed" if n < 38 else "failed", error=1e-3 * (1 + n),
+                   allowed=3.85e-2, milliseconds=1.0, what="made up", kernels=["k"])
         file.write(json.dumps(dict(row=row)) + "\\n")
         file.flush()
         time.sleep(0.005)
     if "conformance" in section:
-        file.write(json.dumps(dict(incident=dict(kernel="wrong_f16", what="case 38 f16: off by a lane"))) + "\\n")
+        file.write(json.dumps(dict(incident=dict(section=section, name="case 38 f16", kernel="wrong_f16", quarantined=True, what="off by a lane"))) + "\\n")
 print("quarantined", words[words.index("--quarantine") + 1] if "--quarantine" in words else "none", flush=True)
 sys.exit(1 if "conformance" in section else 0)
 """
@@ -79,7 +80,7 @@ class Whole(unittest.TestCase):
         page = (out / "all.md").read_text()
         self.assertIn("All steps of the timetable were gone through", page)
         self.assertIn("| kernels | conformance,kernels | 38 | 2 | 0 |", page)
-        self.assertIn("wrong_f16", page)
+        self.assertIn("- **wrong_f16, not launched again**: conformance,kernels, case 38 f16: off by a lane", page)
         self.assertIn("6 rows failed", page)
         # Sanitizers have nothing to do without a GPU.
         self.assertRegex(page, r"\| sanitizers \|[^\n]*not run: no ")
@@ -141,6 +142,19 @@ class Journal(unittest.TestCase):
             path.write_text('==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n"0","k","Duration","nsecond","1200"\n"0","k","Odd","",""\n')
             self.assertEqual(steps.counters(path), [{"kernel": "k", "duration, ns": "1200"}])
             self.assertIn("| k | 1200 |", summary.counters([{"ncu": steps.counters(path)}]))
+
+    def test_measurements_of_ops_and_cuts(self):
+        op = {"what": "unet:2", "op": "gemm 8x8", "count": 3, "kernels": ["gemm_rr_64_f16"], "ms": 0.5, "least_ms": 0.25}
+        whole = {"what": "unet:2", "ops": 7, "launches": 9, "least_ms": 1.0, "ms": 2.0}
+        broken = {"what": "unet:2", "op": "norm", "count": 1, "error": "a fault"}
+        page = summary.profile([{"profile": {"model": "/x/sd15-bf16"}}, op, broken, whole])
+        self.assertIn("**sd15-bf16 unet:2**: whole 2.000 ms in 9 launches, at least 1.000 ms by peak rates; its parts alone 1.500 ms", page)
+        self.assertIn("| gemm 8x8 | 3 | 0.5000 | 1.500 | 2.0 | gemm_rr_64_f16 |", page)
+        self.assertIn("- failed: norm: a fault", page)
+        cut = lambda tile, ms: {"case": "c", "tile": tile, "hopper": True, "splits": 1, "stages": 5, "ms": ms}  # noqa: E731
+        page = summary.sweep([{"sweep": 1}, {"begin": {}}, cut("128", 0.003), cut("160", 0.002)])
+        self.assertIn("| c | 2 | 128 Hopper, 1 parts, 5 stages | 3.0 | 160 Hopper, 1 parts, 5 stages | 2.0 | 1.50 |", page)
+        self.assertEqual(summary.sweep([]) + summary.profile([]), "")
 
 
 if __name__ == "__main__":
