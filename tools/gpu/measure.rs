@@ -3,10 +3,12 @@
 
 use crate::Outcome;
 use crate::device::Choice;
+use clap::Args;
 use rarebit::exec::cuda::{Board, Cuda, Emulated, Gpu, Settings};
 use rarebit::exec::{Executor, ProgramId};
 use rarebit::program::DType;
 use serde_json::{Value, json};
+use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -75,25 +77,60 @@ impl Bench {
     }
 }
 
-/// A file of JSON lines, each of which outlives this process once [`Lines::write`] returns.
+/// Where measurements go.
+#[derive(Args)]
+pub struct To {
+    /// Begin this file anew
+    #[arg(long, value_name = "FILE", required_unless_present = "resume")]
+    out: Option<PathBuf>,
+    /// Go on with this one: what it holds, and what ended its process, is not measured again
+    #[arg(long, value_name = "FILE", conflicts_with = "out")]
+    resume: Option<PathBuf>,
+}
+
+/// A file of JSON lines, each of which outlives this process once [`Lines::write`] returns. Before each measurement is a `begin` with what
+/// names it.
 pub struct Lines {
     path: PathBuf,
     file: File,
 }
 
 impl Lines {
-    pub fn create(path: &Path) -> Outcome<Lines> {
+    /// A file that begins with `first`, and the names of what was measured before. One that began and did not end took its process along, and
+    /// is given its line.
+    pub fn open(to: &To, first: &Value) -> Outcome<(Lines, HashSet<String>)> {
+        let (mut lines, held) = match (&to.resume, &to.out) {
+            (Some(path), _) => Lines::resume(path)?,
+            (None, Some(path)) => (Lines::create(path)?, vec![]),
+            (None, None) => return Err("give --out or --resume".into()),
+        };
+        if held.is_empty() {
+            lines.write(first)?;
+        }
+        let begun = |line: &Value| line.get("begin").cloned();
+        if let Some(mut open) = held.last().and_then(begun) {
+            open["error"] = json!("its process ended");
+            lines.write(&open)?;
+        }
+        Ok((lines, held.iter().filter_map(begun).map(|name| name.to_string()).collect()))
+    }
+
+    fn create(path: &Path) -> Outcome<Lines> {
         let file = File::create(path).map_err(|error| format!("{}: {error}", path.display()))?;
         Ok(Lines { path: path.into(), file })
     }
 
     /// Goes on behind the whole lines of a file, and returns them; what a process that was killed left of another is cut off.
-    pub fn resume(path: &Path) -> Outcome<(Lines, Vec<Value>)> {
+    fn resume(path: &Path) -> Outcome<(Lines, Vec<Value>)> {
         let failed = |error: std::io::Error| format!("{}: {error}", path.display());
         let (held, whole) = read(path)?;
         let file = OpenOptions::new().append(true).open(path).map_err(failed)?;
         file.set_len(whole as u64).map_err(failed)?;
         Ok((Lines { path: path.into(), file }, held))
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     pub fn write(&mut self, line: &Value) -> Outcome<()> {

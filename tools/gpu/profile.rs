@@ -6,7 +6,7 @@
 
 use crate::Outcome;
 use crate::device::Choice;
-use crate::measure::{Bench, Lines, dtype, read};
+use crate::measure::{Bench, Lines, To, dtype, read};
 use clap::Args;
 use rarebit::exec::cuda::{Cuda, Hopper, PEAKS, Peak, explain};
 use rarebit::exec::{Data, Executor, ProgramId};
@@ -16,7 +16,7 @@ use rarebit::plan::{Planned, plan};
 use rarebit::program::{DType, Kind, Origin, Program};
 use rarebit::weights::Model;
 use serde_json::{Value, json};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -40,9 +40,11 @@ pub struct Profile {
     /// f32, f16 or bf16
     #[arg(long, default_value = "bf16", value_parser = dtype)]
     dtype: DType,
-    /// Begin this file anew
-    #[arg(long, value_name = "FILE")]
-    out: PathBuf,
+    /// What the kernels for Hopper do: auto, off or always
+    #[arg(long, default_value = "auto")]
+    hopper: Hopper,
+    #[command(flatten)]
+    to: To,
     /// The GPU whose peak rates bound the times [default: the one it is, else h200]
     #[arg(long)]
     peak: Option<Peak>,
@@ -115,12 +117,12 @@ pub fn run(args: &Profile, emulation: impl FnOnce() -> PathBuf) -> Outcome<bool>
     let pipeline = Pipeline::open(model, None)?;
     let size = args.size.unwrap_or(pipeline.config.image_size);
     let peak = args.peak.unwrap_or_else(|| peak(&bench.facts));
-    let mut lines = Lines::create(&args.out)?;
+    let cuda = cuda.with_hopper(args.hopper);
     let mut first = bench.facts.clone();
     let model = args.model.as_ref().map_or("embedded".into(), |path| path.display().to_string());
     first["profile"] = json!({"model": model, "size": size, "dtype": args.dtype.to_string(), "peak": peak.name});
-    lines.write(&first)?;
-    let mut run = Run { cuda, bench, lines, model: &pipeline.model, peak, failed: 0 };
+    let (lines, known) = Lines::open(&args.to, &first)?;
+    let mut run = Run { cuda, bench, lines, known, model: &pipeline.model, peak, failed: 0 };
     for (number, what) in args.what.iter().enumerate() {
         let left = deadline.saturating_duration_since(Instant::now()) / (args.what.len() - number) as u32;
         let program = what.program(&pipeline, args.dtype, size)?;
@@ -130,7 +132,7 @@ pub fn run(args: &Profile, emulation: impl FnOnce() -> PathBuf) -> Outcome<bool>
         }
     }
     let failed = run.failed;
-    print!("{}", page(&args.out)?);
+    print!("{}", page(run.lines.path())?);
     Ok(failed == 0)
 }
 
@@ -145,6 +147,8 @@ struct Run<'m> {
     cuda: Cuda,
     bench: Bench,
     lines: Lines,
+    /// Measurements that are in the file.
+    known: HashSet<String>,
     model: &'m Model,
     peak: Peak,
     failed: usize,
@@ -179,8 +183,12 @@ impl Run<'_> {
             // About two milliseconds, of what takes twice its least time; what a start takes is then little of it.
             let times =
                 if self.bench.is_gpu { (1e-3 * kind.count as f64 / least).clamp(4.0, 50.0) as usize } else { 1 };
+            let name = json!({"what": what, "op": kind.name});
+            if self.known.contains(&name.to_string()) {
+                continue;
+            }
             self.cuda.clear();
-            self.lines.write(&json!({"begin": line["op"]}))?;
+            self.lines.write(&json!({"begin": name}))?;
             let timed = self.load(program.alone(kind.node, times));
             match timed.and_then(|id| self.bench.time(&mut self.cuda, id)) {
                 Ok((ms, mhz)) => {
@@ -196,6 +204,10 @@ impl Run<'_> {
 
     /// The program as it is run, by its graph.
     fn whole(&mut self, what: &str, program: Program) -> Outcome<()> {
+        let name = json!({"what": what, "ops": program.nodes.len()});
+        if self.known.contains(&name.to_string()) {
+            return Ok(());
+        }
         self.cuda.clear();
         let explained = explain(&self.plan(program.clone()), self.peak, self.cuda.hopper())?;
         let launches: usize = explained.rows.iter().map(|row| row.launches.len()).sum();
@@ -203,7 +215,7 @@ impl Run<'_> {
             "what": what, "ops": program.nodes.len(), "launches": launches, "flops": program.flops(),
             "least_ms": 1e3 * explained.seconds(),
         });
-        self.lines.write(&json!({"begin": what}))?;
+        self.lines.write(&json!({"begin": name}))?;
         match self.load(program).and_then(|id| self.bench.time(&mut self.cuda, id)) {
             Ok((ms, mhz)) => {
                 line["ms"] = json!(ms);

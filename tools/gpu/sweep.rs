@@ -10,7 +10,7 @@ use crate::Outcome;
 use crate::common::feed::no_weights;
 use crate::common::speed;
 use crate::device::Choice;
-use crate::measure::{Bench, Lines, dtype};
+use crate::measure::{Bench, Lines, To, dtype};
 use clap::Args;
 use rarebit::exec::cuda::{Cuda, Cut, Hopper, Lines as Along, TABLE, product};
 use rarebit::exec::{Data, Executor};
@@ -31,12 +31,11 @@ pub struct Sweep {
     /// f16 or bf16; some shapes are of f32 nevertheless
     #[arg(long, default_value = "bf16", value_parser = dtype)]
     dtype: DType,
-    /// Begin this file anew
-    #[arg(long, value_name = "FILE", required_unless_present = "resume")]
-    out: Option<PathBuf>,
-    /// Go on with this one: what it holds, and what ended its process, is not measured again
-    #[arg(long, value_name = "FILE", conflicts_with = "out")]
-    resume: Option<PathBuf>,
+    /// The kernels for Hopper: measured too (auto), alone chosen by the engine (always), or not (off)
+    #[arg(long, default_value = "auto")]
+    hopper: Hopper,
+    #[command(flatten)]
+    to: To,
     /// Seconds
     #[arg(long, default_value_t = 60.0)]
     time_limit: f64,
@@ -217,33 +216,13 @@ const ROUNDS: [std::ops::RangeInclusive<usize>; 3] = [0..=1, 2..=3, 4..=usize::M
 pub fn run(args: &Sweep, emulation: impl FnOnce() -> PathBuf) -> Outcome<bool> {
     let deadline = Instant::now() + Duration::from_secs_f64(args.time_limit);
     let (cuda, bench) = Bench::open(&args.device, emulation)?;
-    let (mut lines, held) = match (&args.resume, &args.out) {
-        (Some(path), _) => Lines::resume(path)?,
-        (None, Some(path)) => (Lines::create(path)?, vec![]),
-        (None, None) => return Err("give --out or --resume".into()),
-    };
-    if held.is_empty() {
-        let mut first = bench.facts.clone();
-        first["sweep"] = json!(1);
-        lines.write(&first)?;
-    }
-    // A measurement that began and did not end took its process along.
-    let mut known: HashSet<String> = HashSet::new();
-    let mut open = None;
-    for line in &held {
-        match line.get("begin") {
-            Some(begun) => open = Some(begun.clone()),
-            None => open = None,
-        }
-        known.extend(line.get("begin").map(Value::to_string));
-    }
-    if let Some(mut begun) = open {
-        begun["error"] = json!("its process ended");
-        lines.write(&begun)?;
-    }
+    let cuda = cuda.with_hopper(args.hopper);
+    let mut first = bench.facts.clone();
+    first["sweep"] = json!(1);
+    let (lines, known) = Lines::open(&args.to, &first)?;
     let mut sweep = Run { cuda, bench, lines, known, model: no_weights(), held: HashSet::new(), counts: [0; 2] };
     let cases = if args.quick { tiny(args.dtype) } else { cases(args.dtype) };
-    // Before any cut is forced: auto, or off where there is no Hopper.
+    // Before any cut is forced: as asked for, or off where there is no Hopper.
     let (hopper, mut left) = (sweep.cuda.hopper(), 0);
     for round in ROUNDS {
         for case in &cases {

@@ -119,7 +119,7 @@ class Journal(unittest.TestCase):
     def test_a_torn_line_is_left_out(self):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "all.jsonl"
-            journal.Journal(path).add("sweep", "line", {"ms": 1.5})
+            journal.Journal(path).add("machine", "line", {"ms": 1.5})
             whole = path.read_bytes()
             path.write_bytes(whole + whole[: len(whole) // 2])
             self.assertEqual([entry["line"] for entry in journal.read(path)], [{"ms": 1.5}])
