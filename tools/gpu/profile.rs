@@ -291,7 +291,7 @@ pub fn page(path: &Path) -> Outcome<String> {
         for (family, (count, time)) in families {
             let _ = writeln!(page, "| {family} | {count} | {time:.3} | {:.1} % |", 100.0 * time / sum);
         }
-        page += "\n| op | times | ms of one | ms of all | of the least | TFLOP/s | GB/s | kernels |\n|---|---|---|---|---|---|---|---|\n";
+        page += "\n| op | times | ms of one | ms of all | over the least | TFLOP/s | GB/s | kernels |\n|---|---|---|---|---|---|---|---|\n";
         for line in parts.iter().take(MOST) {
             let one = ms(line).unwrap_or(f64::NAN);
             let number = |name: &str| line[name].as_f64().unwrap_or(f64::NAN);

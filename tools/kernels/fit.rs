@@ -10,9 +10,16 @@
 //! The regret of a table is the time of the cut that it chooses over that of the best one measured. Even the truth has some: the
 //! splits of a large batch are those of a small one, and of splits that are close the fewest are taken.
 
+#[path = "fit_search.rs"]
+mod search;
+#[cfg(test)]
+#[path = "fit_tests.rs"]
+mod tests;
+
 use clap::Parser;
 use rarebit::exec::cuda::{Cut, Hopper, Lines, MULTIPROCESSORS, Rates, Shape, TABLE, Table, Tile};
 use rarebit::program::DType;
+use search::search;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -146,6 +153,11 @@ impl Sweep {
     }
 }
 
+/// What names a cut of a shape: tile, whether it is Hopper's, splits, stages.
+fn names(cut: &Cut) -> (&'static str, bool, usize, usize) {
+    (cut.tile.name, cut.tile.hopper, cut.splits, cut.stages)
+}
+
 /// A line's measurement, its time in milliseconds; `Some(None)` of a cut that this version has not.
 fn point(line: &Value) -> Option<Option<Point>> {
     let number = |name: &str| Some(line[name].as_u64()? as usize);
@@ -172,7 +184,7 @@ fn point(line: &Value) -> Option<Option<Point>> {
     let (name, hopper) = (line["tile"].as_str()?, line["hopper"].as_bool()?);
     let (splits, stages) = (number("splits")?, number("stages")?);
     let ms = line["ms"].as_f64().filter(|ms| *ms > 0.0)?;
-    let is_it = |cut: &Cut| (cut.tile.name, cut.tile.hopper, cut.splits, cut.stages) == (name, hopper, splits, stages);
+    let is_it = |cut: &Cut| names(cut) == (name, hopper, splits, stages);
     let Some(cut) = shape.legal().into_iter().find(is_it) else { return Some(None) };
     let tile = tiles(&TABLE).iter().position(|tile| *tile == cut.tile)?;
     Some(Some(Point { case: line["case"].as_str()?.into(), shape, cut, tile, clocks: ms }))
@@ -223,91 +235,6 @@ fn with(table: &Table, moves: &[f64]) -> Table {
     let mut table = *table;
     numbers(&mut table).into_iter().zip(moves).for_each(|((_, number), by)| *number *= by.exp());
     table
-}
-
-/// Moves of the free numbers that make the sum of squared residuals least. The model has corners: a wait that is short against the
-/// products shows nowhere, and so does not say that it should be longer; from where the slopes lead each number is tried farther off.
-fn search(start: &[f64], is_free: &[bool], residuals: impl Fn(&[f64]) -> Vec<f64>) -> Vec<f64> {
-    const JUMPS: [f64; 10] = [0.1, -0.1, 0.2, -0.2, 0.35, -0.35, 0.5, -0.5, 0.7, -0.7];
-    let mut best = descend(start, is_free, &residuals);
-    loop {
-        let mut at = best.clone();
-        for (i, by) in (0..at.len()).filter(|i| is_free[*i]).flat_map(|i| JUMPS.map(|by| (i, by))) {
-            let mut other = at.clone();
-            other[i] += by;
-            if squares(&residuals(&other)) < squares(&residuals(&at)) {
-                at = other;
-            }
-        }
-        let found = descend(&at, is_free, &residuals);
-        if squares(&residuals(&found)) >= squares(&residuals(&best)) * (1.0 - 1e-6) {
-            return best;
-        }
-        best = found;
-    }
-}
-
-fn squares(residuals: &[f64]) -> f64 {
-    residuals.iter().map(|x| x * x).sum()
-}
-
-/// Levenberg and Marquardt: steps of Gauss and Newton, the shorter the worse they serve.
-fn descend(start: &[f64], is_free: &[bool], residuals: impl Fn(&[f64]) -> Vec<f64>) -> Vec<f64> {
-    const APART: f64 = 1e-4;
-    const LONGEST: f64 = 0.5;
-    let free: Vec<usize> = (0..start.len()).filter(|i| is_free[*i]).collect();
-    let (mut at, mut damping) = (start.to_vec(), 1e-3);
-    let mut here = residuals(&at);
-    while damping < 1e9 {
-        let slope = |i: &usize| -> Vec<f64> {
-            let beside = |by: f64| {
-                let mut other = at.clone();
-                other[*i] += by;
-                residuals(&other)
-            };
-            beside(APART).iter().zip(beside(-APART)).map(|(after, before)| (after - before) / (2.0 * APART)).collect()
-        };
-        let slopes: Vec<Vec<f64>> = free.iter().map(slope).collect();
-        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-        // Shorter steps until one serves.
-        let mut served = false;
-        while !served && damping < 1e9 {
-            let row = |(i, a): (usize, &Vec<f64>)| -> Vec<f64> {
-                let mut row: Vec<f64> = slopes.iter().map(|b| dot(a, b)).collect();
-                row[i] = row[i] * (1.0 + damping) + 1e-12;
-                row.push(-dot(a, &here));
-                row
-            };
-            let steps = solve(slopes.iter().enumerate().map(row).collect());
-            let mut other = at.clone();
-            free.iter().zip(steps).for_each(|(i, step)| other[*i] += step.clamp(-LONGEST, LONGEST));
-            let there = residuals(&other);
-            served = squares(&there) < squares(&here) * (1.0 - 1e-9);
-            if served {
-                (at, here) = (other, there);
-            }
-            damping = if served { (damping / 3.0).max(1e-9) } else { damping * 4.0 };
-        }
-    }
-    at
-}
-
-/// The solution of equations, each its factors and then its right side; the matrix is positive definite.
-fn solve(mut rows: Vec<Vec<f64>>) -> Vec<f64> {
-    let n = rows.len();
-    for i in 0..n {
-        let pivot = rows[i].clone();
-        for row in &mut rows[i + 1..] {
-            let factor = row[i] / pivot[i];
-            row.iter_mut().zip(&pivot).for_each(|(x, y)| *x -= factor * y);
-        }
-    }
-    let mut found = vec![0.0; n];
-    for i in (0..n).rev() {
-        let known: f64 = (i + 1..n).map(|j| rows[i][j] * found[j]).sum();
-        found[i] = (rows[i][n] - known) / rows[i][i];
-    }
-    found
 }
 
 /// A logarithm.
@@ -495,11 +422,7 @@ impl Regret {
         let cases = sweep.cases();
         for (case, points) in &cases {
             let chosen = points[0].shape.cut_by(table);
-            let is_chosen = |point: &&&Point| {
-                let Cut { tile, splits, stages, .. } = point.cut;
-                (tile.name, tile.hopper, splits, stages)
-                    == (chosen.tile.name, chosen.tile.hopper, chosen.splits, chosen.stages)
-            };
+            let is_chosen = |point: &&&Point| names(&point.cut) == names(&chosen);
             let best = points.iter().map(|point| point.clocks).fold(f64::INFINITY, f64::min);
             all.extend(points.iter().find(is_chosen).map(|point| (case.to_string(), point.clocks / best)));
         }
@@ -541,179 +464,4 @@ fn replace(source: &str, lines: &str) -> Result<String, String> {
     let begin = source.find("// fit: ").ok_or("src/exec/cuda/rates.rs has no line '// fit: ...'")?;
     let end = source.find(END).ok_or("src/exec/cuda/rates.rs has no line '// fit: end'")? + END.len();
     Ok(format!("{}{lines}{}", &source[..begin], &source[end..]))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    /// Of one in [0, 1), a function of the number.
-    fn random(number: usize) -> f64 {
-        let z = (number as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    const MHZ: f64 = 1700.0;
-
-    /// Rows of a sample, columns, depth, and whether Hopper can, as Stable Diffusion has them.
-    const SHAPES: [([usize; 3], bool); 16] = [
-        ([4096, 320, 2880], true),
-        ([4096, 320, 320], true),
-        ([4096, 2560, 320], true),
-        ([4096, 320, 1280], true),
-        ([1024, 640, 5760], true),
-        ([1024, 640, 640], true),
-        ([1024, 640, 2560], true),
-        ([256, 1280, 11520], true),
-        ([256, 10240, 1280], true),
-        ([256, 1280, 5120], true),
-        ([64, 1280, 11520], true),
-        ([64, 1280, 1280], true),
-        ([4096, 4, 2880], false),
-        ([77, 1280, 2048], true),
-        // Shallow: little but a block's ends.
-        ([4096, 64, 64], false),
-        ([1024, 320, 32], false),
-    ];
-
-    /// Times as a table would have them, with up to so much noise.
-    fn made_up(table: &Table, noise: f64) -> String {
-        let mut text = json!({"sweep": 1, "device": "made up", "multiprocessors": MULTIPROCESSORS}).to_string() + "\n";
-        let mut number = 0;
-        for (dtype, batch) in [(DType::BF16, 2), (DType::BF16, 16), (DType::F32, 2)] {
-            for ([rows, columns, depth], can) in SHAPES {
-                let shape = Shape::of_samples(dtype, &[batch, rows, 1], columns, depth);
-                let shape = shape.on_hopper(Hopper::Auto, Lines::Reduced, can);
-                for cut in shape.legal() {
-                    number += 1;
-                    let place = tiles(&TABLE).iter().position(|tile| *tile == cut.tile).unwrap();
-                    let clocks = table.clocks(&shape, &Cut { tile: tiles(table)[place], ..cut });
-                    let ms = clocks / MHZ / 1e3 * (1.0 + noise * (2.0 * random(number) - 1.0));
-                    let line = json!({
-                        "case": format!("{batch}x{rows}x{columns}x{depth} {dtype}"), "tile": cut.tile.name,
-                        "hopper": cut.tile.hopper, "splits": cut.splits, "stages": cut.stages, "dtype": dtype.to_string(),
-                        "rows": shape.rows, "nominal_rows": shape.nominal_rows, "columns": columns, "depth": depth,
-                        "boxes": shape.boxes.map(|_| "reduced"), "ms": ms, "mhz": MHZ,
-                    });
-                    text += &format!("{}\n{line}\n", json!({"begin": {}}));
-                }
-            }
-        }
-        text
-    }
-
-    /// Another GPU's: every number is off, by a third to a half.
-    fn truth(seed: usize) -> Table {
-        let mut truth = TABLE;
-        for (number, (_, value)) in numbers(&mut truth).into_iter().enumerate() {
-            *value *= if random(1000 * seed + number) < 0.5 { 0.65 } else { 1.5 };
-        }
-        truth
-    }
-
-    #[test]
-    fn rates_come_back_through_noise() {
-        (0..4).for_each(come_back);
-    }
-
-    fn come_back(seed: usize) {
-        let mut truth = truth(seed);
-        let sweep = Sweep::parse(&made_up(&truth, 0.05)).unwrap();
-        let fitted = Fitted::new(&sweep, &TABLE);
-        let mut table = fitted.table;
-        let told = fitted.report(&sweep, &TABLE);
-        assert!(loss(&sweep.points, &table) < 1.02 * loss(&sweep.points, &truth), "{told}");
-        for ((name, found), (_, value)) in numbers(&mut table).into_iter().zip(numbers(&mut truth)) {
-            if fitted.bounds.contains(&format!("{name} at most")) {
-                assert!(*found > 0.9 * *value, "{name}: {found}, {value}\n{told}");
-            } else if !fitted.kept.contains(&name) {
-                assert!((*found / *value).ln().abs() < 0.1, "{name}: {found}, {value}\n{told}");
-            }
-        }
-        // A wait shows only where products do not take longer.
-        assert!(fitted.kept.iter().chain(&fitted.bounds).all(|name| name.contains("latency")), "{told}");
-        let [before, after, least] = [&TABLE, &table, &truth].map(|table| Regret::of(&sweep, table));
-        assert_eq!([before.missing, after.missing, least.missing], [0; 3]);
-        assert!(after.mean < 1.01 * least.mean && before.mean > after.mean, "{}\n{told}", least.mean);
-        assert!(told.contains("before") && told.contains("1700 MHz, as measured"), "{told}");
-    }
-
-    #[test]
-    fn what_is_not_measured_keeps_its_rates() {
-        let text = made_up(&truth(0), 0.0);
-        let some: String = text
-            .lines()
-            .filter(|line| !line.contains("f32") && !line.contains("\"160\""))
-            .map(|line| format!("{line}\n"))
-            .collect();
-        let fitted = Fitted::new(&Sweep::parse(&some).unwrap(), &TABLE);
-        assert_eq!(fitted.table.single, TABLE.single);
-        assert_eq!(fitted.table.hopper[0], TABLE.hopper[0]);
-        assert!(fitted.kept.contains(&"single 64 rate".into()) && !fitted.kept.contains(&"hopper 128 rate".into()));
-    }
-
-    #[test]
-    fn the_true_table_is_kept_whole() {
-        let sweep = Sweep::parse(&made_up(&TABLE, 0.0)).unwrap();
-        assert_eq!(Fitted::new(&sweep, &TABLE).table, TABLE);
-    }
-
-    #[test]
-    fn torn_lines_other_versions_and_failures_are_told() {
-        let text = made_up(&TABLE, 0.0);
-        let points = Sweep::parse(&text).unwrap().points.len();
-        let torn = Sweep::parse(&text[..text.len() - 9]).unwrap();
-        assert_eq!(torn.points.len(), points - 1);
-        let last = text.lines().last().unwrap();
-        let more = [
-            text.as_str(),
-            &last.replace("\"splits\":", "\"splits\":7"),
-            "\n",
-            "{\"case\":\"\",\"error\":\"faulted\"}\n",
-        ]
-        .concat();
-        let sweep = Sweep::parse(&more).unwrap();
-        assert_eq!((sweep.points.len(), sweep.unknown, sweep.failed), (points, 1, 1));
-        for (bad, why) in [
-            (text.replace(&format!(":{MULTIPROCESSORS}"), ":108"), "108 multiprocessors"),
-            (text.replacen("\"ms\"", "\"s\"", 1), "line 3: no measurement"),
-            (text.replacen("{\"", "{", 1), "line 1: "),
-            (String::new(), "no measurement"),
-        ] {
-            let told = Sweep::parse(&bad).err().map(|error| error.to_string()).unwrap_or_default();
-            assert!(told.contains(why), "{told}");
-        }
-    }
-
-    #[test]
-    fn a_clock_that_is_not_known_is_fitted() {
-        let text = made_up(&TABLE, 0.0).replace(",\"mhz\":1700.0", "");
-        assert!(Sweep::parse(&text).unwrap().clock.starts_with("1700 MHz, unknown"));
-    }
-
-    #[test]
-    fn the_fastest_ring_is_taken() {
-        let mut sweep = Sweep::parse(&made_up(&TABLE, 0.0)).unwrap();
-        for Point { cut, clocks, .. } in &mut sweep.points {
-            let faster = cut.tile.hopper && cut.tile.name == "160" && cut.stages == 4;
-            *clocks *= if faster { 0.9 } else { 1.0 };
-        }
-        let fitted = Fitted::new(&sweep, &TABLE);
-        assert_eq!(fitted.table.hopper.map(|tile| tile.stages), [4, TABLE.hopper[1].stages]);
-    }
-
-    /// What is written back is what rustfmt would leave of it.
-    #[test]
-    fn the_table_is_written_as_it_stands() {
-        let source = include_str!("../../src/exec/cuda/rates.rs");
-        assert!(source.contains(&show(&TABLE)), "{}", show(&TABLE));
-        let lines = format!("// fit: anew\n{}// fit: end\n", show(&TABLE));
-        let replaced = replace(source, &lines).unwrap();
-        assert!(replaced.contains("// fit: anew\npub const TABLE") && replaced.matches("pub const TABLE").count() == 1);
-        assert_eq!(replace(&replaced, &lines).unwrap(), replaced);
-        assert!(replace("", &lines).is_err());
-    }
 }
