@@ -1,5 +1,5 @@
-//! Every kernel of the build, in little time: cases at shapes of real models, and beside them a few small ones that launch all the
-//! others. Which do is found by looking at launches, without running them.
+//! Every kernel of the build, in little time: cases at shapes of real models, and for each other kernel one that launches it. Which do
+//! is found by looking at launches, without running them.
 
 use crate::common::cases::Case;
 use crate::common::products::How;
@@ -7,7 +7,7 @@ use crate::common::real;
 use crate::launches::{kernels, variants};
 use crate::ops::{Spec, specs};
 use crate::section::Item;
-use rarebit::program::DType;
+use rarebit::program::{DType, Program};
 use rayon::prelude::*;
 use std::collections::BTreeSet;
 
@@ -29,21 +29,31 @@ pub fn items(subset: bool) -> Vec<Item> {
         }
         false => (half.into_iter().chain(other).collect(), vec![]),
     };
-    let pool: Vec<Spec> = specs().into_iter().chain(second).collect();
-    let launched: Vec<BTreeSet<String>> = pool.par_iter().map(launched).collect();
-    let mut covered: BTreeSet<String> = first.iter().flat_map(self::launched).collect();
-    let mut order: Vec<usize> = (0..pool.len()).collect();
-    order.sort_by_key(|index| pool[*index].programs().iter().map(|program| program.flops()).sum::<u64>());
+    let mut pool: Vec<(u64, Spec)> = specs().into_iter().chain(second).map(|spec| (work(&spec), spec)).collect();
+    // Of small ones the largest.
+    pool.sort_by_key(|(work, _)| if *work > SMALL { *work } else { SMALL - work });
+    let launched_by: Vec<BTreeSet<String>> = pool.par_iter().map(|(_, spec)| launched(spec)).collect();
+    let mut covered: BTreeSet<String> = first.iter().flat_map(launched).collect();
     let mut chosen = first;
-    loop {
-        // The one that adds the most, of those the cheapest.
-        let added = |index: usize| launched[index].difference(&covered).count();
-        let best = order.iter().rev().max_by_key(|index| added(**index)).copied();
-        let Some(best) = best.filter(|best| added(*best) > 0) else { break };
-        covered.extend(launched[best].iter().cloned());
-        chosen.push(pool[best].clone());
+    for ((_, spec), kernels) in pool.into_iter().zip(launched_by) {
+        if !kernels.is_subset(&covered) {
+            covered.extend(kernels);
+            chosen.push(spec);
+        }
     }
     chosen.into_iter().map(Spec::item).collect()
+}
+
+/// What takes the emulation no time to speak of, as [`work`] counts.
+const SMALL: u64 = 50_000_000;
+
+/// What a case costs, about: its arithmetic, and its bytes, which are looked at after each op.
+fn work(spec: &Spec) -> u64 {
+    let of = |program: &Program| {
+        let bytes: usize = program.nodes.iter().map(|node| program.bytes_of(node)).sum();
+        program.flops() + 8 * bytes as u64
+    };
+    spec.programs().iter().map(of).sum()
 }
 
 /// What all runs of a case launch.
