@@ -23,7 +23,7 @@ TREE = Path(__file__).resolve().parents[3]
 
 
 def run(course: Course, part: str) -> bool:
-    """All steps in order; whether each did what it should, or had nothing to do here."""
+    """All steps in order; whether nothing went wrong in what there was to do here, and time to do."""
     outcomes = []
     plan = timetable.schedule(part, course.total)
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()

@@ -36,17 +36,33 @@ def check(course: Course, step: str, end: float, *words) -> str:
     command += ["--out", course.scratch / step, "--journal", rows, "--time-limit", left, *words]
     if quarantined := broken(course):
         command += ["--quarantine", ",".join(quarantined)]
-    return ended(course.run(step, command, end, follow=rows))
+    return verdict(course.run(step, command, end, follow=rows), lines(course, step))
 
 
-def ended(code: int | None) -> str:
-    return "the time was up" if code is None else "passed" if code == 0 else f"NOT PASSED (exit code {code})"
+def lines(course: Course, *steps: str) -> list[dict]:
+    """What programs of these steps, or of all, have written."""
+    return [entry["line"] for entry in read(course.journal.path) if isinstance(entry.get("line"), dict) and (not steps or entry["step"] in steps)]
+
+
+def verdict(code: int | None, lines: list[dict]) -> str:
+    """What a check found, and what of it was not reached."""
+    rows = [line["row"]["state"] for line in lines if "row" in line]
+    sections = {line["section"]["section"]: line["section"] for line in lines if "section" in line}
+    unreached = sum(section["items"] - section["reached"] for section in sections.values())
+    missing = [kernel for line in lines if "end" in line for kernel in line["end"]["never_launched"]]
+    named = sum(1 for line in lines if "incident" in line)
+    wrong = [(rows.count("failed"), "rows failed"), (named, "incidents"), (len(missing), "kernels never launched")]
+    said = ", ".join(f"{count} {what}" for count, what in wrong if count)
+    if said:
+        return f"NOT PASSED: {said}"
+    if code is None or unreached or not any("end" in line for line in lines):
+        return f"nothing wrong in {len(rows)} rows; {unreached or 'some'} items not reached, the time was up"
+    return "passed" if code == 0 else f"NOT PASSED: exit code {code}"
 
 
 def broken(course: Course) -> list[str]:
     """Kernels that an earlier step found to hang, to fault or to be wrong."""
-    lines = (entry["line"] for entry in read(course.journal.path) if isinstance(entry.get("line"), dict))
-    incidents = (line["incident"] for line in lines if "incident" in line)
+    incidents = (line["incident"] for line in lines(course) if "incident" in line)
     return sorted({incident["kernel"] for incident in incidents if incident["quarantined"]})
 
 
