@@ -1,5 +1,6 @@
 """What each step of the timetable runs; none knows of another but through what it left in the course: kernels that do not work, weights, the machine."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -28,14 +29,17 @@ def gpu_check(course: Course, *words) -> list:
     return [course.pack / "gpu_check", *words]
 
 
-def check(course: Course, step: str, end: float, *words) -> str:
+def checking(course: Course, out: str, seconds: float, *words) -> list:
     """The check, or a part of it; what earlier parts found not to work is not run again."""
-    rows = course.scratch / f"{step}.jsonl"
-    left = max(1, int(course.left(end)) - 2)
     command = gpu_check(course, "--device", course.device, "--data", course.tree / "tests/data", "--emulation", course.pack / "emulation.so")
-    command += ["--out", course.scratch / step, "--journal", rows, "--time-limit", left, *words]
-    if quarantined := broken(course):
-        command += ["--quarantine", ",".join(quarantined)]
+    command += ["--out", course.scratch / out, "--time-limit", max(1, int(seconds)), *words]
+    quarantined = broken(course)
+    return [*command, "--quarantine", ",".join(quarantined)] if quarantined else command
+
+
+def check(course: Course, step: str, end: float, *words) -> str:
+    rows = course.scratch / f"{step}.jsonl"
+    command = checking(course, step, course.left(end) - 2, "--journal", rows, *words)
     return verdict(course.run(step, command, end, follow=rows), lines(course, step))
 
 
@@ -147,8 +151,9 @@ def sweep(course: Course, end: float) -> str:
 def bench(course: Course, step: str, end: float, only: list[str]) -> str:
     """Cases of bench/bench.py, on a machine with PyTorch."""
     python = [sys.executable, course.tree / "tools/gpu/bench/bench.py"]
-    if subprocess.run([sys.executable, "-c", "import torch, transformers, safetensors"], capture_output=True, check=False).returncode:
-        raise NotRun(f"{sys.executable} has no torch, transformers and safetensors")
+    # Found, not imported, which takes seconds.
+    if missing := [name for name in ("torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]:
+        raise NotRun(f"{sys.executable} has no {', '.join(missing)}")
     rows = course.scratch / f"{step}.jsonl"
     device = ["--device", course.device] if course.gpu else ["--device", "cpu", "--engine-device", course.device, "--quick"]
     if course.gpu:
@@ -220,18 +225,16 @@ def counters(path: Path) -> list[dict]:
 
 
 def sanitizers(course: Course, end: float) -> str:
-    """NVIDIA's checkers over the kernels for Hopper, half of the time each."""
+    """NVIDIA's checkers over every kernel, those at shapes of real models first, half of the time each."""
     program, outcomes, begin = tool("compute-sanitizer"), [], course.journal.seconds()
     if not course.gpu:
         raise NotRun("no GPU")
     names = ["memcheck", "synccheck"]
     for number, name in enumerate(names):
         until = begin + (end - begin) * (number + 1) / len(names)
-        left = max(1, int(course.left(until)) - 4)
         said = course.logs / f"{name}.txt"
         command = [program, "--tool", name, "--error-exitcode", "99", "--print-limit", "20", "--log-file", said]
-        command += gpu_check(course, "--device", course.device, "--subset", "--one-process", "--only", "kernels", "--cases", "Hopper", "--time-limit", left)
-        command += ["--data", course.tree / "tests/data", "--emulation", course.pack / "emulation.so", "--out", course.scratch / name]
+        command += checking(course, name, course.left(until) - 4, "--subset", "--one-process", "--only", "kernels")
         code = course.run("sanitizers", command, until, log=f"sanitizers-{name}")
         summary = [line for line in (said.read_text(errors="replace").splitlines() if said.exists() else []) if "SUMMARY" in line]
         verdict = {0: "nothing found", 99: f"FOUND ERRORS, see logs/{name}.txt", None: "stopped, the time was up"}.get(code, f"ended with {code}")

@@ -18,7 +18,7 @@ RESERVE = 5
 CHECK = [
     Entry("kernels", 40, "conformance with one seed; every kernel of the build at shapes of real models, those for Hopper beside those for any GPU"),
     Entry("images", 25, "the embedded model's image, the tiny models"),
-    Entry("sanitizers", 60, "memcheck and synccheck on the kernels for Hopper"),
+    Entry("sanitizers", 60, "memcheck and synccheck over the check's kernels, those at shapes of real models first"),
     Entry("check", None, "the full check"),
 ]
 TIMETABLES = {
