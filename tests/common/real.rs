@@ -65,13 +65,13 @@ pub struct Product {
     pub held: bool,
 }
 
-/// The UNet's and the VAE's. Of columns that are a multiple of 160 and so many rows a tile of 160 columns needs fewer rounds of 132
-/// blocks than one of 128; both go round their ring of stages.
+/// The UNet's and the VAE's. 133 tiles of 128 rows are more than a round of 132 blocks, of 160 columns by the tile as wide; nine stages
+/// go round every ring.
 pub fn products() -> Vec<Product> {
     use products::Case::{Conv, Input};
     let conv = |size: usize, channels| Conv([size; 2], channels, [3, 3], 1, [1; 4]);
     let forward = "forward None";
-    let (wide, narrow) = (Input([11_392, 384, 320]), Input([17_408, 384, 128]));
+    let (wide, narrow) = (Input([17_024, 576, 160]), Input([17_024, 576, 128]));
     let product = |case, program, held| Product { case, program, held };
     vec![
         product(wide.clone(), forward, true),
