@@ -40,7 +40,17 @@ def checking(course: Course, out: str, seconds: float, *words) -> list:
 def check(course: Course, step: str, end: float, *words) -> str:
     rows = course.scratch / f"{step}.jsonl"
     command = checking(course, step, course.left(end) - 2, "--journal", rows, *words)
-    return verdict(course.run(step, command, end, follow=rows), lines(course, step))
+    code = course.run(step, command, end, follow=rows)
+    found = lines(course, step)
+    # A check that ends by itself says so in its last line, whatever it found.
+    if code is not None and not any("end" in line for line in found):
+        return f"FAILED: ended with {code}: {last_words(course, step)}"
+    return verdict(code, found)
+
+
+def last_words(course: Course, log: str) -> str:
+    words = (course.logs / f"{log}.txt").read_text(errors="replace").strip().splitlines()
+    return words[-1] if words else "without a word"
 
 
 def lines(course: Course, *steps: str) -> list[dict]:
@@ -121,8 +131,8 @@ def resumed(course: Course, step: str, end: float, command: list, rows: Path, lo
         if code == 0:
             return "done" if not ends else f"done, after {len(ends)} times that a measurement failed or hung"
         ends.append(code)
-        if rows.exists() and rows.stat().st_size == before:
-            return f"ended with {code} before its first measurement, see logs/{log}.txt"
+        if before == (rows.stat().st_size if rows.exists() else 0):
+            return f"ended with {code} before its first measurement: {last_words(course, log)}"
     return "the time was up"
 
 
@@ -246,6 +256,14 @@ def sanitizers(course: Course, end: float) -> str:
 def revision(course: Course) -> str:
     packed = course.pack / "revision"
     return packed.read_text().strip() if packed.exists() else "a working tree"
+
+
+def probe(course: Course) -> str | None:
+    """Why the device cannot be used; none if it can."""
+    command = gpu_check(course, "turns", "--device", course.device, "--dtype", course.dtype)
+    course.run("start", command, course.journal.seconds() + 60, log="probe")
+    words = last_words(course, "probe")
+    return None if '"ready"' in words else words
 
 
 RUN: dict[str, Callable[[Course, float], str]] = {
