@@ -41,10 +41,10 @@ DEVICE void gemm(const GemmParams& p) {
 }
 
 #define GEMM(NAME, LEFT, RIGHT)                                                                \
-  KERNEL(gemm_##NAME##_64_f16, GemmParams, (SquareBlocking<f16, 64>::THREADS)) {               \
+  KERNEL_RESIDENT(gemm_##NAME##_64_f16, GemmParams, (SquareBlocking<f16, 64>::THREADS), 5) {   \
     gemm<SquareBlocking<f16, 64>, LEFT, RIGHT>(p);                                             \
   }                                                                                            \
-  KERNEL(gemm_##NAME##_64_bf16, GemmParams, (SquareBlocking<bf16, 64>::THREADS)) {             \
+  KERNEL_RESIDENT(gemm_##NAME##_64_bf16, GemmParams, (SquareBlocking<bf16, 64>::THREADS), 5) { \
     gemm<SquareBlocking<bf16, 64>, LEFT, RIGHT>(p);                                            \
   }                                                                                            \
   KERNEL_RESIDENT(gemm_##NAME##_64_f32, GemmParams, (SquareBlocking<float, 64>::THREADS), 5) { \
