@@ -1,10 +1,11 @@
 //! The planner: no two live buffers overlap, whatever the program, and the arena is hardly larger than what is live.
 
+mod common;
+
+use common::published::{decode, gradient};
 use proptest::prelude::*;
-use rarebit::autodiff::{Cotangent, Request, differentiate};
-use rarebit::models::config::{AddedConfig, UnetConfig, VaeConfig};
+use rarebit::models::config::{AddedConfig, UnetConfig};
 use rarebit::models::unet::Unet;
-use rarebit::models::vae;
 use rarebit::plan::{ALIGNMENT, Planned, Region, plan};
 use rarebit::program::{Activation, Builder, DType, Gemm, Program, ValueId};
 
@@ -133,36 +134,10 @@ fn unet_program(config: &UnetConfig, side: usize) -> Program {
     b.finish().unwrap()
 }
 
-/// Forward and backward to the latents.
-fn gradient(program: &Program) -> Program {
-    let latents = program.input("latents").unwrap();
-    let objectives = program.outputs.iter().map(|(_, id)| (*id, Cotangent::Input("cotangent".into()))).collect();
-    differentiate(program, &Request { objectives, leaves: vec![(latents, "gradient".into())] }, None).unwrap()
-}
-
 #[test]
 fn arena_is_within_a_tenth_of_what_is_live() {
-    let vae_config = VaeConfig {
-        image_channels: 3,
-        latent_channels: 4,
-        channels: vec![128, 256, 512, 512],
-        layers_per_block: 2,
-        norm_groups: 32,
-        scaling_factor: 0.18215,
-        shift_factor: 0.0,
-        mid_attention: true,
-        quant_conv: true,
-        post_quant_conv: true,
-        force_upcast: false,
-    };
-    let mut b = Builder::new("decode", DType::F32);
-    let latents = b.input("latents", &[1, 64, 64, 4]);
-    let image = vae::decode(&mut b, &vae_config, latents);
-    b.output("image", image);
-    let decode = b.finish().unwrap();
-
     let executor = rarebit::exec::cpu::Cpu::<f32>::new();
-    let programs = [unet_program(&sd15(), 64), unet_program(&sdxl(), 128), decode];
+    let programs = [unet_program(&sd15(), 64), unet_program(&sdxl(), 128), decode(DType::F32, 1, 64)];
     let gradients = [gradient(&programs[0]), gradient(&programs[2])];
     for program in programs.into_iter().chain(gradients) {
         let name = format!("{} of {} ops", program.name, program.nodes.len());

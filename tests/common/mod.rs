@@ -14,5 +14,6 @@ pub mod naive;
 pub mod noting;
 pub mod optimised;
 pub mod products;
+pub mod published;
 pub mod rounded;
 pub mod storage;

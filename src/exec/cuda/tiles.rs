@@ -209,6 +209,7 @@ impl Shape {
 
 #[cfg(test)]
 mod tests {
+    use super::super::kernels::constants::{HOPPER_ROWS, PRODUCT_TILES};
     use super::*;
 
     /// Products of rows `[batch, side, side, ..]`.
@@ -233,6 +234,18 @@ mod tests {
         let dtypes = [DType::F32, DType::F16, DType::BF16];
         let all = LEVELS.concat().into_iter().chain(OTHERS);
         all.flat_map(move |size| dtypes.map(|dtype| (dtype, size)))
+    }
+
+    /// A tile's name picks the kernel, and its sides are the kernel's.
+    #[test]
+    fn tiles_are_those_of_the_kernels() {
+        for tile in TABLE.half.iter().chain(&TABLE.single) {
+            assert!(PRODUCT_TILES.iter().any(|row| [row[0]; 2] == [tile.rows, tile.columns]), "{tile:?}");
+            assert_eq!(tile.name, tile.rows.to_string());
+        }
+        for tile in TABLE.hopper {
+            assert_eq!((tile.rows, tile.name.into()), (HOPPER_ROWS, tile.columns.to_string()));
+        }
     }
 
     #[test]

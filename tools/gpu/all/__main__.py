@@ -17,13 +17,13 @@ from pathlib import Path
 import summary
 import timetable
 from course import Course
-from steps import RUN, NotRun, revision
+from steps import RUN, NotRun, probe, revision
 
 TREE = Path(__file__).resolve().parents[3]
 
 
 def run(course: Course, part: str) -> bool:
-    """All steps in order; whether each did what it should, or had nothing to do here."""
+    """All steps in order; whether nothing went wrong in what there was to do here, and time to do."""
     outcomes = []
     plan = timetable.schedule(part, course.total)
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
@@ -97,6 +97,11 @@ def main() -> int:
     if (args.out / "all.jsonl").exists():
         parser.error(f"{args.out} holds a run already; give another DIR")
     course = Course(tree=TREE, pack=args.pack.resolve(), device=args.device, out=args.out, total=args.seconds, dtype=args.dtype)
+    if course.gpu and (why := probe(course)):
+        shutil.rmtree(course.scratch, ignore_errors=True)
+        (args.out / "all.jsonl").unlink()
+        print(f"run: {why}", file=sys.stderr)
+        return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         passed = run(course, args.part)

@@ -74,17 +74,19 @@ def main() -> int:
         query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,memory.total"
         tell(board=words("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"))
         tell(nvcc=words("nvcc", "--version"), ncu=words("ncu", "--version"), compute_sanitizer=words("compute-sanitizer", "--version"))
-    tell(imports={name: version(name) for name in ("torch", "transformers", "safetensors", "diffusers")})
+    # Ceilings before the slower imports: the time may be up in them.
+    tell(torch=version("torch"))
     try:
         import ops
         from peer import Peer
     except ImportError as error:
         tell(ceilings=f"not measured: {error}")
         return 0
-    peer = Peer(Path(), args.device, args.dtype if args.device != "cpu" else "f32")
-    tell(ceilings=ops.ceilings(peer, args.dtype if args.device != "cpu" else "f32"))
+    dtype = args.dtype if args.device != "cpu" else "f32"
+    tell(ceilings=ops.ceilings(Peer(Path(), args.device, dtype), dtype))
     if args.device != "cpu":
         tell(gap=gap(args.device))
+    tell(imports={name: version(name) for name in ("safetensors", "transformers", "diffusers")})
     return 0
 
 

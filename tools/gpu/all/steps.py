@@ -1,5 +1,6 @@
 """What each step of the timetable runs; none knows of another but through what it left in the course: kernels that do not work, weights, the machine."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -28,25 +29,54 @@ def gpu_check(course: Course, *words) -> list:
     return [course.pack / "gpu_check", *words]
 
 
-def check(course: Course, step: str, end: float, *words) -> str:
+def checking(course: Course, out: str, seconds: float, *words) -> list:
     """The check, or a part of it; what earlier parts found not to work is not run again."""
-    rows = course.scratch / f"{step}.jsonl"
-    left = max(1, int(course.left(end)) - 2)
     command = gpu_check(course, "--device", course.device, "--data", course.tree / "tests/data", "--emulation", course.pack / "emulation.so")
-    command += ["--out", course.scratch / step, "--journal", rows, "--time-limit", left, *words]
-    if quarantined := broken(course):
-        command += ["--quarantine", ",".join(quarantined)]
-    return ended(course.run(step, command, end, follow=rows))
+    command += ["--out", course.scratch / out, "--time-limit", max(1, int(seconds)), *words]
+    quarantined = broken(course)
+    return [*command, "--quarantine", ",".join(quarantined)] if quarantined else command
 
 
-def ended(code: int | None) -> str:
-    return "the time was up" if code is None else "passed" if code == 0 else f"NOT PASSED (exit code {code})"
+def check(course: Course, step: str, end: float, *words) -> str:
+    rows = course.scratch / f"{step}.jsonl"
+    command = checking(course, step, course.left(end) - 2, "--journal", rows, *words)
+    code = course.run(step, command, end, follow=rows)
+    found = lines(course, step)
+    # A check that ends by itself says so in its last line, whatever it found.
+    if code is not None and not any("end" in line for line in found):
+        return f"FAILED: ended with {code}: {last_words(course, step)}"
+    return verdict(code, found)
+
+
+def last_words(course: Course, log: str) -> str:
+    words = (course.logs / f"{log}.txt").read_text(errors="replace").strip().splitlines()
+    return words[-1] if words else "without a word"
+
+
+def lines(course: Course, *steps: str) -> list[dict]:
+    """What programs of these steps, or of all, have written."""
+    return [entry["line"] for entry in read(course.journal.path) if isinstance(entry.get("line"), dict) and (not steps or entry["step"] in steps)]
+
+
+def verdict(code: int | None, lines: list[dict]) -> str:
+    """What a check found, and what of it was not reached."""
+    rows = [line["row"]["state"] for line in lines if "row" in line]
+    sections = {line["section"]["section"]: line["section"] for line in lines if "section" in line}
+    unreached = sum(section["items"] - section["reached"] for section in sections.values())
+    missing = [kernel for line in lines if "end" in line for kernel in line["end"]["never_launched"]]
+    named = sum(1 for line in lines if "incident" in line)
+    wrong = [(rows.count("failed"), "rows failed"), (named, "incidents"), (len(missing), "kernels never launched")]
+    said = ", ".join(f"{count} {what}" for count, what in wrong if count)
+    if said:
+        return f"NOT PASSED: {said}"
+    if code is None or unreached or not any("end" in line for line in lines):
+        return f"nothing wrong in {len(rows)} rows; {unreached or 'some'} items not reached, the time was up"
+    return "passed" if code == 0 else f"NOT PASSED: exit code {code}"
 
 
 def broken(course: Course) -> list[str]:
     """Kernels that an earlier step found to hang, to fault or to be wrong."""
-    lines = (entry["line"] for entry in read(course.journal.path) if isinstance(entry.get("line"), dict))
-    incidents = (line["incident"] for line in lines if "incident" in line)
+    incidents = (line["incident"] for line in lines(course) if "incident" in line)
     return sorted({incident["kernel"] for incident in incidents if incident["quarantined"]})
 
 
@@ -101,8 +131,8 @@ def resumed(course: Course, step: str, end: float, command: list, rows: Path, lo
         if code == 0:
             return "done" if not ends else f"done, after {len(ends)} times that a measurement failed or hung"
         ends.append(code)
-        if rows.exists() and rows.stat().st_size == before:
-            return f"ended with {code} before its first measurement, see logs/{log}.txt"
+        if before == (rows.stat().st_size if rows.exists() else 0):
+            return f"ended with {code} before its first measurement: {last_words(course, log)}"
     return "the time was up"
 
 
@@ -131,8 +161,9 @@ def sweep(course: Course, end: float) -> str:
 def bench(course: Course, step: str, end: float, only: list[str]) -> str:
     """Cases of bench/bench.py, on a machine with PyTorch."""
     python = [sys.executable, course.tree / "tools/gpu/bench/bench.py"]
-    if subprocess.run([sys.executable, "-c", "import torch, transformers, safetensors"], capture_output=True, check=False).returncode:
-        raise NotRun(f"{sys.executable} has no torch, transformers and safetensors")
+    # Found, not imported, which takes seconds.
+    if missing := [name for name in ("torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]:
+        raise NotRun(f"{sys.executable} has no {', '.join(missing)}")
     rows = course.scratch / f"{step}.jsonl"
     device = ["--device", course.device] if course.gpu else ["--device", "cpu", "--engine-device", course.device, "--quick"]
     if course.gpu:
@@ -204,18 +235,16 @@ def counters(path: Path) -> list[dict]:
 
 
 def sanitizers(course: Course, end: float) -> str:
-    """NVIDIA's checkers over the kernels for Hopper, half of the time each."""
+    """NVIDIA's checkers over every kernel, those at shapes of real models first, half of the time each."""
     program, outcomes, begin = tool("compute-sanitizer"), [], course.journal.seconds()
     if not course.gpu:
         raise NotRun("no GPU")
     names = ["memcheck", "synccheck"]
     for number, name in enumerate(names):
         until = begin + (end - begin) * (number + 1) / len(names)
-        left = max(1, int(course.left(until)) - 4)
         said = course.logs / f"{name}.txt"
         command = [program, "--tool", name, "--error-exitcode", "99", "--print-limit", "20", "--log-file", said]
-        command += gpu_check(course, "--device", course.device, "--subset", "--one-process", "--only", "kernels", "--cases", "Hopper", "--time-limit", left)
-        command += ["--data", course.tree / "tests/data", "--emulation", course.pack / "emulation.so", "--out", course.scratch / name]
+        command += checking(course, name, course.left(until) - 4, "--subset", "--one-process", "--only", "kernels")
         code = course.run("sanitizers", command, until, log=f"sanitizers-{name}")
         summary = [line for line in (said.read_text(errors="replace").splitlines() if said.exists() else []) if "SUMMARY" in line]
         verdict = {0: "nothing found", 99: f"FOUND ERRORS, see logs/{name}.txt", None: "stopped, the time was up"}.get(code, f"ended with {code}")
@@ -227,6 +256,14 @@ def sanitizers(course: Course, end: float) -> str:
 def revision(course: Course) -> str:
     packed = course.pack / "revision"
     return packed.read_text().strip() if packed.exists() else "a working tree"
+
+
+def probe(course: Course) -> str | None:
+    """Why the device cannot be used; none if it can."""
+    command = gpu_check(course, "turns", "--device", course.device, "--dtype", course.dtype)
+    course.run("start", command, course.journal.seconds() + 60, log="probe")
+    words = last_words(course, "probe")
+    return None if '"ready"' in words else words
 
 
 RUN: dict[str, Callable[[Course, float], str]] = {

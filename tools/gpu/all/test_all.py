@@ -34,6 +34,7 @@ with open(rows, "a") as file:
         time.sleep(0.005)
     if "conformance" in section:
         file.write(json.dumps(dict(incident=dict(section=section, name="case 38 f16", kernel="wrong_f16", quarantined=True, what="off by a lane"))) + "\\n")
+    file.write(json.dumps(dict(end=dict(seconds=0.2, never_launched=[]))) + "\\n")
 print("quarantined", words[words.index("--quarantine") + 1] if "--quarantine" in words else "none", flush=True)
 sys.exit(1 if "conformance" in section else 0)
 """
@@ -60,6 +61,8 @@ class Timetable(unittest.TestCase):
                 self.assertEqual(rows[-1][2] + timetable.RESERVE, total, part)
                 self.assertTrue(all(before[2] == after[1] for before, after in zip(rows, rows[1:])))
                 self.assertTrue(all(begin < end for _, begin, end in rows), (part, total))
+        longer = timetable.schedule("all", 1180)
+        self.assertEqual([end - begin for _, begin, end in longer[:2]], [30, 80])
         self.assertEqual(sum(entry.seconds or 0 for entry in timetable.TIMETABLES["all"]), 470)
         self.assertIn("590  seconds of 590", timetable.table("all", 590))
 
@@ -82,6 +85,7 @@ class Whole(unittest.TestCase):
         self.assertIn("| kernels | conformance,kernels | 38 | 2 | 0 |", page)
         self.assertIn("- **wrong_f16, not launched again**: conformance,kernels, case 38 f16: off by a lane", page)
         self.assertIn("6 rows failed", page)
+        self.assertRegex(page, r"\| kernels \|[^\n]*NOT PASSED: 2 rows failed, 1 incidents \|")
         # Sanitizers have nothing to do without a GPU.
         self.assertRegex(page, r"\| sanitizers \|[^\n]*not run: no ")
         # What one step found to be wrong the next are told.
@@ -113,6 +117,18 @@ class Whole(unittest.TestCase):
         time.sleep(0.3)
         left = subprocess.run(["pgrep", "-f", str(self.pack / "gpu_check")], capture_output=True, text=True, check=False).stdout
         self.assertEqual(left, "")
+
+
+class Verdict(unittest.TestCase):
+    ROW, END = {"row": {"state": "passed"}}, {"end": {"seconds": 1.0, "never_launched": []}}
+
+    def test_what_a_check_found(self):
+        section = lambda reached: {"section": {"section": "ops", "items": 5, "reached": reached}}  # noqa: E731
+        self.assertEqual(steps.verdict(0, [section(0), self.ROW, section(5), self.END]), "passed")
+        self.assertEqual(steps.verdict(1, [self.ROW, section(2), self.END]), "nothing wrong in 1 rows; 3 items not reached, the time was up")
+        self.assertEqual(steps.verdict(None, [self.ROW]), "nothing wrong in 1 rows; some items not reached, the time was up")
+        self.assertEqual(steps.verdict(1, [section(5), {"end": {"never_launched": ["k"]}}]), "NOT PASSED: 1 kernels never launched")
+        self.assertEqual(steps.verdict(1, [section(5), self.END]), "NOT PASSED: exit code 1")
 
 
 class Journal(unittest.TestCase):

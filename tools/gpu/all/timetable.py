@@ -18,7 +18,7 @@ RESERVE = 5
 CHECK = [
     Entry("kernels", 40, "conformance with one seed; every kernel of the build at shapes of real models, those for Hopper beside those for any GPU"),
     Entry("images", 25, "the embedded model's image, the tiny models"),
-    Entry("sanitizers", 60, "memcheck and synccheck on the kernels for Hopper"),
+    Entry("sanitizers", 60, "memcheck and synccheck over the check's kernels, those at shapes of real models first"),
     Entry("check", None, "the full check"),
 ]
 TIMETABLES = {
@@ -45,8 +45,8 @@ def schedule(part: str, total: float) -> list[tuple[Entry, float, float]]:
     entries, at, found = TIMETABLES[part], 0.0, []
     usable = total - RESERVE
     fixed = sum(entry.seconds or 0 for entry in entries)
-    # A part with little time for its last step would rather shorten them all.
-    scale = min(1.0, total / FULL, usable / fixed) if fixed else 1.0
+    # Twice the time is twice that of each step; the last one may have to go without.
+    scale = min(total / FULL, usable / fixed)
     for entry in entries:
         end = usable if entry.seconds is None else min(at + entry.seconds * scale, usable)
         found.append((entry, at, end))
