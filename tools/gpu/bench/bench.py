@@ -311,10 +311,11 @@ def cases(bench: Bench) -> dict[str, tuple[float, Callable[[], None]]]:
         "gradient-context": (20, lambda: network(bench, model, "unet", 4, "context")),
         "ops": (30, lambda: kernels(bench)),
         "few-ops": (15, lambda: kernels(bench, few=True)),
-        "compiled": (90, lambda: compiled(bench, model, steps)),
         "sdxl": (30, lambda: network(bench, xl, "unet", 2)),
         "sdxl-gradient": (60, lambda: network(bench, xl, "unet", 1, "latents")),
         "sdxl-decode": (30, lambda: network(bench, xl, "decode", 1)),
+        # Last: it may take minutes.
+        "compiled": (90, lambda: compiled(bench, model, steps)),
     }
 
 
