@@ -35,11 +35,17 @@ def markdown(entries: list[dict]) -> str:
         ("Sanitizers", sanitizers(lines["sanitizers"])),
         ("Ops of the real networks", profile(lines["profile"])),
         ("Tiles, splits and stages", sweep(lines["sweep"])),
-        ("In turn with PyTorch", bench(lines["pytorch"] + lines["bench"])),
+        ("In turn with PyTorch", bench(lines["pytorch"] + lines["bench"], took(entries, "pytorch") + took(entries, "bench"))),
         ("Counters", counters(lines["ncu"])),
     ]
     parts = [first(head, entries)] + [f"## {title}\n\n{text}" for title, text in sections if text]
     return "\n".join(parts)
+
+
+def took(entries: list[dict], step: str) -> float:
+    """Seconds of a step, as far as it came."""
+    of = [entry["at"] for entry in entries if entry["step"] == step]
+    return of[-1] - of[0] if of else 0.0
 
 
 def first(head: dict, entries: list[dict]) -> str:
@@ -150,11 +156,11 @@ def sweep(lines: list) -> str:
     return text + "".join(f"- failed: {cell(line['case'])}, {cut(line)}: {cell(line['error'])}\n" for line in failed)
 
 
-def bench(lines: list) -> str:
+def bench(lines: list, seconds: float) -> str:
     heads = [line["head"] for line in lines if "head" in line]
     if not heads:
         return ""
-    report = heads[-1] | {"seconds": 0.0, "cases": [line["case"] for line in lines if "case" in line]}
+    report = heads[-1] | {"seconds": seconds, "cases": [line["case"] for line in lines if "case" in line]}
     report["goals"] = tables.goals(report)
     # One page in another: its headings go a level down, its title goes.
     page = tables.markdown(report).split("\n", 1)[1]
