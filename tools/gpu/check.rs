@@ -55,7 +55,7 @@ struct Args {
     /// The kernels compiled for the host [default: emulation.so beside this program, else compiled now]
     #[arg(long, value_name = "LIBRARY")]
     emulation: Option<PathBuf>,
-    /// The tests' models and golden files [default: data beside this program, else tests/data of the checkout]
+    /// The tests' models and golden files [default: tests/data of the checkout that this was built from]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
     /// Where the report's folder is made
@@ -189,7 +189,7 @@ impl Args {
     }
 
     fn data(&self) -> PathBuf {
-        self.data.clone().or_else(|| beside("data")).unwrap_or_else(|| common::golden::data_folder(""))
+        self.data.clone().unwrap_or_else(|| common::golden::data_folder(""))
     }
 }
 

@@ -56,15 +56,8 @@ def write(course: Course) -> None:
     summary.write(course.out)
     packed = course.out / "all.tar.gz"
     with tarfile.open(packed.with_suffix(".partial"), "w:gz") as tar:
-        # Networks' weights and inputs stay behind.
-        for path in sorted(course.scratch.rglob("*")):
-            if path.is_file() and path.suffix in (".txt", ".md", ".json", ".jsonl", ".csv") and not is_model(path, course.scratch):
-                tar.add(path, arcname=f"all/{path.relative_to(course.scratch)}")
+        tar.add(course.kept, arcname="all")
     packed.with_suffix(".partial").replace(packed)
-
-
-def is_model(path: Path, scratch: Path) -> bool:
-    return any((folder / "model_index.json").exists() for folder in path.parents if scratch in folder.parents)
 
 
 def main() -> int:

@@ -41,8 +41,10 @@ class Course:
 
     def __post_init__(self):
         self.out.mkdir(parents=True, exist_ok=True)
-        self.logs = self.scratch / "logs"
-        self.logs.mkdir()
+        # What comes back, beside what is of no use afterwards: programs, weights, inputs.
+        self.kept = self.scratch / "all"
+        self.logs = self.kept / "logs"
+        self.logs.mkdir(parents=True)
         self.journal = Journal(self.out / "all.jsonl")
         if self.pack.is_file():
             with tarfile.open(self.pack) as tar:
