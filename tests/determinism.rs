@@ -4,8 +4,8 @@ mod common;
 
 use common::golden::Golden;
 use rarebit::exec::cpu::Cpu;
-use rarebit::methods::generate::{Generator, Image, Job, Settings};
-use rarebit::methods::pipeline::Pipeline;
+use rarebit::pipeline::Pipeline;
+use rarebit::pipeline::generate::{Generator, Image, Job, Settings};
 use rarebit::program::DType;
 use rarebit::sampler::{self, Method, Rng};
 

@@ -5,8 +5,8 @@ mod common;
 use common::golden::{Case, Golden, relative_error};
 use rarebit::exec::Executor;
 use rarebit::exec::cpu::Cpu;
-use rarebit::methods::networks::{AddedConditions, Networks, Tensor};
-use rarebit::methods::pipeline::Pipeline;
+use rarebit::pipeline::Pipeline;
+use rarebit::pipeline::networks::{AddedConditions, Networks, Tensor};
 use rarebit::program::DType;
 use rarebit::weights::Model;
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Left to right; names on one line may not import each other.
-const LAYERS: [&[&str]; 11] = [
+const LAYERS: [&[&str]; 16] = [
     &["error"],
     &["weights", "text"],
     &["assets"],
@@ -14,7 +14,12 @@ const LAYERS: [&[&str]; 11] = [
     &["plan"],
     &["exec"],
     &["sampler"],
-    &["methods", "metrics"],
+    &["data"],
+    &["pipeline"],
+    &["rewards"],
+    &["optimize"],
+    &["metrics"],
+    &["methods"],
     &["cli"],
 ];
 

@@ -4,9 +4,9 @@ mod common;
 
 use common::golden::Golden;
 use rarebit::exec::cpu::Cpu;
-use rarebit::methods::pipeline::Pipeline;
 use rarebit::models::config::Prediction;
 use rarebit::models::detect;
+use rarebit::pipeline::Pipeline;
 use rarebit::weights::{Component, Model};
 
 fn single_file(name: &str) -> Model {

@@ -5,18 +5,19 @@ mod common;
 use common::golden::Golden;
 use common::minority::{Outcome, images, job, looking, plain, run, settings, token};
 use rarebit::autodiff::{Cotangent, Request, differentiate};
+use rarebit::data::textual_inversion::LearnedToken;
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::{Data, DataMut, Executor};
-use rarebit::methods::generate::Image;
+use rarebit::methods::minority::{Convention, Renoise};
 use rarebit::methods::minority::{Minority, Schedule, Settings};
-use rarebit::methods::objective::{self, At, Objective, Passes, Scene, Told, minority, repulsion};
-use rarebit::methods::pipeline::{LearnedToken, Pipeline};
-use rarebit::methods::programs::Sizes;
-use rarebit::methods::token::{Init, PoolAt, TokenSettings};
-use rarebit::methods::variable::{Design, Names, Parameter, ROWS, Variable};
+use rarebit::optimize::objective::{self, At, Objective, Passes, Scene, Told, minority, repulsion};
+use rarebit::optimize::variable::token::{Init, PoolAt, TokenSettings};
+use rarebit::optimize::variable::{Design, Names, Parameter, ROWS, Variable};
+use rarebit::pipeline::Pipeline;
+use rarebit::pipeline::generate::Image;
+use rarebit::pipeline::programs::Sizes;
 use rarebit::plan::plan;
 use rarebit::program::{DType, Program};
-use rarebit::sampler::{Convention, Renoise};
 use rarebit::text::Place;
 
 const FAMILIES: [&str; 3] = ["tiny-sd1", "tiny-sd2", "tiny-sdxl"];
@@ -292,7 +293,7 @@ fn rows_before_the_token_are_the_prompts() {
         let rows = |seed| token(Init::White { scale: 1.0 }).initial(&pipeline, &[seed, seed + 1]).unwrap();
         let [one, other] = [1, 5].map(|seed| towers.context(&pipeline, &rows(seed)));
         let cpu: Box<dyn Executor> = Box::new(cpu());
-        let mut networks = rarebit::methods::networks::Networks::new(&pipeline, cpu, DType::F32);
+        let mut networks = rarebit::pipeline::networks::Networks::new(&pipeline, cpu, DType::F32);
         for (image, prompt) in TWO.iter().enumerate() {
             let encoded = pipeline.tokenize(prompt).unwrap();
             let ids: Vec<&[i32]> = encoded.iter().map(|encoded| &encoded.ids[..]).collect();
@@ -505,7 +506,7 @@ fn one_image(pipeline: &Pipeline, settings: Settings) -> Vec<f32> {
 #[test]
 fn first_embeddings_have_the_tables_moments() {
     let pipeline = open("tiny-sd1");
-    let spread = rarebit::methods::token::spread(&pipeline, 0).unwrap();
+    let spread = rarebit::optimize::variable::token::spread(&pipeline, 0).unwrap();
     let seeds: Vec<u64> = (0..400).collect();
     let deviation = |init: Init| {
         let rows = token(init).initial(&pipeline, &seeds).unwrap().remove(0);

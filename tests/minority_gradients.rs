@@ -6,10 +6,10 @@ use common::golden::Golden;
 use common::minority::{Outcome, job, looking, relative, run, run_with, settings, token};
 use rarebit::exec::cpu::Cpu;
 use rarebit::methods::minority::Settings;
-use rarebit::methods::objective::{At, Minority, Objective, Scene, Score, Told, minority, repulsion};
-use rarebit::methods::pipeline::Pipeline;
-use rarebit::methods::token::Init;
-use rarebit::methods::variable::Variable;
+use rarebit::optimize::objective::{At, Minority, Objective, Scene, Score, Told, minority, repulsion};
+use rarebit::optimize::variable::Variable;
+use rarebit::optimize::variable::token::Init;
+use rarebit::pipeline::Pipeline;
 use rarebit::program::{DType, ValueId};
 
 const FAMILIES: [&str; 3] = ["tiny-sd1", "tiny-sd2", "tiny-sdxl"];

@@ -1,14 +1,16 @@
 //! MinorityPrompt against a reference loop on diffusers, iteration by iteration (`tools/reference/minority.py`).
 
 use rarebit::exec::cpu::Cpu;
-use rarebit::methods::generate::{self, Job, Progress};
-use rarebit::methods::minority::{Iteration, Loaded, Minority, Schedule, Settings};
-use rarebit::methods::objective::{self, minority, repulsion};
-use rarebit::methods::pipeline::Pipeline;
-use rarebit::methods::token::{Init, PoolAt, TokenSettings};
-use rarebit::methods::variable::Variable;
+use rarebit::methods::minority::{Convention, Loaded, Minority, Renoise, Schedule, Settings};
+use rarebit::optimize::objective::{self, minority, repulsion};
+use rarebit::optimize::variable::Variable;
+use rarebit::optimize::variable::token::{Init, PoolAt, TokenSettings};
+use rarebit::pipeline::Iteration;
+use rarebit::pipeline::Pipeline;
+use rarebit::pipeline::Progress;
+use rarebit::pipeline::generate::{self, Job};
 use rarebit::program::DType;
-use rarebit::sampler::{self, Convention, Method, Renoise, Rng};
+use rarebit::sampler::{self, Method, Rng};
 use rarebit::text::Place;
 use rarebit::weights::Model;
 use safetensors::tensor::SafeTensors;

@@ -5,12 +5,13 @@ mod common;
 use common::golden::Golden;
 use common::minority::{images, job, plain};
 use rarebit::exec::cpu::Cpu;
-use rarebit::methods::generate::{Generator, Image, Job, Settings};
-use rarebit::methods::pipeline::Pipeline;
-use rarebit::methods::sgms::{Planner, Sgms};
-use rarebit::methods::{best_of, cads, elbo};
+use rarebit::methods::baselines::Cads;
+use rarebit::methods::baselines::sgms::{Planner, Sgms};
+use rarebit::methods::baselines::{best_of, cads};
+use rarebit::metrics::denoising_loss as elbo;
+use rarebit::pipeline::Pipeline;
+use rarebit::pipeline::generate::{Generator, Image, Job, Settings};
 use rarebit::program::DType;
-use rarebit::sampler::Cads;
 
 const PROMPT: &str = "a red star on a dark blue background";
 

@@ -6,12 +6,12 @@ use common::command::{fails, files, path, succeeds};
 use common::golden::data_folder;
 use rarebit::assets;
 use rarebit::exec::cpu::Cpu;
-use rarebit::methods::generate::{to_channels_first, to_channels_last};
-use rarebit::methods::networks::{Networks, Tensor};
-use rarebit::methods::pipeline::Pipeline;
 use rarebit::metrics::shapes::{
     self, Cell, Conditional, Instrument, Judge, Reader, Reading, Report, Share, Statement, World,
 };
+use rarebit::pipeline::Pipeline;
+use rarebit::pipeline::generate::{to_channels_first, to_channels_last};
+use rarebit::pipeline::networks::{Networks, Tensor};
 use rarebit::program::DType;
 use safetensors::SafeTensors;
 use serde_json::Value;

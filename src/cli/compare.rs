@@ -1,17 +1,18 @@
 //! `rarebit minority --compare`: the same seeds by MinorityPrompt and its rivals, side by side on one labelled sheet.
 
 use crate::cli::generate::RivalFlags;
+use crate::cli::images::run::{self, ImageFlags, Noise, Work};
+use crate::cli::images::sheet::{self, Grid, Ink, Tile, words};
+use crate::cli::images::targets::{self, Target};
 use crate::cli::machine;
-use crate::cli::make::{self, ImageFlags, Noise, Work};
 use crate::cli::method::{Method, Planned};
 use crate::cli::minority::Options;
 use crate::cli::progress::Reporter;
-use crate::cli::prompts::{self, Target};
-use crate::cli::sheet::{self, Grid, Ink, Tile, words};
 use crate::exec::Executor;
-use crate::methods::generate::{Job, Progress};
-use crate::methods::pipeline::Pipeline;
 use crate::metrics::shapes::{Eye, Sight};
+use crate::pipeline::Pipeline;
+use crate::pipeline::Progress;
+use crate::pipeline::generate::Job;
 use crate::{Error, Result};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -85,7 +86,7 @@ pub fn run(args: &ImageFlags, flags: &CompareFlags, path: &Path, pipeline: &Pipe
     let rivals = flags.rivals(args, options);
     let seeds = args.count.unwrap_or(SEEDS);
     sheet::probe(path, "--compare", size, rivals.len() * seeds)?;
-    let targets = prompts::for_prompt(prompt, args.sampling.seed, seeds, path);
+    let targets = targets::for_prompt(prompt, args.sampling.seed, seeds, path);
     let noise = args.noise(pipeline, &settings, seeds)?;
     let of_the_world = args.model.model.is_none() && size == [pipeline.config.image_size; 2];
     let eye = of_the_world.then(|| Eye::open(settings.width, settings.height)).transpose()?;
@@ -98,7 +99,7 @@ pub fn run(args: &ImageFlags, flags: &CompareFlags, path: &Path, pipeline: &Pipe
     let executor = args.device.executor(args.check_finite)?;
     let mut parts = Vec::new();
     for (rival, work) in works.iter().enumerate() {
-        for batches in make::groups(&targets, args.batch) {
+        for batches in run::groups(&targets, args.batch) {
             let first = batches.clone().next().unwrap_or_default();
             parts.push(Part { rival, planned: work.plan(&args.device, &*executor, first)?, batches });
         }
@@ -124,7 +125,7 @@ impl Run<'_> {
         let most_reserved = works.iter().max_by_key(|work| work.method.reserved_tokens());
         let negatives = self.rivals.iter().filter_map(|rival| rival.negative.as_deref());
         most_reserved.map_or(Ok(()), |work| {
-            make::warn_of_cut_tokens(work, [self.prompt].into_iter(), negatives, &self.reporter)
+            run::warn_of_cut_tokens(work, [self.prompt].into_iter(), negatives, &self.reporter)
         })?;
         self.args.sampling.remarks(pipeline).iter().for_each(|remark| self.reporter.warn(remark));
         if self.args.sampling.guidance == Some(1.0) && !self.args.sampling.cfg_pp {
@@ -144,7 +145,7 @@ impl Run<'_> {
             let mut loaded = planned.load(&mut *executor)?;
             for targets in batches {
                 let negative = self.rivals[rival].negative.as_deref();
-                let jobs: Vec<Job> = targets.iter().map(|target| make::job(target, negative, &self.noise)).collect();
+                let jobs: Vec<Job> = targets.iter().map(|target| run::job(target, negative, &self.noise)).collect();
                 let images = loaded.run(&jobs, &mut |progress| {
                     match progress {
                         Progress::Step { .. } | Progress::Iteration(_) => self.reporter.step(),

@@ -1,10 +1,10 @@
 //! `rarebit generate`: prompts to PNG files, by plain sampling or one of the samplers that methods are compared with.
 
 use crate::cli::flags;
-use crate::cli::make::{self, Extras, ImageFlags};
+use crate::cli::images::run::{self, Extras, ImageFlags};
 use crate::cli::method::{Method, Score};
-use crate::methods::sgms::Sgms;
-use crate::sampler::Cads;
+use crate::methods::baselines::Cads;
+use crate::methods::baselines::sgms::Sgms;
 use crate::{Error, Result};
 
 #[derive(clap::Args)]
@@ -147,5 +147,5 @@ impl Generate {
 pub fn run(args: &Generate) -> Result<()> {
     let method = args.method()?;
     let pipeline = args.images.open()?;
-    make::run(&args.images, &pipeline, &method, &Extras::default())
+    run::run(&args.images, &pipeline, &method, &Extras::default())
 }

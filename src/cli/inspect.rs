@@ -2,10 +2,10 @@
 
 use crate::cli::flags::{self, Device, DeviceFlags, ModelFlags, SamplingFlags};
 use crate::cli::machine::{check_memory, print_line};
-use crate::cli::metadata;
+use crate::data::metadata;
 use crate::exec::cuda::{self, Explained, Peak, explain};
-use crate::methods::generate::Generator;
-use crate::methods::pipeline::Pipeline;
+use crate::pipeline::Pipeline;
+use crate::pipeline::generate::Generator;
 use crate::plan::{Footprint, show_bytes};
 use crate::sampler::Method;
 use crate::weights::Component;

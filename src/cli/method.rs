@@ -1,17 +1,20 @@
 //! The methods that make images from prompts, behind one way to plan, load and run them.
 
 use crate::cli::minority::Options;
+use crate::data::textual_inversion::LearnedToken;
 use crate::exec::Executor;
-use crate::methods::best_of::{self, Chosen};
-use crate::methods::generate::{self, Generator, Image, Job, Observer, Progress, Settings};
+use crate::methods::baselines::Cads;
+use crate::methods::baselines::best_of::{self, Chosen};
+use crate::methods::baselines::cads;
+use crate::methods::baselines::sgms::{self, Sgms};
 use crate::methods::minority::{self, Minority};
-use crate::methods::objective::Passes;
-use crate::methods::pipeline::{LearnedToken, Pipeline};
-use crate::methods::sgms::{self, Sgms};
-use crate::methods::{cads, elbo};
+use crate::metrics::denoising_loss as elbo;
 use crate::metrics::shapes::{Eye, Sight};
+use crate::optimize::objective::Passes;
+use crate::pipeline::Pipeline;
+use crate::pipeline::generate::{self, Generator, Image, Job, Settings};
+use crate::pipeline::{Observer, Progress};
 use crate::plan::Footprint;
-use crate::sampler::Cads;
 use crate::{Error, Result};
 use serde_json::{Value, json};
 

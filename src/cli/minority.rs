@@ -1,18 +1,19 @@
 //! `rarebit minority`: images of a prompt that the model finds unlikely, by MinorityPrompt (Um & Ye 2025).
 
 use crate::cli::compare::{self, CompareFlags};
-use crate::cli::make::{self, Extras, ImageFlags};
+use crate::cli::images::run::{self, Extras, ImageFlags};
 use crate::cli::method::Method;
 use crate::cli::{flags, machine};
-use crate::methods::generate::Settings;
-use crate::methods::inversion;
-use crate::methods::minority::{self, Schedule, loss_scale};
-use crate::methods::objective::{self, Objective};
-use crate::methods::pipeline::Pipeline;
-use crate::methods::token::{Init, PoolAt, TokenSettings};
-use crate::methods::variable::Variable;
+use crate::data::textual_inversion;
+use crate::methods::minority::{self, Convention, Renoise, Schedule};
+use crate::optimize::objective::loss_scale;
+use crate::optimize::objective::{self, Objective};
+use crate::optimize::variable::Variable;
+use crate::optimize::variable::token::{Init, PoolAt, TokenSettings};
+use crate::pipeline::Pipeline;
+use crate::pipeline::generate::Settings;
 use crate::plan::show_bytes;
-use crate::sampler::{self, Convention, Renoise};
+use crate::sampler;
 use crate::text::Place;
 use crate::{Error, Result};
 use clap::ValueEnum;
@@ -367,11 +368,11 @@ impl Minority {
     }
 
     fn token(&self, pipeline: &Pipeline, convention: Convention) -> Result<TokenSettings> {
-        let usual = TokenSettings::of(pipeline, convention)?;
+        let usual = minority::token(pipeline, convention)?;
         let init = match (&self.init, &self.init_token) {
             (Some(init), _) => init.clone(),
             (None, Some(path)) => {
-                let token = inversion::read(path)?;
+                let token = textual_inversion::read(path)?;
                 if token.rows != self.tokens {
                     let (found, wanted) = (token.rows, self.tokens);
                     let what = format!("--init-token {}: has {found} rows; --tokens is {wanted}", path.display());
@@ -419,7 +420,7 @@ pub fn run(mut args: Minority) -> Result<()> {
         return compare::run(&args.images, &args.rivals, path, &pipeline, options);
     }
     let extras = Extras { save_token: args.save_token.clone(), trace: args.trace.clone() };
-    make::run(&args.images, &pipeline, &Method::Minority(options), &extras)
+    run::run(&args.images, &pipeline, &Method::Minority(options), &extras)
 }
 
 /// What a run would do, without doing it.

@@ -8,17 +8,12 @@ mod generate;
 mod images;
 mod inspect;
 mod machine;
-mod make;
-pub mod metadata;
 mod method;
 mod minority;
 mod progress;
-mod prompts;
 mod report;
 mod score;
-mod sheet;
 mod tensors;
-mod writer;
 
 use crate::{Error, Result};
 use clap::Parser;

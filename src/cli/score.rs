@@ -1,10 +1,10 @@
 //! `rarebit score`: images, measured. `--shapes` holds images of the `shapes` world against its exact density.
 
 use crate::cli::flags::{self, DeviceFlags};
-use crate::cli::images::{self, Picture};
+use crate::cli::images::sheet::{self, Grid, Ink, Tile, words};
 use crate::cli::progress::Reporter;
-use crate::cli::sheet::{self, Grid, Ink, Tile, words};
 use crate::cli::{machine, report};
+use crate::data::images::{self, Picture};
 use crate::metrics::shapes::{self, Instrument, Judge, Reader, Scored, Statement, World};
 use crate::plan::Footprint;
 use crate::{Error, Result};

@@ -4,26 +4,22 @@
 //! Latents of every sampler live in variance-preserving space, `x = α x₀ + σ ε` with `α² + σ² = 1`: what the network reads
 //! are the latents themselves. Samplers that other engines run on `x / α` (Euler) give the same images, the last `α` being 1.
 
-mod cads;
 mod ddim;
 mod dpmpp;
 mod euler;
 mod fragment;
 mod noise;
 mod pndm;
-mod renoise;
 mod schedule;
 mod torch;
 
-pub use cads::Cads;
 pub use fragment::{HISTORY, LATENTS, NOISE, PUSH, STORE, State, UPDATE, append_update, update};
 pub use noise::{Noise, Rng, counters, draw, normal, uniform};
-pub use renoise::{Convention, Renoise, released, renoise, share_with_signal};
-pub use schedule::Level;
+pub use schedule::{Level, level_at, level_at_share, share_with_signal};
+pub(crate) use schedule::{Table, spaced};
 
 use crate::models::config::{Prediction, SchedulerConfig, Spacing};
 use crate::{Error, Result};
-use schedule::Table;
 
 /// Which sampler; `Display` and `FromStr` use the names of the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -156,6 +152,19 @@ impl Step {
             .into_iter()
             .filter(|(_, c)| !c.is_empty())
     }
+
+    /// The same step of a schedule with both branches under another guidance weight. Not for CFG++, which uses the branches apart.
+    pub(crate) fn guided(&self, weight: f64) -> Step {
+        let spread = |coefficients: &[f64], branches: bool| match *coefficients {
+            [x, with, without, ref noise @ ..] if branches => {
+                let both = with + without;
+                [&[x, weight * both, (1.0 - weight) * both], noise].concat()
+            }
+            _ => coefficients.to_vec(),
+        };
+        let multi = !self.store.is_empty();
+        Step { store: spread(&self.store, multi), update: spread(&self.update, !multi), ..self.clone() }
+    }
 }
 
 /// Every step of a sampler, first to last.
@@ -191,7 +200,8 @@ pub fn schedule(config: &SchedulerConfig, settings: &Settings) -> Result<Schedul
     })
 }
 
-fn check(config: &SchedulerConfig, s: &Settings) -> Result<()> {
+/// Refuses settings that make no sense.
+pub(crate) fn check(config: &SchedulerConfig, s: &Settings) -> Result<()> {
     let usage = |what: String| Err(Error::Usage(what));
     let method = s.method;
     if s.steps == 0 || s.steps > config.train_timesteps {
@@ -223,10 +233,10 @@ fn check(config: &SchedulerConfig, s: &Settings) -> Result<()> {
 
 /// How a step's coefficients spread over the network's branches.
 #[derive(Clone, Copy)]
-struct Guide<'a> {
-    prediction: Prediction,
-    settings: &'a Settings,
-    needs: Needs,
+pub(crate) struct Guide<'a> {
+    pub prediction: Prediction,
+    pub settings: &'a Settings,
+    pub needs: Needs,
 }
 
 impl Guide<'_> {
@@ -237,7 +247,7 @@ impl Guide<'_> {
     }
 
     /// A step without memory: new latents `on_x0 x₀ + on_eps ε + on_noise n`.
-    fn single(&self, timestep: f64, from: Level, on_x0: f64, on_eps: f64, on_noise: f64) -> Step {
+    pub fn single(&self, timestep: f64, from: Level, on_x0: f64, on_eps: f64, on_noise: f64) -> Step {
         let ([ax, ae], [bx, be]) = (from.x0(self.prediction), from.eps(self.prediction));
         let mut update = if self.settings.cfg_pp {
             let mut update = self.split(on_x0 * ax + on_eps * bx, on_x0 * ae);

@@ -3,12 +3,12 @@
 use super::golden::{Case, Golden, data_folder};
 use rarebit::exec::cpu::{Cpu, Real};
 use rarebit::exec::{Data, DataMut, Executor};
-use rarebit::methods::networks::Tensor;
 use rarebit::models::clip_text::ClipText;
 use rarebit::models::config::{ClipConfig, Gpt2Config, HeadConfig};
 use rarebit::models::gpt2::{self, Gpt2};
 use rarebit::models::preprocess::Preprocess;
 use rarebit::models::{Weights, clip_image, detect, heads};
+use rarebit::pipeline::networks::Tensor;
 use rarebit::plan::plan;
 use rarebit::program::*;
 use rarebit::weights::{Component, Model};

@@ -1,9 +1,9 @@
 //! Golden tensors written by `tools/reference/dump.py`: `golden.safetensors` with its index `golden.json`.
 
 use rarebit::exec::Executor;
-use rarebit::methods::generate::{Generator, Image, Job, Settings};
-use rarebit::methods::networks::Tensor;
-use rarebit::methods::pipeline::Pipeline;
+use rarebit::pipeline::Pipeline;
+use rarebit::pipeline::generate::{Generator, Image, Job, Settings};
+use rarebit::pipeline::networks::Tensor;
 use rarebit::program::DType;
 use rarebit::sampler::{self, Rng};
 use rarebit::weights::Model;

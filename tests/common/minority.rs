@@ -1,14 +1,17 @@
 //! MinorityPrompt runs for tests: one way to make them, with every setting in reach.
 
 use rarebit::exec::Executor;
-use rarebit::methods::generate::{self, Generator, Image, Job, Progress};
-use rarebit::methods::minority::{Iteration, Loaded, Minority, Schedule, Settings};
-use rarebit::methods::objective::{self, Objective, minority};
-use rarebit::methods::pipeline::Pipeline;
-use rarebit::methods::token::{Init, PoolAt, TokenSettings};
-use rarebit::methods::variable::Variable;
+use rarebit::methods::minority::{Convention, Renoise};
+use rarebit::methods::minority::{Loaded, Minority, Schedule, Settings};
+use rarebit::optimize::objective::{self, Objective, minority};
+use rarebit::optimize::variable::Variable;
+use rarebit::optimize::variable::token::{Init, PoolAt, TokenSettings};
+use rarebit::pipeline::Iteration;
+use rarebit::pipeline::Pipeline;
+use rarebit::pipeline::Progress;
+use rarebit::pipeline::generate::{self, Generator, Image, Job};
 use rarebit::program::DType;
-use rarebit::sampler::{self, Convention, Method, Renoise, Rng};
+use rarebit::sampler::{self, Method, Rng};
 use rarebit::text::Place;
 
 /// What plain sampling of the same images is told.

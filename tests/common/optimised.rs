@@ -9,10 +9,12 @@
 use super::golden::relative_error;
 use super::minority::settings;
 use rarebit::exec::Executor;
-use rarebit::methods::generate::{Image, Job, Progress};
-use rarebit::methods::minority::{Minority, loss_scale};
-use rarebit::methods::pipeline::Pipeline;
-use rarebit::methods::variable::Variable;
+use rarebit::methods::minority::Minority;
+use rarebit::optimize::objective::loss_scale;
+use rarebit::optimize::variable::Variable;
+use rarebit::pipeline::Pipeline;
+use rarebit::pipeline::Progress;
+use rarebit::pipeline::generate::{Image, Job};
 use rarebit::program::DType;
 use rarebit::{Error, Result};
 

@@ -1,8 +1,8 @@
 //! The engine's side of `bench.py`: loads one network, then runs it once and prints the seconds for every line on stdin.
 
 use rarebit::exec::cpu::Cpu;
-use rarebit::methods::networks::Networks;
-use rarebit::methods::pipeline::Pipeline;
+use rarebit::pipeline::Pipeline;
+use rarebit::pipeline::networks::Networks;
 use rarebit::program::DType;
 use rarebit::sampler::LATENTS;
 use rarebit::weights::Model;

@@ -2,10 +2,10 @@
 
 use rarebit::exec::Executor;
 use rarebit::exec::cpu::Cpu;
-use rarebit::methods::generate::{Generator, Job, Settings};
-use rarebit::methods::networks::{AddedConditions, Networks, Tensor, UnetGradient};
-use rarebit::methods::pipeline::Pipeline;
-use rarebit::methods::text::Text;
+use rarebit::pipeline::Pipeline;
+use rarebit::pipeline::conditioning::Text;
+use rarebit::pipeline::generate::{Generator, Job, Settings};
+use rarebit::pipeline::networks::{AddedConditions, Networks, Tensor, UnetGradient};
 use rarebit::program::DType;
 use rarebit::sampler::{self, Rng};
 use rarebit::weights::Model;

@@ -6,7 +6,7 @@ use super::report::Case;
 use crate::Result;
 use crate::cli::flags::Device;
 use crate::exec::Data;
-use crate::methods::generate::Generator;
+use crate::pipeline::generate::Generator;
 use crate::plan::plan;
 use crate::program::{DType, Kind, Origin};
 use serde_json::json;

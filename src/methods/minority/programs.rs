@@ -1,15 +1,15 @@
 //! The programs of a MinorityPrompt run besides those that make images.
 
 use super::Settings;
+use super::{Convention, released};
 use crate::Result;
 use crate::exec::{Executor, ProgramId};
-use crate::methods::generate::{self, Generator};
-use crate::methods::objective::{self, Ask, Objectives, Varies};
-use crate::methods::pipeline::Pipeline;
-use crate::methods::variable::{Design, Variable};
+use crate::optimize::objective::{self, Ask, Objectives, Varies};
+use crate::optimize::variable::{Design, Variable};
+use crate::pipeline::Pipeline;
+use crate::pipeline::generate::{self, Generator};
 use crate::plan::{Planned, plan};
 use crate::program::Program;
-use crate::sampler::{Convention, released};
 use crate::weights::Model;
 
 /// The part that makes images, with the tables of the convention.

@@ -1,13 +1,14 @@
 //! When, how hard and what a MinorityPrompt run optimises, with the defaults of a model and of the released code.
 
+use super::{Convention, Renoise};
 use crate::Result;
-use crate::methods::generate;
-use crate::methods::objective::{self, Objective};
-use crate::methods::pipeline::Pipeline;
-use crate::methods::token::{self, TokenSettings};
-use crate::methods::variable::Variable;
-use crate::program::DType;
-use crate::sampler::{Convention, Renoise, share_with_signal};
+use crate::optimize::objective::{self, Objective, loss_scale};
+use crate::optimize::variable::Variable;
+use crate::optimize::variable::token::{self, Init, PoolAt, TokenSettings};
+use crate::pipeline::Pipeline;
+use crate::pipeline::generate;
+use crate::sampler::share_with_signal;
+use crate::text::Place;
 
 /// When and how hard is optimised.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -85,7 +86,7 @@ impl Settings {
     pub fn of(pipeline: &Pipeline, images: generate::Settings) -> Result<Settings> {
         Ok(Settings {
             schedule: Schedule::of(pipeline, Convention::Diffusers)?,
-            variable: Variable::Token(TokenSettings::of(pipeline, Convention::Diffusers)?),
+            variable: Variable::Token(token(pipeline, Convention::Diffusers)?),
             objectives: vec![objective::minority(objective::Minority::default())],
             trace: false,
             loss_scale: loss_scale(images.dtype),
@@ -95,10 +96,20 @@ impl Settings {
     }
 }
 
-/// The loss scale a program type wants.
-pub fn loss_scale(dtype: DType) -> f64 {
-    match dtype {
-        DType::F16 => 1024.0,
-        DType::BF16 | DType::F32 | DType::F64 | DType::I32 => 1.0,
-    }
+/// The word the scripts of the paper begin with.
+const FIRST_WORD: &str = "cool";
+
+/// The token's defaults for a model. The released code's are one token of unit variance, pooled where it stands; ours begins at a
+/// word, or where the vocabulary lacks it, anywhere in the cloud of words.
+pub fn token(pipeline: &Pipeline, convention: Convention) -> Result<TokenSettings> {
+    let (init, pool_at) = match convention {
+        Convention::Released => (Init::Unit, PoolAt::Placeholder),
+        Convention::Diffusers => {
+            let counts = pipeline.tokenizers.iter().map(|tokenizer| tokenizer.token_count(FIRST_WORD));
+            let is_one = counts.collect::<Result<Vec<_>>>()?.iter().all(|count| *count == 1);
+            let init = if is_one { Init::Word(FIRST_WORD.into()) } else { Init::White { scale: 1.0 } };
+            (init, PoolAt::Eos)
+        }
+    };
+    Ok(TokenSettings { rows: 1, place: Place::End, init, pool_at })
 }

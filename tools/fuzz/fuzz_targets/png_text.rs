@@ -2,7 +2,7 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    if let Ok(texts) = rarebit::cli::metadata::read_text("fuzz.png", std::io::Cursor::new(bytes)) {
-        rarebit::cli::metadata::record(&texts);
+    if let Ok(texts) = rarebit::data::metadata::read_text("fuzz.png", std::io::Cursor::new(bytes)) {
+        rarebit::data::metadata::record(&texts);
     }
 });

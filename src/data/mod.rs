@@ -1,0 +1,5 @@
+//! What users hand in and get back: images, prompt lists, learned tokens.
+
+pub mod images;
+pub mod metadata;
+pub mod textual_inversion;

@@ -1,0 +1,192 @@
+//! SGMS, self-guided minority sampling (Um & Ye 2024, arXiv 2407.11555), moved to latents and text.
+//!
+//! Every few steps the latents go a little way up the distance between their clean estimate and that estimate noised and estimated
+//! again. The original works on pixels with ancestral steps and LPIPS; how it was run on Stable Diffusion is not published. This
+//! is our version: L2 between latents, both estimates told the prompt, the step added to DDIM's result and scaled with the
+//! variance an ancestral step would have.
+
+use crate::exec::{Data, DataMut, Executor};
+use crate::optimize::objective::{self, Ask, Look, Minority, Objectives, Passes, Varies, minority};
+use crate::pipeline::Pipeline;
+use crate::pipeline::generate::{self, Generator, Image, Job};
+use crate::pipeline::programs::gradient_of;
+use crate::pipeline::{Observer, Progress};
+use crate::plan::{Footprint, Planned};
+use crate::sampler::{LATENTS, Level, draw, level_at_share};
+use crate::{Error, Result};
+
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Sgms {
+    /// Length η of the step, in units of the gradient's largest number.
+    pub eta: f64,
+    /// The estimate is noised to this share of the training steps.
+    pub ratio: f64,
+    /// Guides every so many steps …
+    pub every: usize,
+    /// … while the timestep is above this share of the training steps; 0: always.
+    pub t_mid: f64,
+    /// Each image's gradient is divided by its largest number.
+    pub normalised: bool,
+    /// The step is multiplied with the variance of an ancestral step.
+    pub variance: bool,
+    /// Both estimates are those of classifier-free guidance.
+    pub guided: bool,
+}
+
+impl Default for Sgms {
+    /// The released code's numbers, but for η, which is for pixels there: ours is about the most that leaves the images of the
+    /// embedded model whole.
+    fn default() -> Sgms {
+        Sgms { eta: 0.4, ratio: 0.8, every: 5, t_mid: 0.0, normalised: true, variance: true, guided: false }
+    }
+}
+
+/// A run, planned but not loaded.
+pub struct Planner<'p> {
+    pipeline: &'p Pipeline,
+    generator: Generator<'p>,
+    objectives: Objectives,
+    sgms: Sgms,
+    loss_scale: f64,
+    /// Per sampling step, where it is guided: the look and what the gradient is multiplied with.
+    guided: Vec<Option<(Look, f64)>>,
+}
+
+impl<'p> Planner<'p> {
+    pub fn plan(
+        pipeline: &'p Pipeline,
+        executor: &dyn Executor,
+        settings: generate::Settings,
+        sgms: Sgms,
+        batch: usize,
+    ) -> Result<Planner<'p>> {
+        if sgms.every == 0 || !sgms.eta.is_finite() || !(0.0..=1.0).contains(&sgms.ratio) {
+            let Sgms { eta, ratio, every, .. } = sgms;
+            let what = format!(
+                "SGMS with a step of {eta} every {every} steps, noised to {ratio}: must be finite, 1 or more, 0 to 1"
+            );
+            return Err(Error::Usage(what));
+        }
+        let (dtype, guidance) = (settings.dtype, settings.sampler.guidance);
+        let generator = Generator::plan(pipeline, executor, settings, batch)?;
+        let sizes = generator.sizes();
+        let loss_scale = objective::loss_scale(dtype);
+        let ask = Ask { pipeline, dtype, sizes, guidance, varies: Varies::Latents, loss_scale, budget: None };
+        let distance = minority(Minority { stop_second: true, guided: sgms.guided, ..Minority::default() });
+        let objectives = Objectives::plan(&ask, executor, &[distance])?;
+        let guided = guided(pipeline, &generator, &sgms)?;
+        Ok(Planner { pipeline, generator, objectives, sgms, loss_scale, guided })
+    }
+
+    pub fn footprint(&self) -> Footprint {
+        Footprint::of(&self.programs())
+    }
+
+    /// Every planned program.
+    pub fn programs(&self) -> Vec<&Planned> {
+        let mut all = self.generator.programs().all().to_vec();
+        all.extend(self.objectives.all());
+        all
+    }
+
+    /// Sampling steps and looks of one batch.
+    pub fn ticks(&self) -> usize {
+        self.generator.calls() + self.guided.iter().flatten().count()
+    }
+
+    /// UNet calls of one batch, sampling included.
+    pub fn passes(&self) -> Passes {
+        let looks = self.guided.iter().flatten().count();
+        let Passes { forward, backward } = self.objectives.passes();
+        Passes { forward: self.generator.passes() + looks * forward, backward: looks * backward }
+    }
+
+    /// Loads weights and programs.
+    pub fn load<'e>(self, executor: &'e mut dyn Executor) -> Result<Loaded<'p, 'e>> {
+        let images = self.generator.load(executor)?;
+        let objectives = self.objectives.load(&mut *images.executor, &self.pipeline.model)?;
+        let Planner { sgms, loss_scale, guided, .. } = self;
+        Ok(Loaded { images, objectives, sgms, loss_scale, guided })
+    }
+}
+
+/// Where a run is guided, and by how much.
+fn guided(pipeline: &Pipeline, generator: &Generator<'_>, sgms: &Sgms) -> Result<Vec<Option<(Look, f64)>>> {
+    let config = &pipeline.config.scheduler;
+    let steps = &generator.schedule().steps;
+    let above = sgms.t_mid * config.train_timesteps as f64;
+    let look = |index: usize| {
+        let step = &steps[index];
+        if !index.is_multiple_of(sgms.every) || step.timestep <= above {
+            return Ok(None);
+        }
+        let (again, again_level) = level_at_share(config, sgms.ratio)?;
+        let level = Level { alpha: step.alpha, sigma: step.sigma };
+        // β̃ = (1 − ᾱ_next) / (1 − ᾱ) · (1 − ᾱ / ᾱ_next), Ho et al. 2020, eq. 7; 0 after the last step.
+        let next = steps.get(index + 1).map_or(1.0, |next| next.alpha.powi(2));
+        let now = step.alpha.powi(2);
+        let variance = (1.0 - next) / (1.0 - now) * (1.0 - now / next);
+        let scale = if sgms.variance { sgms.eta * variance } else { sgms.eta };
+        let look = Look { timestep: step.timestep, level, again, again_level };
+        Ok((scale != 0.0).then_some((look, scale)))
+    };
+    (0..steps.len()).map(look).collect()
+}
+
+/// A run with its programs on an executor.
+pub struct Loaded<'p, 'e> {
+    images: generate::Loaded<'p, 'e>,
+    objectives: objective::Loaded,
+    sgms: Sgms,
+    loss_scale: f64,
+    guided: Vec<Option<(Look, f64)>>,
+}
+
+impl<'p, 'e> Loaded<'p, 'e> {
+    /// What samples.
+    pub fn images(&mut self) -> &mut generate::Loaded<'p, 'e> {
+        &mut self.images
+    }
+
+    /// Makes one full batch of images.
+    pub fn run(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
+        self.images.begin(jobs)?;
+        self.objectives.constants(&mut self.images, jobs)?;
+        let seeds: Vec<u64> = jobs.iter().map(|job| job.seed).collect();
+        for step in 0..self.guided.len() {
+            let Some((look, scale)) = self.guided[step] else {
+                self.images.step(step, observe)?;
+                continue;
+            };
+            self.objectives.prepare(&mut self.images, &look)?;
+            let looked = self.objectives.run(&mut self.images, 0, &seeds, draw::LOOK + step as u64);
+            looked.map_err(|error| error.during(format!("SGMS before sampling step {}", step + 1)))?;
+            observe(Progress::Iteration(None))?;
+            let direction = self.direction()?;
+            self.images.step(step, observe)?;
+            let mut latents = self.images.latents()?;
+            latents.iter_mut().zip(direction).for_each(|(x, d)| *x += scale as f32 * d);
+            self.images.executor.write(LATENTS, Data::F32(&latents))?;
+        }
+        self.images.finish(observe)
+    }
+
+    /// Where the distance grows, per image with largest number 1 if normalised.
+    fn direction(&self) -> Result<Vec<f32>> {
+        let mut gradient = self.images.latents()?;
+        self.images.executor.read(&gradient_of(LATENTS), DataMut::F32(&mut gradient))?;
+        // The gradient is that of a loss.
+        let scale = self.loss_scale as f32;
+        let own = gradient.len() / self.images.sizes.batch;
+        for image in gradient.chunks_mut(own) {
+            let largest = image.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+            let by = match (self.sgms.normalised, largest > 0.0) {
+                (true, true) => largest,
+                (true, false) => 1.0,
+                (false, _) => scale,
+            };
+            image.iter_mut().for_each(|x| *x = -*x / by);
+        }
+        Ok(gradient)
+    }
+}

@@ -1,0 +1,105 @@
+//! A score of rarity for any model: how badly the model predicts the noise in its own images.
+//!
+//! The mean over a fixed grid of noise levels and draws of `‖ε(√ᾱ_s z₀ + √(1 − ᾱ_s) n, s, C) − n‖² / D`, the terms of the diffusion loss
+//! (Ho et al. 2020, eq. 14) under the image's prompt: high where the model finds an image unlikely. Ours, and no likelihood; the
+//! minority objective raises one of its terms, so score its images with another model too.
+
+use crate::exec::{DataMut, Executor};
+use crate::optimize::objective::{self, Ask, At, Look, Objective, Objectives, Passes, Scene, Told, Varies, score_name};
+use crate::pipeline::Pipeline;
+use crate::pipeline::generate::{self, Generator, Job};
+use crate::plan::Planned;
+use crate::program::DType;
+use crate::sampler::{Level, draw, level_at_share};
+use crate::{Error, Result};
+
+/// The score's program, planned but not loaded.
+pub struct Planner<'p> {
+    pipeline: &'p Pipeline,
+    objectives: Objectives,
+    looks: Vec<Look>,
+}
+
+impl<'p> Planner<'p> {
+    /// For the images of `generator`, from `looks` noise levels spread evenly over the training steps.
+    pub fn plan(
+        pipeline: &'p Pipeline,
+        executor: &dyn Executor,
+        generator: &Generator<'p>,
+        dtype: DType,
+        looks: usize,
+    ) -> Result<Planner<'p>> {
+        let ask = Ask {
+            pipeline,
+            dtype,
+            sizes: generator.sizes(),
+            guidance: 1.0,
+            varies: Varies::Nothing,
+            loss_scale: 1.0,
+            budget: None,
+        };
+        let objectives = Objectives::plan(&ask, executor, &[elbo()])?;
+        let look = |index: usize| {
+            let share = (index as f64 + 0.5) / looks as f64;
+            let (again, again_level) = level_at_share(&pipeline.config.scheduler, share)?;
+            Ok(Look { timestep: 0.0, level: Level { alpha: 1.0, sigma: 0.0 }, again, again_level })
+        };
+        Ok(Planner { pipeline, objectives, looks: (0..looks).map(look).collect::<Result<_>>()? })
+    }
+
+    pub fn programs(&self) -> Vec<&Planned> {
+        self.objectives.all()
+    }
+
+    /// UNet calls of one batch.
+    pub fn passes(&self) -> Passes {
+        let Passes { forward, backward } = self.objectives.passes();
+        Passes { forward: self.looks.len() * forward, backward: self.looks.len() * backward }
+    }
+
+    /// Loads it beside the generator.
+    pub fn load(self, images: &mut generate::Loaded<'_, '_>) -> Result<Loaded> {
+        let objectives = self.objectives.load(&mut *images.executor, &self.pipeline.model)?;
+        Ok(Loaded { objectives, looks: self.looks })
+    }
+}
+
+fn elbo() -> Objective {
+    Objective::new("elbo", |s: &mut Scene<'_>| {
+        let n = s.draw();
+        let noised = s.renoise(s.latents, n);
+        let prediction = s.predict(noised, At::Again, Told::Prompt);
+        let e = s.noise(prediction);
+        let error = s.difference(e, n);
+        let numbers = s.b.shape(error)[1..].iter().product::<usize>();
+        let squares = s.squares(error);
+        s.b.affine(squares, 1.0 / numbers as f64, 0.0)
+    })
+}
+
+/// The score on the executor of a generator.
+pub struct Loaded {
+    objectives: objective::Loaded,
+    looks: Vec<Look>,
+}
+
+impl Loaded {
+    /// Of the images the generator has just made.
+    pub fn score(&self, images: &mut generate::Loaded<'_, '_>, jobs: &[Job]) -> Result<Vec<f64>> {
+        self.objectives.constants(images, jobs)?;
+        // One grid for all images, so that they can be compared.
+        let seeds = vec![0; jobs.len()];
+        let mut sums = vec![0.0; jobs.len()];
+        let mut scores = vec![0.0; jobs.len()];
+        for (index, look) in self.looks.iter().enumerate() {
+            self.objectives.prepare(images, look)?;
+            self.objectives.run(images, 0, &seeds, draw::SCORE + index as u64)?;
+            images.executor.read(&score_name(0), DataMut::F32(&mut scores))?;
+            if scores.iter().any(|score| !score.is_finite()) {
+                return Err(Error::NotFinite("the error that images are scored by".into()));
+            }
+            sums.iter_mut().zip(&scores).for_each(|(sum, score)| *sum += f64::from(*score));
+        }
+        Ok(sums.into_iter().map(|sum| sum / self.looks.len() as f64).collect())
+    }
+}

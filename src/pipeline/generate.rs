@@ -1,0 +1,424 @@
+//! Text to image: encode the prompts, sample a batch of latents, decode image by image.
+
+use super::{Observer, Progress};
+use crate::exec::{Data, DataMut, Executor, ProgramId};
+use crate::pipeline::Pipeline;
+use crate::pipeline::conditioning::{self, ENCODED, States, TOLD, Text};
+use crate::pipeline::programs::{Programs, Sizes, buffer};
+use crate::plan::Footprint;
+use crate::program::DType;
+use crate::sampler::{self, Noise, Rng, Schedule};
+use crate::{Error, Result};
+use rayon::prelude::*;
+use std::collections::HashMap;
+use std::ops::Range;
+
+/// Everything that holds for a whole run.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Pixels.
+    pub width: usize,
+    pub height: usize,
+    pub sampler: sampler::Settings,
+    pub rng: Rng,
+    pub dtype: DType,
+}
+
+/// One image to make.
+#[derive(Clone, Debug)]
+pub struct Job {
+    pub prompt: String,
+    /// `None`: no negative prompt was given (SDXL base then uses a zero context).
+    pub negative: Option<String>,
+    pub seed: u64,
+    /// Unit-variance draws `[C, H/f, W/f]` in place of the generator's first ones: the starting noise, then one per noisy step.
+    pub draws: Vec<Vec<f32>>,
+}
+
+/// The branches of classifier-free guidance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Branch {
+    Prompt,
+    Negative,
+}
+
+/// What a row of the batch is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Told {
+    Prompt(String),
+    /// Zeros.
+    Nothing,
+}
+
+/// A finished image.
+#[derive(Clone, Debug)]
+pub struct Image {
+    pub width: usize,
+    pub height: usize,
+    /// `[H, W, 3]`.
+    pub rgb: Vec<u8>,
+    /// The latents it was decoded from, `[C, H/f, W/f]`, scaled as the UNet sees them.
+    pub latents: Vec<f32>,
+}
+
+/// The programs of one batch size, planned but not loaded: ask for the footprint, then [`Generator::load`].
+pub struct Generator<'p> {
+    pipeline: &'p Pipeline,
+    settings: Settings,
+    schedule: Schedule,
+    sizes: Sizes,
+    programs: Programs,
+}
+
+impl<'p> Generator<'p> {
+    pub fn plan(
+        pipeline: &'p Pipeline,
+        executor: &dyn Executor,
+        settings: Settings,
+        batch: usize,
+    ) -> Result<Generator<'p>> {
+        let schedule = sampler::schedule(&pipeline.config.scheduler, &settings.sampler)?;
+        Generator::with_schedule(pipeline, executor, settings, batch, schedule)
+    }
+
+    /// With tables that are not those of `settings.sampler`.
+    pub(crate) fn with_schedule(
+        pipeline: &'p Pipeline,
+        executor: &dyn Executor,
+        settings: Settings,
+        batch: usize,
+        schedule: Schedule,
+    ) -> Result<Generator<'p>> {
+        let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
+        let sizes = Sizes { batch, height, width, tokens: pipeline.tokens() };
+        let programs = Programs::plan(pipeline, executor, settings.dtype, sizes, &schedule)?;
+        Ok(Generator { pipeline, settings, schedule, sizes, programs })
+    }
+
+    pub fn footprint(&self) -> Footprint {
+        self.programs.footprint()
+    }
+
+    /// UNet calls of one batch: the sampling steps, one more for samplers with a warm-up call.
+    pub fn calls(&self) -> usize {
+        self.schedule.steps.len()
+    }
+
+    /// UNet calls of one batch, each on one image's latents.
+    pub fn passes(&self) -> usize {
+        self.calls() * if self.schedule.needs.uncond { 2 } else { 1 } * self.sizes.batch
+    }
+
+    pub fn programs(&self) -> &Programs {
+        &self.programs
+    }
+
+    pub(crate) fn pipeline(&self) -> &'p Pipeline {
+        self.pipeline
+    }
+
+    pub(crate) fn schedule(&self) -> &Schedule {
+        &self.schedule
+    }
+
+    pub(crate) fn sizes(&self) -> Sizes {
+        self.sizes
+    }
+
+    /// Loads the weights that are not held yet.
+    pub fn load<'e>(self, executor: &'e mut dyn Executor) -> Result<Loaded<'p, 'e>> {
+        let model = &self.pipeline.model;
+        let Programs { text, condition, step, decode } = self.programs;
+        Ok(Loaded {
+            text: executor.load(text, model)?,
+            condition: executor.load(condition, model)?,
+            step: executor.load(step, model)?,
+            decode: executor.load(decode, model)?,
+            executor,
+            pipeline: self.pipeline,
+            settings: self.settings,
+            schedule: self.schedule,
+            sizes: self.sizes,
+            given: HashMap::new(),
+            asked: vec![],
+            held: vec![],
+            jobs: vec![],
+            noises: vec![],
+        })
+    }
+}
+
+/// A generator with its programs on an executor. [`Loaded::run`] makes images; methods that act between the steps call its parts
+/// themselves.
+pub struct Loaded<'p, 'e> {
+    pub(crate) pipeline: &'p Pipeline,
+    pub(crate) executor: &'e mut dyn Executor,
+    pub(crate) schedule: Schedule,
+    pub(crate) sizes: Sizes,
+    settings: Settings,
+    text: ProgramId,
+    condition: ProgramId,
+    step: ProgramId,
+    decode: ProgramId,
+    /// Prompts that are not encoded, with their states.
+    given: HashMap<String, Text>,
+    /// What the rows of the batch are told, under guidance the unconditional ones first.
+    asked: Vec<Told>,
+    /// Of which prompts those rows hold the states; `None`: of none.
+    held: Vec<Option<Told>>,
+    jobs: Vec<Job>,
+    /// Per job.
+    noises: Vec<Noise>,
+}
+
+impl Loaded<'_, '_> {
+    /// Gives the states of a prompt, which is then not encoded: embeddings that come from elsewhere.
+    pub fn set_text(&mut self, prompt: &str, text: Text) {
+        self.held
+            .iter_mut()
+            .filter(|held| **held == Some(Told::Prompt(prompt.to_string())))
+            .for_each(|held| *held = None);
+        self.given.insert(prompt.to_string(), text);
+    }
+
+    /// Makes one full batch of images.
+    pub fn run(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
+        self.begin(jobs)?;
+        for step in 0..self.schedule.steps.len() {
+            self.step(step, observe)?;
+        }
+        self.finish(observe)
+    }
+
+    /// Encodes the prompts, computes what all steps share and draws the starting latents.
+    pub(crate) fn begin(&mut self, jobs: &[Job]) -> Result<()> {
+        if jobs.len() != self.sizes.batch {
+            return Err(Error::Usage(format!("{} jobs for a batch of {}", jobs.len(), self.sizes.batch)));
+        }
+        self.jobs = jobs.to_vec();
+        let negatives = if self.schedule.needs.uncond { jobs } else { &[] };
+        let negatives = negatives.iter().map(|job| self.told(Branch::Negative, job));
+        self.asked = negatives.chain(jobs.iter().map(|job| self.told(Branch::Prompt, job))).collect();
+        self.tell_asked()?;
+
+        self.noises = jobs.iter().map(|job| Noise::new(self.settings.rng, job.seed)).collect();
+        let scale = self.schedule.initial_scale as f32;
+        let latents: Vec<f32> = self.draw(0).into_iter().map(|x| x * scale).collect();
+        self.executor.write(sampler::LATENTS, Data::F32(&latents))
+    }
+
+    /// What the run is on.
+    pub fn executor(&mut self) -> &mut dyn Executor {
+        &mut *self.executor
+    }
+
+    pub(crate) fn guidance(&self) -> f64 {
+        self.settings.sampler.guidance
+    }
+
+    pub(crate) fn is_cfg_pp(&self) -> bool {
+        self.settings.sampler.cfg_pp
+    }
+
+    /// Gives one step another guidance weight, where there is guidance.
+    pub(crate) fn guide(&mut self, step: usize, weight: f64) {
+        if self.schedule.needs.uncond {
+            self.schedule.steps[step] = self.schedule.steps[step].guided(weight);
+        }
+    }
+
+    /// What a branch of an image is told when nothing is optimised.
+    fn told(&self, branch: Branch, job: &Job) -> Told {
+        match (branch, &job.negative) {
+            (Branch::Prompt, _) => Told::Prompt(job.prompt.clone()),
+            (Branch::Negative, None) if self.pipeline.config.zero_empty_negative => Told::Nothing,
+            (Branch::Negative, negative) => Told::Prompt(negative.clone().unwrap_or_default()),
+        }
+    }
+
+    /// The rows of a branch; none where the unconditional one is left out.
+    fn rows(&self, branch: Branch) -> Range<usize> {
+        let prompts = self.asked.len() - self.sizes.batch;
+        match branch {
+            Branch::Prompt => prompts..self.asked.len(),
+            Branch::Negative => 0..prompts,
+        }
+    }
+
+    /// Enters the states of what a branch of an image is told when nothing is optimised into row `row` of other buffers.
+    pub(crate) fn enter(&mut self, branch: Branch, job: &Job, to: States<'_>, row: usize) -> Result<()> {
+        let told = self.told(branch, job);
+        self.fetch(&told, to, row)
+    }
+
+    /// The same from whichever row of the batch holds it already, else encoded anew.
+    fn fetch(&mut self, told: &Told, to: States<'_>, row: usize) -> Result<()> {
+        let executor = &mut *self.executor;
+        if let Some(from) = self.held.iter().position(|held| held.as_ref() == Some(told)) {
+            return conditioning::copy(self.pipeline, executor, (TOLD, from), (to, row));
+        }
+        match told {
+            Told::Nothing => conditioning::write_nothing(self.pipeline, executor)?,
+            Told::Prompt(prompt) => match self.given.get(prompt) {
+                Some(given) => conditioning::write(self.pipeline, executor, given)?,
+                None => conditioning::encode(self.pipeline, executor, self.text, prompt)?,
+            },
+        }
+        conditioning::copy(self.pipeline, executor, (ENCODED, 0), (to, row))
+    }
+
+    /// Tells both branches what the jobs ask for, from now on.
+    pub(crate) fn tell_asked(&mut self) -> Result<()> {
+        self.held.resize(self.asked.len(), None);
+        for row in 0..self.asked.len() {
+            let told = Some(self.asked[row].clone());
+            if let (true, Some(asked)) = (self.held[row] != told, &told) {
+                self.held[row] = None;
+                self.fetch(asked, TOLD, row)?;
+                self.held[row] = told;
+            }
+        }
+        self.condition()
+    }
+
+    /// What a branch is told, per image, on the host.
+    pub(crate) fn texts(&self, branch: Branch) -> Result<Vec<Text>> {
+        conditioning::read(self.pipeline, &*self.executor, TOLD, self.asked.len(), self.rows(branch))
+    }
+
+    /// Tells a branch, where there is it, something else from the next [`Loaded::condition`] on.
+    pub(crate) fn tell(&mut self, branch: Branch, texts: &[Text]) -> Result<()> {
+        for (row, text) in self.rows(branch).zip(texts) {
+            self.held[row] = None;
+            conditioning::write(self.pipeline, &mut *self.executor, text)?;
+            conditioning::copy(self.pipeline, &mut *self.executor, (ENCODED, 0), (TOLD, row))?;
+        }
+        Ok(())
+    }
+
+    /// Tells a branch, from now on, what buffers of a row per image hold; without pooled states there, it keeps its own.
+    pub(crate) fn tell_states(&mut self, branch: Branch, from: States<'_>) -> Result<()> {
+        for (image, row) in self.rows(branch).enumerate() {
+            self.held[row] = None;
+            conditioning::copy(self.pipeline, &mut *self.executor, (from, image), (TOLD, row))?;
+        }
+        self.condition()
+    }
+
+    /// Computes what the steps read from what the branches are told.
+    pub(crate) fn condition(&mut self) -> Result<()> {
+        conditioning::condition(self.pipeline, &mut *self.executor, self.condition, self.sizes, &self.schedule)
+    }
+
+    /// Draw `index` of every image, channels last: 0 is the starting noise, `k + 1` belongs to step `k`.
+    fn draw(&mut self, index: usize) -> Vec<f32> {
+        let Sizes { height, width, .. } = self.sizes;
+        let channels = self.pipeline.config.unet.in_channels;
+        let mut unit = vec![0.0; channels * height * width];
+        let mut all = Vec::with_capacity(self.jobs.len() * unit.len());
+        for (job, noise) in self.jobs.iter().zip(&mut self.noises) {
+            // The generator draws even where a given draw replaces its own, so that later draws do not depend on it.
+            noise.normal(&mut unit);
+            all.extend(to_channels_last(job.draws.get(index).unwrap_or(&unit), channels));
+        }
+        all
+    }
+
+    /// One sampling step: latents in, latents out.
+    pub(crate) fn step(&mut self, index: usize, observe: &mut Observer<'_>) -> Result<()> {
+        self.executor.write(buffer::STEP, Data::I32(&[index as i32]))?;
+        for (name, coefficients) in self.schedule.steps[index].buffers() {
+            self.executor.write(name, Data::F64(coefficients))?;
+        }
+        if self.schedule.needs.noise {
+            let noise = self.draw(index + 1);
+            self.executor.write(sampler::NOISE, Data::F32(&noise))?;
+        }
+        let (done, steps) = (index + 1, self.schedule.steps.len());
+        self.executor.run(self.step).map_err(|error| error.during(format!("sampling step {done} of {steps}")))?;
+        observe(Progress::Step { done, steps })
+    }
+
+    /// The latents as they are now, `[B, h, w, C]`.
+    pub(crate) fn latents(&self) -> Result<Vec<f32>> {
+        let Sizes { batch, height, width, .. } = self.sizes;
+        let mut latents = vec![0.0; batch * height * width * self.pipeline.config.unet.in_channels];
+        self.executor.read(sampler::LATENTS, DataMut::F32(&mut latents))?;
+        Ok(latents)
+    }
+
+    /// Decodes the batch image by image: the decoder needs more memory than the UNet.
+    pub(crate) fn finish(&mut self, observe: &mut Observer<'_>) -> Result<Vec<Image>> {
+        let batch = self.sizes.batch;
+        let channels = self.pipeline.config.unet.in_channels;
+        self.decode(0)?;
+        let latents = self.latents()?;
+        if let Some(image) = latents.chunks(latents.len() / batch).position(|x| !are_finite(x)) {
+            return Err(Error::NotFinite(format!("what is sampled for {}", self.image(image))));
+        }
+        let mut pixels =
+            vec![0.0; self.settings.height * self.settings.width * self.pipeline.config.vae.image_channels];
+        let mut images = Vec::with_capacity(batch);
+        for (index, latents) in latents.chunks(latents.len() / batch).enumerate() {
+            self.executor.read(buffer::IMAGE, DataMut::F32(&mut pixels))?;
+            if index + 1 < batch {
+                self.decode(index + 1)?;
+            }
+            if !are_finite(&pixels) {
+                return Err(self.where_pixels_go_wrong(index));
+            }
+            let rgb = pixels.par_iter().with_min_len(1 << 14).map(|&x| to_byte(x)).collect();
+            let latents = to_channels_first(latents, channels);
+            let image = Image { width: self.settings.width, height: self.settings.height, rgb, latents };
+            observe(Progress::Image { index, image: &image })?;
+            images.push(image);
+        }
+        Ok(images)
+    }
+
+    /// Decodes an image again, op by op.
+    fn where_pixels_go_wrong(&mut self, index: usize) -> Error {
+        self.executor.set_check_finite(true);
+        let decoded = self.decode(index);
+        self.executor.set_check_finite(false);
+        decoded.err().unwrap_or_else(|| Error::NotFinite(self.image(index)))
+    }
+
+    /// An image of the batch, in messages.
+    fn image(&self, index: usize) -> String {
+        format!("the image of seed {}", self.jobs[index].seed)
+    }
+
+    /// Starts decoding one image.
+    fn decode(&mut self, index: usize) -> Result<()> {
+        let Sizes { height, width, .. } = self.sizes;
+        let len = height * width * self.pipeline.config.unet.in_channels;
+        self.executor.copy((sampler::LATENTS, index * len), (buffer::DECODE_LATENTS, 0), len)?;
+        self.executor.run(self.decode).map_err(|error| error.during(format!("decoding {}", self.image(index))))
+    }
+}
+
+fn are_finite(values: &[f32]) -> bool {
+    values.par_iter().with_min_len(1 << 14).all(|x| x.is_finite())
+}
+
+/// `[-1, 1]` → `0..=255`, rounding halves to even (`VaeImageProcessor.postprocess`, `numpy_to_pil`).
+fn to_byte(x: f32) -> u8 {
+    ((x / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8
+}
+
+/// `[C, H, W]` → `[H, W, C]`.
+pub fn to_channels_last(x: &[f32], channels: usize) -> Vec<f32> {
+    transpose(x, channels)
+}
+
+/// `[H, W, C]` → `[C, H, W]`.
+pub fn to_channels_first(x: &[f32], channels: usize) -> Vec<f32> {
+    transpose(x, x.len() / channels)
+}
+
+/// `[rows, columns]` → `[columns, rows]`.
+fn transpose(x: &[f32], rows: usize) -> Vec<f32> {
+    let columns = x.len() / rows;
+    (0..x.len()).map(|i| x[(i % rows) * columns + i / rows]).collect()
+}

@@ -1,0 +1,38 @@
+//! What a run says of itself while it works.
+
+use super::generate::Image;
+use crate::Result;
+
+/// Where a run is; the observer may stop it by returning an error.
+#[derive(Clone, Copy, Debug)]
+pub enum Progress<'a> {
+    /// Sampling step `done` of `steps` is finished.
+    Step { done: usize, steps: usize },
+    /// The image of job `index` is finished.
+    Image { index: usize, image: &'a Image },
+    /// An iteration of an optimiser is finished; with what came of it where a trace is kept.
+    Iteration(Option<&'a Iteration>),
+    /// A run that went wrong goes on once more, to find out where.
+    Again,
+}
+
+pub type Observer<'a> = dyn FnMut(Progress<'_>) -> Result<()> + 'a;
+
+/// One iteration of an optimiser, as `--trace` writes it. Numbers are per image.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Iteration {
+    /// The sampling step it comes before, and the timesteps it looks at.
+    pub step: usize,
+    pub timestep: f64,
+    pub second_timestep: f64,
+    pub objective: &'static str,
+    /// Among those of this step and objective.
+    pub iteration: usize,
+    pub rate: f64,
+    /// What the objective reports before the update.
+    pub score: Vec<f64>,
+    /// Length of the gradient of what is optimised.
+    pub gradient: Vec<f64>,
+    /// Distance from where it began, before the update.
+    pub moved: Vec<f64>,
+}

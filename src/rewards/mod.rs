@@ -1,0 +1,1 @@
+//! Rewards: differentiable numbers of an image.
