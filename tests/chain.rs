@@ -9,9 +9,11 @@ use rarebit::Error;
 use rarebit::autodiff::{Cotangent, Request, differentiate};
 use rarebit::exec::cpu::{Cpu, Real};
 use rarebit::exec::{Data, HostFloat};
+use rarebit::models::detect;
 use rarebit::models::unet::Unet;
-use rarebit::models::{clip_image, detect, vae};
-use rarebit::optimize::chain::{Chain, Evaluation, Leaf, Objective, Options, Storage};
+use rarebit::optimize::chain::{Chain, Evaluation, Options, Storage, Term};
+use rarebit::optimize::objective::{Objective, StepContext};
+use rarebit::optimize::variable::Entry;
 use rarebit::pipeline::Pipeline;
 use rarebit::program::*;
 use rarebit::sampler::{Method, Settings};
@@ -42,28 +44,24 @@ fn pipeline(name: &str) -> Pipeline {
 }
 
 /// The spherical distance of the image's CLIP features from a direction, plus the mean square of the latents two steps earlier.
-fn objectives(pipeline: &Pipeline, steps: usize) -> Vec<Objective<'_>> {
-    let mean_square = |b: &mut Builder, x: ValueId| {
-        let len = b.shape(x)[1..].iter().product::<usize>() as f64;
-        let squares = b.dot(x, x);
-        b.affine(squares, 1.0 / len, 0.0)
-    };
+fn terms(pipeline: &Pipeline, steps: usize) -> Vec<Term<'_>> {
+    let mean_square = Objective::new("mean square", |s: &mut StepContext<'_>| {
+        let len = s.b.shape(s.latents)[1..].iter().product::<usize>() as f64;
+        let squares = s.squares(s.latents);
+        s.b.affine(squares, 1.0 / len, 0.0)
+    });
     let clip = detect::clip_config(&pipeline.model).unwrap();
-    let config = &pipeline.config.vae;
-    let image = move |b: &mut Builder, latents| {
-        let image = vae::decode(b, config, latents);
+    let image = Objective::new("clip", move |s: &mut StepContext<'_>| {
+        let image = s.decode(s.latents);
         // Random decoders go far beyond [-1, 1], and central differences stumble over the clamp's kinks.
-        let image = b.affine(image, 0.05, 0.0);
-        let image = clip.preprocess.append(b, image);
-        let features = clip_image::features(b, &clip.image, image);
-        let unit = clip_image::unit(b, features);
-        let shape = b.shape(unit);
-        let target = b.constant(&shape, (shape[1] as f64).sqrt().recip());
-        let cosine = b.dot(unit, target);
-        b.push(Op::Elementwise(Elementwise::Map { x: cosine, f: Scalar::Spherical }))[0]
-    };
-    let earlier = Objective { after: Some(steps.saturating_sub(2)), loss: Box::new(mean_square) };
-    vec![Objective::on_final(image), earlier]
+        let image = s.b.affine(image, 0.05, 0.0);
+        let unit = s.image_features(&clip.image, &clip.preprocess, image);
+        let shape = s.b.shape(unit);
+        let target = s.b.constant(&shape, (shape[1] as f64).sqrt().recip());
+        let cosine = s.b.dot(unit, target);
+        s.b.map(cosine, Scalar::Spherical)
+    });
+    vec![Term::at_end(image), Term::after(steps.saturating_sub(2), mean_square)]
 }
 
 /// Text states of all rows, and their pooled text.
@@ -88,12 +86,12 @@ impl Texts {
 fn evaluate<T: Real, F: HostFloat>(
     pipeline: &Pipeline,
     options: &Options,
-    leaves: &[Leaf],
+    leaves: &[Entry],
     texts: &Texts,
     start: &[F],
 ) -> (Evaluation<F>, Storage) {
     let mut cpu = Cpu::<T>::new();
-    let chain = Chain::plan(pipeline, &cpu, options, leaves, objectives(pipeline, options.sampler.steps)).unwrap();
+    let chain = Chain::plan(pipeline, &cpu, options, leaves, terms(pipeline, options.sampler.steps)).unwrap();
     let storage = chain.storage();
     let mut chain = chain.load::<F>(&mut cpu).unwrap();
     chain.condition(Data::F64(&texts.context), Data::F64(&texts.pooled)).unwrap();
@@ -109,8 +107,10 @@ fn central_differences() {
             let options = options(&pipeline, DType::F64, 4, guidance, 1, method);
             let options = Options { budget: Some(usize::MAX), ..options };
             let added = pipeline.config.unet.added.is_some();
-            let leaves: Vec<Leaf> =
-                [Some(Leaf::Noise), Some(Leaf::Context), added.then_some(Leaf::Pooled)].into_iter().flatten().collect();
+            let leaves: Vec<Entry> = [Some(Entry::Latents), Some(Entry::Context), added.then_some(Entry::Pooled)]
+                .into_iter()
+                .flatten()
+                .collect();
             let texts = Texts::random(&pipeline, if guidance == 1.0 { 1 } else { 2 });
             let start = noise(1, 64 * pipeline.config.unet.in_channels);
             let (found, storage) = evaluate::<f64, f64>(&pipeline, &options, &leaves, &texts, &start);
@@ -121,9 +121,10 @@ fn central_differences() {
                 let loss = |h: f64| {
                     let (mut start, mut texts) = (start.clone(), texts.clone());
                     let moved = match leaf {
-                        Leaf::Noise => &mut start,
-                        Leaf::Context => &mut texts.context,
-                        Leaf::Pooled => &mut texts.pooled,
+                        Entry::Latents => &mut start,
+                        Entry::Context => &mut texts.context,
+                        Entry::Pooled => &mut texts.pooled,
+                        Entry::Tokens => panic!("no entry of a chain"),
                     };
                     moved.iter_mut().zip(&along).for_each(|(x, a)| *x += h * a);
                     let (found, _) = evaluate::<f64, f64>(&pipeline, &options, &leaves, &texts, &start);
@@ -146,7 +147,7 @@ fn storage_does_not_change_bits() {
         let pipeline = pipeline(name);
         for (guidance, method) in [(1.0, Method::Ddim), (7.5, Method::Pndm)] {
             let base = options(&pipeline, DType::F32, 4, guidance, 2, method);
-            let leaves = [Leaf::Noise, Leaf::Context];
+            let leaves = [Entry::Latents, Entry::Context];
             let texts = Texts::random(&pipeline, if guidance == 1.0 { 2 } else { 4 });
             let start: Vec<f32> =
                 noise(5, 2 * 64 * pipeline.config.unet.in_channels).into_iter().map(|x| x as f32).collect();
@@ -161,21 +162,21 @@ fn storage_does_not_change_bits() {
             assert_eq!(whole.gradients, latents.gradients, "{name} {method}");
 
             let cpu = Cpu::<f32>::new();
-            let chain = Chain::plan(&pipeline, &cpu, &base, &leaves, objectives(&pipeline, 4)).unwrap();
+            let chain = Chain::plan(&pipeline, &cpu, &base, &leaves, terms(&pipeline, 4)).unwrap();
             let footprint = chain.footprint();
             let needed = footprint.arena_bytes;
             // What has no backward cannot be cut.
             let uncut = footprint.lines.iter().filter(|line| !line.program.ends_with("gradient"));
             let budget = uncut.map(|line| line.arena_bytes).fold(needed * 3 / 4, usize::max);
             let tight = Options { budget: Some(budget), ..base.clone() };
-            let chain = Chain::plan(&pipeline, &cpu, &tight, &leaves, objectives(&pipeline, 4)).unwrap();
+            let chain = Chain::plan(&pipeline, &cpu, &tight, &leaves, terms(&pipeline, 4)).unwrap();
             assert!(chain.footprint().arena_bytes <= budget, "{} of {budget}", chain.footprint().arena_bytes);
             let (tight, storage) = run(Some(budget));
             println!("{name} {method}: {needed} bytes, within {budget}: {storage:?}");
             // Of the step: where a loss needs more than a step, it may be the only one that is cut.
             segments = segments.max(if let Storage::Latents(recompute) = storage { recompute.segments } else { 0 });
             let none = Options { budget: Some(needed / 8), ..base.clone() };
-            let refused = Chain::plan(&pipeline, &cpu, &none, &leaves, objectives(&pipeline, 4)).err();
+            let refused = Chain::plan(&pipeline, &cpu, &none, &leaves, terms(&pipeline, 4)).err();
             assert!(matches!(refused, Some(Error::Memory(_))), "{refused:?}");
             assert_eq!(whole.gradients, tight.gradients, "{name} {method}");
 
@@ -194,7 +195,7 @@ fn memory_does_not_grow_with_steps() {
     let cpu = Cpu::<f32>::new();
     let bytes = |steps| {
         let options = options(&pipeline, DType::F32, steps, 4.0, 1, Method::Ddim);
-        let chain = Chain::plan(&pipeline, &cpu, &options, &[Leaf::Noise], objectives(&pipeline, steps)).unwrap();
+        let chain = Chain::plan(&pipeline, &cpu, &options, &[Entry::Latents], terms(&pipeline, steps)).unwrap();
         chain.footprint().arena_bytes + chain.state_bytes()
     };
     let side = 8 * pipeline.config.vae.factor().max(2) / pipeline.config.vae.factor();

@@ -39,9 +39,9 @@ fn tensor(name: &str, shape: &[usize]) -> Tensor {
 }
 
 /// Every network of a pipeline and the gradients of UNet and decoder: names and values.
-fn networks(pipeline: &Pipeline, executor: Box<dyn Executor>, dtype: DType) -> Vec<(&'static str, Vec<f32>)> {
+fn networks(pipeline: &Pipeline, mut executor: Box<dyn Executor>, dtype: DType) -> Vec<(&'static str, Vec<f32>)> {
     let config = &pipeline.config;
-    let mut networks = Networks::new(pipeline, executor, dtype);
+    let mut networks = Networks::new(pipeline, &mut *executor, dtype);
     let tokens = pipeline.tokenize("a photo of a red cat").unwrap();
     let ids: Vec<&[i32]> = tokens.iter().map(|tokens| &tokens.ids[..]).collect();
     let (context, pooled) = networks.text(&ids, tokens.last().unwrap().eos).unwrap();

@@ -28,7 +28,8 @@ fn tokens_and_text_states() {
     for name in MODELS {
         let golden = Golden::open(name);
         let pipeline = golden.pipeline();
-        let mut networks = Networks::new(&pipeline, cpu(), DType::F32);
+        let mut cpu = cpu();
+        let mut networks = Networks::new(&pipeline, &mut *cpu, DType::F32);
         let mut states = 0;
         for case in golden.cases("ids/") {
             let prompt = case.text("text");
@@ -59,7 +60,8 @@ fn unet_predictions() {
     for name in MODELS {
         let golden = Golden::open(name);
         let pipeline = golden.pipeline();
-        let mut networks = Networks::new(&pipeline, cpu(), DType::F32);
+        let mut cpu = cpu();
+        let mut networks = Networks::new(&pipeline, &mut *cpu, DType::F32);
         let mut compared = 0;
         for case in golden.cases("unet").filter(|case| case.name.contains("/out_t") && !case.name.ends_with("_f64")) {
             let latents = golden.tensor(&format!("{}/latents", case.name.split('/').next().unwrap())).unwrap();
@@ -84,7 +86,8 @@ fn unet_in_f64() {
     for name in MODELS {
         let golden = Golden::open(name);
         let pipeline = golden.pipeline();
-        let mut networks = Networks::new(&pipeline, Box::new(Cpu::<f64>::new()), DType::F64);
+        let mut cpu = Cpu::<f64>::new();
+        let mut networks = Networks::new(&pipeline, &mut cpu, DType::F64);
         let latents = golden.tensor("unet/latents").unwrap();
         let context = golden.tensor("unet/context").unwrap();
         let got = networks.unet(&latents, 999.0, &context.data, added(&golden, latents.shape[0]).as_ref()).unwrap();
@@ -101,7 +104,8 @@ fn vae_both_ways() {
     for name in MODELS {
         let golden = Golden::open(name);
         let pipeline = golden.pipeline();
-        let mut networks = Networks::new(&pipeline, cpu(), DType::F32);
+        let mut cpu = cpu();
+        let mut networks = Networks::new(&pipeline, &mut *cpu, DType::F32);
         for size in ["vae", "vae_wide"] {
             let tensor = |field: &str| golden.tensor(&format!("{size}/{field}")).unwrap();
             let image = networks.decode(&tensor("latents")).unwrap();

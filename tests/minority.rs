@@ -10,10 +10,11 @@ use rarebit::exec::cpu::Cpu;
 use rarebit::exec::{Data, DataMut, Executor};
 use rarebit::methods::minority::{Convention, Renoise};
 use rarebit::methods::minority::{Minority, Schedule, Settings};
-use rarebit::optimize::objective::{self, At, Objective, Passes, Scene, Told, minority, repulsion};
+use rarebit::optimize::objective::{self, At, Condition, Nfe, Objective, StepContext, minority, repulsion};
 use rarebit::optimize::variable::token::{Init, PoolAt, TokenSettings};
-use rarebit::optimize::variable::{Design, Names, Parameter, ROWS, Variable};
+use rarebit::optimize::variable::{Names, Parameter, ROWS, Variable, VariableSpec};
 use rarebit::pipeline::Pipeline;
+use rarebit::pipeline::conditioning::Branch;
 use rarebit::pipeline::generate::Image;
 use rarebit::pipeline::programs::Sizes;
 use rarebit::plan::plan;
@@ -99,9 +100,9 @@ fn a_token_that_is_not_optimised_is_a_learned_token() {
     }
 }
 
-fn passes(pipeline: &Pipeline, settings: Settings, batch: usize) -> (Passes, Vec<usize>) {
+fn passes(pipeline: &Pipeline, settings: Settings, batch: usize) -> (Nfe, Vec<usize>) {
     let planned = Minority::plan(pipeline, &cpu(), settings, &vec![PROMPT; batch]).unwrap();
-    (planned.passes(), planned.optimised())
+    (planned.nfe(), planned.optimized())
 }
 
 #[test]
@@ -113,14 +114,14 @@ fn every_iteration_costs_two_passes_each_way() {
         passes(&pipeline, Settings { schedule, ..s }, batch)
     };
     // 4 steps of two branches; steps 0 and 1 are optimised.
-    assert_eq!(counted(0, 1), (Passes { forward: 8, backward: 0 }, vec![0, 1]));
-    assert_eq!(counted(3, 1).0, Passes { forward: 8 + 2 * 3 * 2, backward: 2 * 3 * 2 });
-    assert_eq!(counted(3, 2).0, Passes { forward: 2 * (8 + 12), backward: 2 * 12 });
+    assert_eq!(counted(0, 1), (Nfe { forward: 8, backward: 0 }, vec![0, 1]));
+    assert_eq!(counted(3, 1).0, Nfe { forward: 8 + 2 * 3 * 2, backward: 2 * 3 * 2 });
+    assert_eq!(counted(3, 2).0, Nfe { forward: 2 * (8 + 12), backward: 2 * 12 });
     let repelled = Settings { objectives: vec![repulsion()], ..settings(&pipeline, DType::F32) };
-    assert_eq!(passes(&pipeline, repelled, 2).0, Passes { forward: 2 * (8 + 2), backward: 2 * 2 });
+    assert_eq!(passes(&pipeline, repelled, 2).0, Nfe { forward: 2 * (8 + 2), backward: 2 * 2 });
     let distilled = settings(&pipeline, DType::F32);
     let distilled = Settings { images: images(&pipeline, 4, 1.0, DType::F32), ..distilled };
-    assert_eq!(passes(&pipeline, distilled, 1).0, Passes { forward: 4 + 4, backward: 4 }, "no unconditional branch");
+    assert_eq!(passes(&pipeline, distilled, 1).0, Nfe { forward: 4 + 4, backward: 4 }, "no unconditional branch");
 }
 
 #[test]
@@ -173,8 +174,8 @@ fn later_steps_read_the_prompt_or_what_was_learned() {
     // All text states as the variable, left as they are: both ways are plain sampling.
     let unmoved = |base_prompt_after: bool| {
         let s = settings(&pipeline, DType::F32);
-        let schedule = Schedule { base_prompt_after, rate: 0.0, ..s.schedule };
-        one(&pipeline, Settings { schedule, variable: Variable::Text, ..s }).images.remove(0)
+        let schedule = Schedule { base_prompt_after, lr: 0.0, ..s.schedule };
+        one(&pipeline, Settings { schedule, variable: Variable::TextStates(Branch::Prompt), ..s }).images.remove(0)
     };
     let expected = &plain(&pipeline, &mut cpu(), images(&pipeline, 4, 3.0, DType::F32), &[job(PROMPT, 3)])[0];
     assert!(unmoved(true).latents == expected.latents && unmoved(false).latents == expected.latents);
@@ -219,10 +220,11 @@ fn towers(pipeline: &Pipeline) -> Towers {
     let placed = settings.place(pipeline, &TWO).unwrap();
     let variable = Variable::Token(settings);
     let sizes = Sizes { batch: 2, height: 8, width: 8, tokens: pipeline.tokens() };
-    let design = Design { pipeline, dtype: DType::F32, sizes, variable: &variable };
+    let prefix = placed.prefix;
+    let spec = VariableSpec { pipeline, dtype: DType::F32, sizes, variable: &variable, prefix };
     let mut executor = cpu();
-    let forward = design.forward(placed.prefix).unwrap();
-    let programs = [design.prefix(placed.prefix).unwrap(), gradient(&forward, &design), forward];
+    let forward = spec.forward().unwrap().unwrap();
+    let programs = [spec.prefix().unwrap().unwrap(), gradient(&forward, &spec), forward];
     let [prefix, backward, forward] = programs.map(|program| {
         let planned = plan(program, |program, node| executor.workspace(program, node));
         executor.load(planned, &pipeline.model).unwrap()
@@ -246,12 +248,12 @@ fn towers(pipeline: &Pipeline) -> Towers {
 }
 
 /// Gradients of the text states → gradients of the rows.
-fn gradient(forward: &Program, design: &Design<'_>) -> Program {
+fn gradient(forward: &Program, spec: &VariableSpec<'_>) -> Program {
     let mut program = forward.clone();
     let outputs = std::mem::take(&mut program.outputs);
     let objectives = outputs.into_iter().map(|(name, id)| (id, Cotangent::Input(format!("d.{name}")))).collect();
     let leaf = |p: Parameter| Some((program.input(p.name)?, format!("d.{}", p.name)));
-    let leaves = design.parameters().into_iter().filter_map(leaf).collect();
+    let leaves = spec.parameters().into_iter().filter_map(leaf).collect();
     differentiate(&program, &Request { objectives, leaves }, None).unwrap()
 }
 
@@ -292,8 +294,8 @@ fn rows_before_the_token_are_the_prompts() {
         let (width, tokens) = (pipeline.config.unet.context_width, pipeline.tokens());
         let rows = |seed| token(Init::White { scale: 1.0 }).initial(&pipeline, &[seed, seed + 1]).unwrap();
         let [one, other] = [1, 5].map(|seed| towers.context(&pipeline, &rows(seed)));
-        let cpu: Box<dyn Executor> = Box::new(cpu());
-        let mut networks = rarebit::pipeline::networks::Networks::new(&pipeline, cpu, DType::F32);
+        let mut cpu = cpu();
+        let mut networks = rarebit::pipeline::networks::Networks::new(&pipeline, &mut cpu, DType::F32);
         for (image, prompt) in TWO.iter().enumerate() {
             let encoded = pipeline.tokenize(prompt).unwrap();
             let ids: Vec<&[i32]> = encoded.iter().map(|encoded| &encoded.ids[..]).collect();
@@ -429,7 +431,7 @@ fn seeds_decide_everything() {
     // The latents at the first step, which nothing has touched.
     let make = |seed: u64, opt_seed: u64, rate: f64| {
         let s = settings(&pipeline, DType::F32);
-        let s = Settings { schedule: Schedule { rate, ..s.schedule }, ..s };
+        let s = Settings { schedule: Schedule { lr: rate, ..s.schedule }, ..s };
         run(&pipeline, &mut cpu(), s, &[job(PROMPT, seed)], &[opt_seed])
     };
     let (one, again, other) = (make(3, 9, 0.002), make(3, 9, 0.002), make(3, 10, 0.002));
@@ -438,7 +440,11 @@ fn seeds_decide_everything() {
     // With nothing learned the other seed leaves the image alone.
     let untouched = |opt_seed: u64| {
         let s = settings(&pipeline, DType::F32);
-        let s = Settings { schedule: Schedule { rate: 0.0, ..s.schedule }, variable: Variable::Text, ..s };
+        let s = Settings {
+            schedule: Schedule { lr: 0.0, ..s.schedule },
+            variable: Variable::TextStates(Branch::Prompt),
+            ..s
+        };
         run(&pipeline, &mut cpu(), s, &[job(PROMPT, 3)], &[opt_seed])
     };
     let (one, other) = (untouched(9), untouched(10));
@@ -463,14 +469,14 @@ fn a_batch_as_large_as_the_iterations_is_optimised_throughout() {
 #[test]
 fn a_budget_holds_one_set_of_activations() {
     let pipeline = Pipeline::open(rarebit::assets::shapes().unwrap(), None).unwrap();
-    let planned = |objective: Objective, budget: Option<usize>| {
+    let planned = |objective: Objective<'static>, budget: Option<usize>| {
         let s = settings(&pipeline, DType::F32);
         Minority::plan(&pipeline, &cpu(), Settings { objectives: vec![objective], budget, ..s }, &[PROMPT]).unwrap()
     };
-    let single = Objective::new("single", |s: &mut Scene<'_>| {
+    let single = Objective::new("single", |s: &mut StepContext<'_>| {
         let latents = s.latents;
-        let first = s.predict(latents, At::Now, Told::Learned);
-        let f = s.clean(first);
+        let first = s.predict(latents, At::T1, Condition::Optimized);
+        let f = s.estimate(first);
         s.squares(f)
     });
     let arena = |minority: &Minority<'_>| minority.footprint().arena_bytes;
@@ -481,8 +487,8 @@ fn a_budget_holds_one_set_of_activations() {
     println!("one set {one}, both {}, under a budget {}", arena(&both), arena(&tight));
     assert!(arena(&both) > budget && arena(&tight) <= budget);
     let iterations = 2;
-    assert_eq!(tight.passes().forward, both.passes().forward + iterations, "one more forward an iteration");
-    assert_eq!(tight.passes().backward, both.passes().backward);
+    assert_eq!(tight.nfe().forward, both.nfe().forward + iterations, "one more forward an iteration");
+    assert_eq!(tight.nfe().backward, both.nfe().backward);
     // No gradient of a weight is among the programs' results, and no moments of one.
     for program in tight.programs() {
         for (name, id) in &program.program.outputs {

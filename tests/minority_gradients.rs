@@ -6,7 +6,7 @@ use common::golden::Golden;
 use common::minority::{Outcome, job, looking, relative, run, run_with, settings, token};
 use rarebit::exec::cpu::Cpu;
 use rarebit::methods::minority::Settings;
-use rarebit::optimize::objective::{At, Minority, Objective, Scene, Score, Told, minority, repulsion};
+use rarebit::optimize::objective::{At, Condition, Loss, Minority, Objective, StepContext, minority, repulsion};
 use rarebit::optimize::variable::Variable;
 use rarebit::optimize::variable::token::Init;
 use rarebit::pipeline::Pipeline;
@@ -15,43 +15,44 @@ use rarebit::program::{DType, ValueId};
 const FAMILIES: [&str; 3] = ["tiny-sd1", "tiny-sd2", "tiny-sdxl"];
 const PROMPT: &str = "a red star on a dark blue background";
 
-fn norm(s: &mut Scene<'_>, x: ValueId) -> ValueId {
+fn norm(s: &mut StepContext<'_>, x: ValueId) -> ValueId {
     let squares = s.squares(x);
     s.root(squares)
 }
 
-fn minus(s: &mut Scene<'_>, a: ValueId, b: ValueId) -> ValueId {
+fn minus(s: &mut StepContext<'_>, a: ValueId, b: ValueId) -> ValueId {
     let b = s.b.affine(b, -1.0, 0.0);
     s.b.add(a, b)
 }
 
 /// The two estimates of the clean image, as the paper has them: `f` and `g`. `cut` blocks the gradient where `f` is noised.
-fn estimates(s: &mut Scene<'_>, cut: bool) -> (ValueId, ValueId) {
+fn estimates(s: &mut StepContext<'_>, cut: bool) -> (ValueId, ValueId) {
     let latents = s.latents;
-    let first = s.predict(latents, At::Now, Told::Learned);
-    let f = s.clean(first);
+    let first = s.predict(latents, At::T1, Condition::Optimized);
+    let f = s.estimate(first);
     let n = s.draw();
     let noised = if cut { s.b.detach(f) } else { f };
     let noised = s.renoise(noised, n);
-    let second = s.predict(noised, At::Again, Told::Prompt);
-    (f, s.clean(second))
+    let second = s.predict(noised, At::T2, Condition::Prompt);
+    (f, s.estimate(second))
 }
 
 /// `‖sg(f) − g‖ + λ ‖f − sg(g)‖`, term by term.
-fn two_terms(lambda: f64, cut: bool) -> Objective {
-    Objective::new("two terms", move |s: &mut Scene<'_>| {
+fn two_terms(lambda: f64, cut: bool) -> Objective<'static> {
+    Objective::new("two terms", move |s: &mut StepContext<'_>| {
         let (f, g) = estimates(s, cut);
         let [f_fixed, g_fixed] = [f, g].map(|x| s.b.detach(x));
         let first = minus(s, f_fixed, g);
         let second = minus(s, f, g_fixed);
         let (first, second) = (norm(s, first), norm(s, second));
         let second = s.b.affine(second, lambda, 0.0);
-        s.b.add(first, second)
+        let sum = s.b.add(first, second);
+        s.raise(sum)
     })
 }
 
 /// A look at the first step from given rows, in f64: J and its gradient.
-fn look(pipeline: &Pipeline, objective: Objective, rows: &[Vec<f32>]) -> (f64, Vec<Vec<f64>>) {
+fn look(pipeline: &Pipeline, objective: Objective<'static>, rows: &[Vec<f32>]) -> (f64, Vec<Vec<f64>>) {
     let variable = Variable::Token(token(Init::Given(rows.to_vec())));
     let settings = looking(pipeline, DType::F64, objective, variable);
     let found = run(pipeline, &mut Cpu::<f64>::new(), settings, &[job(PROMPT, 3)], &[9]);
@@ -121,12 +122,13 @@ fn the_closed_form_is_the_two_terms() {
         let cut = look(&pipeline, two_terms(1.0, true), &begin).1;
         assert!(relative(&flat(&cut), &at_one) > 0.1, "{name}: the path through the noised estimate counts");
         // Without a gradient through the second estimate only that of the first is left.
-        let stopped = look(&pipeline, minority(Minority { stop_second: true, ..Minority::default() }), &begin).1;
-        let second_alone = Objective::new("second term", |s: &mut Scene<'_>| {
+        let stopped = look(&pipeline, minority(Minority { detach_second: true, ..Minority::default() }), &begin).1;
+        let second_alone = Objective::new("second term", |s: &mut StepContext<'_>| {
             let (f, g) = estimates(s, false);
             let g = s.b.detach(g);
             let d = minus(s, f, g);
-            norm(s, d)
+            let distance = norm(s, d);
+            s.raise(distance)
         });
         let expected = look(&pipeline, second_alone, &begin).1;
         assert!(relative(&flat(&stopped), &flat(&expected)) < 1e-7, "{name}");
@@ -138,16 +140,17 @@ fn the_second_look_sees_the_first_prompt() {
     // With the first estimate held still, what the token is changes nothing: the second estimate is told the user's prompt.
     let pipeline = Golden::open("tiny-sd1").pipeline();
     let held = || {
-        Objective::new("held", |s: &mut Scene<'_>| {
+        Objective::new("held", |s: &mut StepContext<'_>| {
             let latents = s.latents;
-            let first = s.predict(latents, At::Now, Told::Learned);
-            let moving = s.clean(first);
+            let first = s.predict(latents, At::T1, Condition::Optimized);
+            let moving = s.estimate(first);
             let n = s.draw();
             let noised = s.renoise(latents, n);
-            let second = s.predict(noised, At::Again, Told::Prompt);
-            let g = s.clean(second);
+            let second = s.predict(noised, At::T2, Condition::Prompt);
+            let g = s.estimate(second);
             let report = norm(s, g);
-            Score { ascend: norm(s, moving), report }
+            let moving = norm(s, moving);
+            Loss { minimize: s.negated(moving), report }
         })
     };
     let values = [1, 2].map(|seed| look(&pipeline, held(), &rows(&pipeline, seed)).0);
@@ -220,18 +223,19 @@ fn scales_and_squares_change_no_direction() {
 }
 
 /// The objective with one noise for all iterations, from a buffer.
-fn frozen() -> Objective {
-    Objective::new("frozen", |s: &mut Scene<'_>| {
+fn frozen() -> Objective<'static> {
+    Objective::new("frozen", |s: &mut StepContext<'_>| {
         let latents = s.latents;
-        let first = s.predict(latents, At::Now, Told::Learned);
-        let f = s.clean(first);
+        let first = s.predict(latents, At::T1, Condition::Optimized);
+        let f = s.estimate(first);
         let shape = s.b.shape(f);
         let n = s.b.wide_input("frozen", &shape);
         let noised = s.renoise(f, n);
-        let second = s.predict(noised, At::Again, Told::Prompt);
-        let g = s.clean(second);
+        let second = s.predict(noised, At::T2, Condition::Prompt);
+        let g = s.estimate(second);
         let d = minus(s, f, g);
-        norm(s, d)
+        let distance = norm(s, d);
+        s.raise(distance)
     })
 }
 
@@ -296,10 +300,10 @@ fn the_mean_objective_rises_on_other_noise() {
 fn repulsion_is_the_sum_of_distances() {
     let pipeline = Golden::open("tiny-sd1").pipeline();
     let prompts = ["a red star", "a small green heart", "two circles"];
-    let pairs = Objective::new("pairs", |s: &mut Scene<'_>| {
+    let pairs = Objective::new("pairs", |s: &mut StepContext<'_>| {
         let latents = s.latents;
-        let first = s.predict(latents, At::Now, Told::Learned);
-        let f = s.clean(first);
+        let first = s.predict(latents, At::T1, Condition::Optimized);
+        let f = s.estimate(first);
         let images: Vec<ValueId> = (0..s.batch()).map(|i| s.b.slice(f, i, 1)).collect();
         let mut sum = None;
         for (i, j) in [(0, 1), (0, 2), (1, 2)] {
@@ -307,13 +311,14 @@ fn repulsion_is_the_sum_of_distances() {
             let d = norm(s, d);
             sum = Some(sum.map_or(d, |sum| s.b.add(sum, d)));
         }
-        // Of the whole batch, told to the first image alone.
+        // Of the whole batch, given to the first image alone.
         let sum = s.b.affine(sum.unwrap(), 2.0, 0.0);
         let whole = s.b.repeat(sum, 3);
         let shares = s.b.wide_input("shares", &[3]);
-        s.b.mul(whole, shares)
+        let share = s.b.mul(whole, shares);
+        s.raise(share)
     });
-    let look = |objective: Objective| {
+    let look = |objective: Objective<'static>| {
         let variable = Variable::Token(token(Init::White { scale: 1.0 }));
         let s = looking(&pipeline, DType::F64, objective, variable);
         let jobs: Vec<_> = prompts.iter().zip(3..).map(|(prompt, seed)| job(prompt, seed)).collect();

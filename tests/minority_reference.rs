@@ -8,6 +8,7 @@ use rarebit::optimize::variable::token::{Init, PoolAt, TokenSettings};
 use rarebit::pipeline::Iteration;
 use rarebit::pipeline::Pipeline;
 use rarebit::pipeline::Progress;
+use rarebit::pipeline::conditioning::Branch;
 use rarebit::pipeline::generate::{self, Job};
 use rarebit::program::DType;
 use rarebit::sampler::{self, Method, Rng};
@@ -56,8 +57,8 @@ impl Case {
 
     fn variable(&self, pipeline: &Pipeline) -> Variable {
         match self.text("variable") {
-            "text" => Variable::Text,
-            "null" => Variable::Null,
+            "text" => Variable::TextStates(Branch::Prompt),
+            "null" => Variable::TextStates(Branch::Negative),
             _ => Variable::Token(TokenSettings {
                 rows: self.count("tokens"),
                 place: if self.text("position") == "start" { Place::Start } else { Place::End },
@@ -77,8 +78,8 @@ impl Case {
             "repulsion" => repulsion(),
             _ => minority(objective::Minority {
                 lambda: self.number("lambda"),
-                stop_second: self.is("sg_second"),
-                second_learned: self.text("second") == "token",
+                detach_second: self.is("sg_second"),
+                second_optimized: self.text("second") == "token",
                 guided: self.is("guided"),
                 squared: self.is("squared"),
             }),
@@ -102,8 +103,8 @@ impl Case {
             },
             schedule: Schedule {
                 iterations: self.count("k"),
-                rate: self.number("lr"),
-                decay: self.number("lr_decay"),
+                lr: self.number("lr"),
+                lr_decay: self.number("lr_decay"),
                 t_lo: self.number("t_lo"),
                 t_hi: 1.0,
                 every: self.count("inter_rate"),

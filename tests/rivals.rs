@@ -95,7 +95,7 @@ fn sgms_without_a_step_is_plain_sampling() {
     assert!(found[0].latents == expected[0].latents);
     let planned = |eta: f64, guided: bool| {
         let sgms = Sgms { eta, guided, ..Sgms::default() };
-        Planner::plan(&pipeline, &Cpu::<f32>::new(), settings(&pipeline, 10), sgms, 2).unwrap().passes()
+        Planner::plan(&pipeline, &Cpu::<f32>::new(), settings(&pipeline, 10), sgms, 2).unwrap().nfe()
     };
     assert_eq!((planned(0.0, false).forward, planned(0.0, false).backward), (40, 0));
     // Steps 0 and 5: two forwards and one backward each, per image.
@@ -171,7 +171,7 @@ fn the_elbo_score_tells_noise_from_images() {
         let jobs = [job("a red star", 3), job("a red star", 4)];
         let generator = Generator::plan(&pipeline, &cpu, settings(&pipeline, steps), 2).unwrap();
         let planned = elbo::Planner::plan(&pipeline, &cpu, &generator, DType::F32, 8).unwrap();
-        assert_eq!(planned.passes().forward, 16);
+        assert_eq!(planned.nfe().forward, 16);
         let mut loaded = generator.load(&mut cpu).unwrap();
         let elbo = planned.load(&mut loaded).unwrap();
         loaded.run(&jobs, &mut |_| Ok(())).unwrap();

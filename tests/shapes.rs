@@ -305,7 +305,8 @@ fn the_reader_reads_what_is_there() {
         readings.iter().zip(&cells).map(same).sum()
     };
     let pipeline = Pipeline::open(assets::shapes().unwrap(), None).unwrap();
-    let mut networks = Networks::new(&pipeline, Box::new(Cpu::<f32>::new()), DType::F32);
+    let mut cpu = Cpu::<f32>::new();
+    let mut networks = Networks::new(&pipeline, &mut cpu, DType::F32);
     let pixels: Vec<f32> = scenes.iter().map(|&x| f32::from(x) / 127.5 - 1.0).collect();
     let pixels = pixels.chunks(64 * 64 * 3).flat_map(|image| to_channels_first(image, 3)).collect();
     let (mut latents, _) = networks.encode(&Tensor { shape: vec![cells.len(), 3, 64, 64], data: pixels }).unwrap();

@@ -12,8 +12,9 @@ use common::rounded::Rounded;
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::cuda::{Cuda, Settings as Emulation};
 use rarebit::exec::{Data, Executor, Lockstep};
-use rarebit::models::vae;
-use rarebit::optimize::chain::{Chain, Evaluation, Leaf, Objective, Options, Storage};
+use rarebit::optimize::chain::{Chain, Evaluation, Options, Storage, Term};
+use rarebit::optimize::objective::{Objective, StepContext};
+use rarebit::optimize::variable::Entry;
 use rarebit::pipeline::Pipeline;
 use rarebit::pipeline::generate::{Generator, Image};
 use rarebit::pipeline::networks::{Networks, Tensor};
@@ -46,8 +47,8 @@ fn tensor(name: &str, shape: &[usize]) -> Tensor {
 }
 
 /// The image of some latents, the gradient to them, and an image's latents.
-fn network(pipeline: &Pipeline, executor: Box<dyn Executor>, dtype: DType) -> [Vec<f32>; 3] {
-    let mut networks = Networks::new(pipeline, executor, dtype);
+fn network(pipeline: &Pipeline, mut executor: Box<dyn Executor>, dtype: DType) -> [Vec<f32>; 3] {
+    let mut networks = Networks::new(pipeline, &mut *executor, dtype);
     let latents = tensor("latents", &[1, 4, 6, 4]);
     let image = networks.decode(&latents).unwrap();
     let gradient = networks.decode_gradient(&latents, &tensor("d_image", &image.shape)).unwrap();
@@ -115,14 +116,14 @@ fn plans_count_the_types() {
 }
 
 /// The mean square of the decoded image, in units of its own.
-fn objective(pipeline: &Pipeline) -> Objective<'_> {
-    Objective::on_final(|b, latents| {
-        let image = vae::decode(b, &pipeline.config.vae, latents);
-        let pixels = b.shape(image)[1..].iter().product::<usize>();
-        let squares = b.dot(image, image);
+fn objective() -> Term<'static> {
+    Term::at_end(Objective::new("mean square", |s: &mut StepContext<'_>| {
+        let image = s.decode(s.latents);
+        let pixels = s.b.shape(image)[1..].iter().product::<usize>();
+        let squares = s.squares(image);
         // Gradients beside each other in f16, not below its smallest numbers.
-        b.affine(squares, 256.0 / pixels as f64, 0.0)
-    })
+        s.b.affine(squares, 256.0 / pixels as f64, 0.0)
+    }))
 }
 
 fn evaluate(pipeline: &Pipeline, executor: &mut dyn Executor, dtype: DType, at_once: bool) -> Evaluation<f32> {
@@ -130,7 +131,7 @@ fn evaluate(pipeline: &Pipeline, executor: &mut dyn Executor, dtype: DType, at_o
     let sampler = Settings { method: Method::Ddim, spacing: None, steps: 2, eta: 0.0, guidance: 3.0, cfg_pp: false };
     let budget = at_once.then_some(usize::MAX);
     let options = Options { width: side, height: side, batch: 1, dtype, sampler, budget };
-    let chain = Chain::plan(pipeline, executor, &options, &[Leaf::Noise], vec![objective(pipeline)]).unwrap();
+    let chain = Chain::plan(pipeline, executor, &options, &[Entry::Latents], vec![objective()]).unwrap();
     assert_eq!(chain.storage() == Storage::Activations, at_once);
     let mut chain = chain.load::<f32>(executor).unwrap();
     let (config, numbers) = (&pipeline.config, |name: &str, len: usize| tensor(name, &[len]).data);
@@ -169,9 +170,9 @@ fn bf16_is_exact_enough_for_pixels() {
     let generator = Generator::plan(&pipeline, &cpu, settings, 1).unwrap();
     let made = generator.load(&mut cpu).unwrap().run(&[job("a red star", 3)], &mut |_| Ok(())).unwrap();
     let latents = Tensor { shape: vec![1, 4, 16, 16], data: made[0].latents.clone() };
-    let mut decode = |executor: Box<dyn Executor>, dtype, upcast| {
+    let mut decode = |mut executor: Box<dyn Executor>, dtype, upcast| {
         pipeline.config.vae.force_upcast = upcast;
-        let mut networks = Networks::new(&pipeline, executor, dtype);
+        let mut networks = Networks::new(&pipeline, &mut *executor, dtype);
         let image = networks.decode(&latents).unwrap();
         let gradient = networks.decode_gradient(&latents, &tensor("d_image", &image.shape)).unwrap();
         (image.data, gradient.data)
