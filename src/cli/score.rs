@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 pub struct Score {
-    /// PNG files, or folders of them
+    /// PNG, JPEG or WebP files, or folders of them
     #[arg(required = true)]
     images: Vec<PathBuf>,
     /// Read what 64x64 images of the `shapes` world show: rarity, agreement with their prompts, diversity
@@ -128,7 +128,7 @@ impl Run<'_> {
         self.reporter.start("image", paths.len());
         for paths in paths.chunks(batch) {
             let pictures: Vec<Picture> =
-                paths.iter().map(|path| images::read(path, self.world.image_size)).collect::<Result<_>>()?;
+                paths.iter().map(|path| images::read_square(path, self.world.image_size)).collect::<Result<_>>()?;
             let pixels: Vec<u8> = pictures.iter().flat_map(|picture| &picture.rgb).copied().collect();
             let readings = self.reader.read(&pixels)?;
             for ((path, picture), reading) in paths.iter().zip(pictures).zip(readings) {

@@ -1,20 +1,38 @@
 //! Images a user hands in: which files, their pixels and the prompt they carry.
 
 use crate::data::metadata;
+use crate::weights::fingerprint;
 use crate::{Error, Result};
-use png::{ColorType, DecodingError, Transformations};
-use std::fs::{self, File};
-use std::io::BufReader;
+use image::codecs::{jpeg::JpegDecoder, png::PngDecoder, webp::WebPDecoder};
+use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, Limits};
+use std::fs;
+use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
-/// A decoded PNG.
+/// A decoded image.
 pub struct Picture {
+    pub width: usize,
+    pub height: usize,
     /// `[H, W, 3]`.
     pub rgb: Vec<u8>,
+    /// What it was made from, where its PNG text says so; that of a JPEG or WebP is not looked for.
     pub prompt: Option<String>,
 }
 
-/// Files as given; a folder stands for every `.png` in it, by name.
+impl Picture {
+    /// 16 hex digits that tell pictures apart by size and pixels, whatever file they came in. No cryptography.
+    pub fn fingerprint(&self) -> String {
+        let sides = [self.width as u64, self.height as u64].map(u64::to_le_bytes);
+        format!("{:016x}", fingerprint(sides.into_iter().flatten().chain(self.rgb.iter().copied())))
+    }
+}
+
+/// Larger images are refused before their pixels get memory; networks see a few hundred pixels a side.
+const MOST_PIXELS: u64 = 1 << 27;
+/// Larger files are not read at all.
+const MOST_BYTES: u64 = 1 << 31;
+
+/// Files as given; a folder stands for every `.png`, `.jpg`, `.jpeg` and `.webp` in it, in the order of the bytes of their names.
 pub fn find(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for path in paths {
@@ -28,54 +46,170 @@ pub fn find(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
 }
 
 fn in_folder(folder: &Path) -> Result<Vec<PathBuf>> {
+    let is_image = |path: &Path| {
+        let is = |extension: &str| path.extension().is_some_and(|e| e.eq_ignore_ascii_case(extension));
+        ["png", "jpg", "jpeg", "webp"].into_iter().any(is) && path.is_file()
+    };
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
         let path = entry.map_err(Error::io("read", folder))?.path();
-        if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("png")) && path.is_file() {
+        if is_image(&path) {
             found.push(path);
         }
     }
     found.sort();
-    if found.is_empty() { Err(Error::file(folder, "holds no PNG; name a folder of images")) } else { Ok(found) }
+    match found.is_empty() {
+        true => Err(Error::file(folder, "holds no PNG, JPEG or WebP; name a folder of images")),
+        false => Ok(found),
+    }
 }
 
-/// Reads a PNG of `side` x `side` pixels: gray, palette or RGB, 16 bits cut to 8; opaque, for what lies behind is not known.
-pub fn read(path: &Path, side: usize) -> Result<Picture> {
-    let broken = |error: DecodingError| Error::file(path, format!("not a readable PNG: {error}"));
-    let file = File::open(path).map_err(Error::io("read", path))?;
-    let mut decoder = png::Decoder::new(BufReader::new(file));
-    decoder.set_transformations(Transformations::normalize_to_color8());
-    let mut reader = decoder.read_info().map_err(broken)?;
-    let (width, height) = reader.info().size();
-    if [width as usize, height as usize] != [side, side] {
-        return Err(Error::file(path, format!("is {width}x{height} pixels; only {side}x{side} images can be read")));
-    }
-    // RGBA at most, and no two rows apart: the size is known to be small.
-    let mut pixels = vec![0; 4 * side * side];
-    let frame = reader.next_frame(&mut pixels).map_err(broken)?;
-    pixels.truncate(frame.buffer_size());
-    // Text may follow the pixels.
-    reader.finish().map_err(broken)?;
-    let prompt = metadata::prompt(&metadata::texts(reader.info()).map_err(broken)?);
+/// The images that [`find`] finds, read one by one as the caller asks for them; of a broken one its error, so that the caller
+/// may go on to the next.
+pub fn read_all(paths: &[PathBuf]) -> Result<impl ExactSizeIterator<Item = (PathBuf, Result<Picture>)> + use<>> {
+    Ok(find(paths)?.into_iter().map(|path| {
+        let picture = read(&path);
+        (path, picture)
+    }))
+}
 
-    let channels = frame.color_type.samples();
-    let has_alpha = matches!(frame.color_type, ColorType::GrayscaleAlpha | ColorType::Rgba);
-    if has_alpha && pixels.chunks(channels).any(|pixel| pixel[channels - 1] != u8::MAX) {
-        return Err(Error::file(path, "has transparent pixels; flatten it onto a background first"));
+/// Reads a PNG, JPEG or WebP; the content says which, not the name. Turned as its EXIF orientation asks; 16 bits rounded to 8, gray,
+/// palette, CMYK and YCCK to RGB; colour profiles are ignored.
+///
+/// Errors name what cannot be read as it is meant: animations, transparent pixels (what lies behind is not known), files cut
+/// short, and images of more than 2²⁷ pixels.
+pub fn read(path: &Path) -> Result<Picture> {
+    decode(path, None)
+}
+
+/// The same of an image that must be `side` x `side` pixels.
+pub fn read_square(path: &Path, side: usize) -> Result<Picture> {
+    decode(path, Some(side))
+}
+
+fn decode(path: &Path, side: Option<usize>) -> Result<Picture> {
+    let wrong = |what: String| Error::file(path, what);
+    let bytes = load(path)?;
+    let format = Format::of(&bytes).map_err(|what| wrong(format!("not a readable PNG, JPEG or WebP: {what}")))?;
+    let broken = |error: ImageError| wrong(format!("not a readable {format:?}: {}", one_line(&error.to_string())));
+    let (mut decoder, is_animated) = format.decoder(&bytes).map_err(broken)?;
+    check_size(decoder.dimensions(), side).map_err(wrong)?;
+    if is_animated {
+        return Err(wrong("is an animation; save the frame that is meant as an image".into()));
     }
-    let rgb = match frame.color_type {
-        ColorType::Rgb => pixels,
-        ColorType::Rgba => pixels.chunks(4).flat_map(|pixel| [pixel[0], pixel[1], pixel[2]]).collect(),
-        ColorType::Grayscale | ColorType::GrayscaleAlpha | ColorType::Indexed => {
-            pixels.chunks(channels).flat_map(|pixel| [pixel[0]; 3]).collect()
-        }
+    let prompt = match format {
+        Format::PNG => metadata::prompt(&metadata::read_text(&path.display().to_string(), Cursor::new(&bytes))?),
+        Format::JPEG if !jpeg_has_end(&bytes) => return Err(wrong("not a readable JPEG: it is cut short".into())),
+        Format::JPEG | Format::WebP => None,
     };
-    Ok(Picture { rgb, prompt })
+
+    let orientation = decoder.orientation().map_err(broken)?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(broken)?;
+    image.apply_orientation(orientation);
+    if image.color().has_alpha() {
+        let rgba = image.into_rgba8();
+        if rgba.pixels().any(|pixel| pixel[3] != u8::MAX) {
+            return Err(wrong("has transparent pixels; flatten it onto a background first".into()));
+        }
+        image = DynamicImage::from(rgba);
+    }
+    let (width, height) = (image.width() as usize, image.height() as usize);
+    Ok(Picture { width, height, rgb: image.into_rgb8().into_raw(), prompt })
+}
+
+/// The bytes of a file.
+fn load(path: &Path) -> Result<Vec<u8>> {
+    let file = fs::metadata(path).map_err(Error::io("read", path))?;
+    // Reading a pipe or a device may never end.
+    if !file.is_file() {
+        return Err(Error::file(path, "is not a regular file"));
+    }
+    if file.len() > MOST_BYTES {
+        return Err(Error::file(path, format!("is {} bytes, too large for an image", file.len())));
+    }
+    fs::read(path).map_err(Error::io("read", path))
+}
+
+fn check_size((width, height): (u32, u32), side: Option<usize>) -> Result<(), String> {
+    match side {
+        Some(side) if [width as usize, height as usize] != [side; 2] => {
+            Err(format!("is {width}x{height} pixels; only {side}x{side} images can be read"))
+        }
+        None | Some(_) if u64::from(width) * u64::from(height) > MOST_PIXELS => {
+            Err(format!("is {width}x{height} pixels; at most {MOST_PIXELS} can be read: scale it down"))
+        }
+        None | Some(_) => Ok(()),
+    }
+}
+
+/// What is read; named as in messages.
+#[derive(Clone, Copy, Debug)]
+#[allow(clippy::upper_case_acronyms)]
+enum Format {
+    PNG,
+    JPEG,
+    WebP,
+}
+
+impl Format {
+    /// What the bytes are, or what they are instead.
+    fn of(bytes: &[u8]) -> Result<Format, String> {
+        match image::guess_format(bytes) {
+            Ok(ImageFormat::Png) => Ok(Format::PNG),
+            Ok(ImageFormat::Jpeg) => Ok(Format::JPEG),
+            Ok(ImageFormat::WebP) => Ok(Format::WebP),
+            Ok(other) => Err(format!("it is a {}", format!("{other:?}").to_uppercase())),
+            Err(_) if bytes.is_empty() => Err("it is empty".into()),
+            Err(_) if bytes.get(4..8) == Some(b"ftyp") => Err("it is a HEIC image or a video".into()),
+            Err(_) => Err("its content is no image".into()),
+        }
+    }
+
+    /// The decoder, its header read, and whether the file holds an animation.
+    fn decoder(self, bytes: &[u8]) -> Result<(Box<dyn ImageDecoder + '_>, bool), ImageError> {
+        let bytes = Cursor::new(bytes);
+        Ok(match self {
+            Format::PNG => {
+                // The limits bound what compressed metadata may unfold to.
+                let decoder = PngDecoder::with_limits(bytes, Limits::default())?;
+                let is_animated = decoder.is_apng()?;
+                (Box::new(decoder), is_animated)
+            }
+            Format::JPEG => (Box::new(JpegDecoder::new(bytes)?), false),
+            Format::WebP => {
+                let decoder = WebPDecoder::new(bytes)?;
+                let is_animated = decoder.has_animation();
+                (Box::new(decoder), is_animated)
+            }
+        })
+    }
+}
+
+/// Whether a JPEG goes on to its end marker: the decoder would paint gray what is cut off.
+fn jpeg_has_end(bytes: &[u8]) -> bool {
+    let mut at = 2;
+    // Between segments lies compressed data, in which FF 00 is a byte, and FF 01 and FF D0 to D7 have no segment.
+    let is_marker = |pair: &[u8]| pair[0] == 0xff && !matches!(pair[1], 0x00 | 0x01 | 0xd0..=0xd7 | 0xff);
+    while let Some(skipped) = bytes.get(at..).and_then(|rest| rest.windows(2).position(is_marker)) {
+        at += skipped + 2;
+        match (bytes[at - 1], bytes.get(at..at + 2)) {
+            (0xd9, _) => return true,
+            (_, Some(length)) => at += usize::from(u16::from_be_bytes([length[0], length[1]])),
+            (_, None) => return false,
+        }
+    }
+    false
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use png::ColorType;
+    use std::fs::File;
 
     /// A 2x2 PNG of the given kind, read back.
     fn round_trip(color: ColorType, depth: png::BitDepth, data: &[u8]) -> Result<Vec<u8>> {
@@ -90,7 +224,7 @@ mod tests {
         let mut writer = encoder.write_header().unwrap();
         writer.write_image_data(data).unwrap();
         writer.finish().unwrap();
-        read(&path, 2).map(|picture| picture.rgb)
+        read_square(&path, 2).map(|picture| picture.rgb)
     }
 
     #[test]

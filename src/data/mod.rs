@@ -2,4 +2,5 @@
 
 pub mod images;
 pub mod metadata;
+pub mod prompts;
 pub mod textual_inversion;

@@ -69,9 +69,10 @@ def export_folder(source: Path, target: Path) -> int:
             out.chmod(0o644)
         elif path.name == "config.json":
             config = json.loads(path.read_text(encoding="utf-8"))
-            config.pop("_name_or_path", None)
-            # Only transformers says the type; diffusers takes that of the file.
             for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+                # A folder of the machine it was trained on.
+                part.pop("_name_or_path", None)
+                # Only transformers says the type; diffusers takes that of the file.
                 for key in ("dtype", "torch_dtype"):
                     if part.get(key):
                         part[key] = "float16"

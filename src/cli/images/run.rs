@@ -7,6 +7,7 @@ use crate::cli::method::{Loaded, Method, Planned};
 use crate::cli::progress::Reporter;
 use crate::cli::{atomic, machine, tensors};
 use crate::data::metadata::{self, Record};
+use crate::data::prompts;
 use crate::data::textual_inversion;
 use crate::exec::Executor;
 use crate::pipeline::Iteration;
@@ -147,7 +148,7 @@ impl ImageFlags {
         let (seed, count) = (self.sampling.seed, self.count());
         Ok(match (&self.prompts, self.out()) {
             (Some(file), Out::Folder(out) | Out::File(out)) => {
-                let prompts = targets::read_file(file)?;
+                let prompts = prompts::read(file)?;
                 if prompts.len() * count > MOST_IMAGES {
                     return Err(Error::Usage(format!("--count {count}: more than {MOST_IMAGES} images in all")));
                 }

@@ -2,7 +2,7 @@
 
 use crate::data::metadata::{self, Record};
 use crate::{Error, Result};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
@@ -14,19 +14,6 @@ pub struct Target {
     /// Position among all images of the command: row of `--noise`, `--latents-out`.
     pub index: usize,
     pub path: PathBuf,
-}
-
-/// Prompts of a file: one per line, blank lines skipped; with their line numbers from 1.
-pub fn read_file(path: &Path) -> Result<Vec<(usize, String)>> {
-    let bytes = fs::read(path).map_err(Error::io("read", path))?;
-    let text = String::from_utf8(bytes).map_err(|_| Error::file(path, "not UTF-8 text"))?;
-    let lines = text.trim_start_matches('\u{feff}').lines().enumerate();
-    let prompts: Vec<_> =
-        lines.filter(|(_, line)| !line.trim().is_empty()).map(|(i, line)| (i + 1, line.trim().to_string())).collect();
-    if prompts.is_empty() {
-        return Err(Error::Usage(format!("{}: holds no prompt; write one per line", path.display())));
-    }
-    Ok(prompts)
 }
 
 /// Targets of one prompt: `out` is a file; several images get their seed before the extension.
@@ -109,17 +96,5 @@ mod tests {
         let files = for_file(&lines, 3, 2, Path::new("d"));
         assert_eq!(files.iter().map(|t| t.index).collect::<Vec<_>>(), [0, 1, 2, 3]);
         assert_eq!(files[3].path, Path::new("d/00004-4.png"));
-    }
-
-    #[test]
-    fn prompt_files() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("prompts.txt");
-        fs::write(&path, "\u{feff}a red star\r\n\n  a blue ring  \n").unwrap();
-        assert_eq!(read_file(&path).unwrap(), [(1, "a red star".to_string()), (3, "a blue ring".to_string())]);
-        fs::write(&path, " \n\n").unwrap();
-        assert_eq!(read_file(&path).unwrap_err().exit_code(), 2);
-        fs::write(&path, [0xff, 0xfe]).unwrap();
-        assert!(read_file(&path).unwrap_err().to_string().contains("UTF-8"));
     }
 }
