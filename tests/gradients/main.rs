@@ -6,6 +6,7 @@ mod common;
 mod attention_norms;
 mod autograd;
 mod chain;
+mod chain_device;
 mod elementwise;
 mod every_op;
 mod products;

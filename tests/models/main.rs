@@ -1,4 +1,4 @@
-//! Whole models on the CPU against diffusers, transformers and torch, and the `shapes` world.
+//! Whole models on the CPU against diffusers, transformers and torch, the `shapes` world, and images that users hand in.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -6,6 +6,7 @@ mod common;
 mod auxiliary;
 mod determinism;
 mod golden;
+mod images;
 mod layouts;
 mod noise;
 mod sampler;

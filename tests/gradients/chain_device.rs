@@ -1,9 +1,8 @@
 //! A chain whose noise lives on the device: what crosses the host, objectives that predict, optimizers, and single networks beside it.
 
-mod common;
-
-use common::feed;
-use common::golden::Golden;
+use crate::common::feed;
+use crate::common::golden::Golden;
+use crate::common::minority::relative;
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::{Data, DataMut, Executor, ProgramId};
 use rarebit::optimize::chain::{Chain, Options, Term};
@@ -223,7 +222,7 @@ fn a_loss_without_a_gradient() {
 /// f64 to noise and text, in both forms.
 #[test]
 fn objectives_predict_in_a_chain() {
-    for name in ["tiny-sd1", "tiny-sd2", "tiny-sdxl"] {
+    for name in ["tiny-sd1", "tiny-sdxl"] {
         let pipeline = Golden::open(name).pipeline();
         let terms = || {
             let denoising = Objective::new("denoising", |s: &mut StepContext<'_>| {
@@ -262,7 +261,7 @@ fn objectives_predict_in_a_chain() {
                     found.losses.iter().flatten().sum::<f64>()
                 };
                 let mut error = |h: f64| ((loss(h) - loss(-h)) / (2.0 * h) - slope).abs() / slope.abs();
-                let best = [1e-4, 1e-5, 1e-6].into_iter().map(&mut error).fold(f64::INFINITY, f64::min);
+                let best = [1e-4, 1e-5].into_iter().map(&mut error).fold(f64::INFINITY, f64::min);
                 println!("{name} {what}: {best:.1e}");
                 assert!(best < 1e-6, "{name} {what}: {best:e}");
             }
@@ -271,7 +270,7 @@ fn objectives_predict_in_a_chain() {
         assert_eq!(forms[0].losses, forms[1].losses, "{name}");
         // What an objective adds to keys and values meets the steps' shares in another order.
         for (one, other) in forms[0].gradients.iter().zip(&forms[1].gradients) {
-            let error = common::minority::relative(one, other);
+            let error = relative(one, other);
             assert!(error < 1e-12, "{name}: the forms are {error:e} apart");
         }
     }
