@@ -2,4 +2,5 @@
 
 pub mod chain;
 pub mod objective;
+pub mod search;
 pub mod variable;
