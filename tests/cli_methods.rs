@@ -11,7 +11,8 @@ use tempfile::TempDir;
 const PROMPT: &str = "a red star on a dark blue background";
 
 /// Two optimised steps of four, two iterations each: fast, and everything of the method happens.
-const FAST: [&str; 7] = ["--steps", "4", "--t-lo", "0.5", "--iterations", "2", "--quiet"];
+const FAST: [&str; 11] =
+    ["--steps", "4", "--t-lo", "0.5", "--t-hi", "1", "--every", "1", "--iterations", "2", "--quiet"];
 
 /// Width and `[H, W, 3]` of a PNG.
 #[track_caller]
@@ -118,7 +119,7 @@ fn mistakes() {
     minority(&["--init", "word:extraordinarily"], &["'extraordinarily'", "must be one"]);
     minority(&["--init", "cool"], &["--init", "word:WORD"]);
     minority(&["--variable", "text", "--save-token", "t.safetensors"], &["--save-token", "--variable token"]);
-    minority(&["--lr-decay", "0.5", "--t-lo", "0", "--t-hi", "1"], &["--lr-decay 0.5", "step 3"]);
+    minority(&["--lr-decay", "0.5", "--t-lo", "0", "--t-hi", "1", "--every", "1"], &["--lr-decay 0.5", "step 3"]);
     minority(&["--lr", "-1"], &["--lr", "0 or more"]);
     minority(&["--every", "0"], &["--every"]);
     minority(&["--tokens", "0"], &["--tokens"]);
@@ -228,7 +229,8 @@ fn traces() {
 
 #[test]
 fn explains_without_running() {
-    let flags = ["--steps", "50", "--t-lo", "0.9", "--t-hi", "1", "--iterations", "10", "--guidance", "7.5"];
+    let flags =
+        ["--steps", "50", "--t-lo", "0.9", "--t-hi", "1", "--iterations", "10", "--every", "1", "--guidance", "7.5"];
     let told = succeeds(&[&["minority", PROMPT, "--explain"][..], &flags].concat());
     let line = |name: &str| told.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{told}"));
     assert!(line("optimised steps").contains(" 5: 0 (t 981"), "{told}");

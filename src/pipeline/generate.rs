@@ -4,7 +4,7 @@ use super::{Observer, Progress};
 use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::pipeline::Pipeline;
 use crate::pipeline::conditioning::{self, ENCODED, States, TOLD, Text};
-use crate::pipeline::programs::{Programs, Sizes, buffer};
+use crate::pipeline::programs::{Programs, Sizes, buffer, rows};
 use crate::plan::Footprint;
 use crate::program::DType;
 use crate::sampler::{self, Noise, Rng, Schedule};
@@ -106,7 +106,7 @@ impl<'p> Generator<'p> {
 
     /// UNet calls of one batch, each on one image's latents.
     pub fn passes(&self) -> usize {
-        self.calls() * if self.schedule.needs.uncond { 2 } else { 1 } * self.sizes.batch
+        self.calls() * rows(self.sizes, &self.schedule)
     }
 
     pub fn programs(&self) -> &Programs {
@@ -191,7 +191,7 @@ impl Loaded<'_, '_> {
     }
 
     /// Encodes the prompts, computes what all steps share and draws the starting latents.
-    pub(crate) fn begin(&mut self, jobs: &[Job]) -> Result<()> {
+    pub fn begin(&mut self, jobs: &[Job]) -> Result<()> {
         if jobs.len() != self.sizes.batch {
             return Err(Error::Usage(format!("{} jobs for a batch of {}", jobs.len(), self.sizes.batch)));
         }
@@ -207,12 +207,23 @@ impl Loaded<'_, '_> {
         self.executor.write(sampler::LATENTS, Data::F32(&latents))
     }
 
+    /// UNet calls of one batch, each on one image's latents.
+    pub fn passes(&self) -> usize {
+        self.schedule.steps.len() * rows(self.sizes, &self.schedule)
+    }
+
     /// What the run is on.
     pub fn executor(&mut self) -> &mut dyn Executor {
         &mut *self.executor
     }
 
-    pub(crate) fn guidance(&self) -> f64 {
+    /// The timestep of every sampling step.
+    pub fn timesteps(&self) -> Vec<f64> {
+        self.schedule.steps.iter().map(|step| step.timestep).collect()
+    }
+
+    /// The weight of classifier-free guidance that the settings ask for.
+    pub fn guidance(&self) -> f64 {
         self.settings.sampler.guidance
     }
 
@@ -221,7 +232,7 @@ impl Loaded<'_, '_> {
     }
 
     /// Gives one step another guidance weight, where there is guidance.
-    pub(crate) fn guide(&mut self, step: usize, weight: f64) {
+    pub fn guide(&mut self, step: usize, weight: f64) {
         if self.schedule.needs.uncond {
             self.schedule.steps[step] = self.schedule.steps[step].guided(weight);
         }
@@ -325,7 +336,7 @@ impl Loaded<'_, '_> {
     }
 
     /// One sampling step: latents in, latents out.
-    pub(crate) fn step(&mut self, index: usize, observe: &mut Observer<'_>) -> Result<()> {
+    pub fn step(&mut self, index: usize, observe: &mut Observer<'_>) -> Result<()> {
         self.executor.write(buffer::STEP, Data::I32(&[index as i32]))?;
         for (name, coefficients) in self.schedule.steps[index].buffers() {
             self.executor.write(name, Data::F64(coefficients))?;
@@ -348,7 +359,7 @@ impl Loaded<'_, '_> {
     }
 
     /// Decodes the batch image by image: the decoder needs more memory than the UNet.
-    pub(crate) fn finish(&mut self, observe: &mut Observer<'_>) -> Result<Vec<Image>> {
+    pub fn finish(&mut self, observe: &mut Observer<'_>) -> Result<Vec<Image>> {
         let batch = self.sizes.batch;
         let channels = self.pipeline.config.unet.in_channels;
         self.decode(0)?;

@@ -4,10 +4,14 @@
 //! The variable (a learnable token, all text states, the unconditional ones) and the objective (minority, repulsion, or one of your
 //! own) are chosen apart. The default mode follows the paper where the released code differs from it; see [`Schedule`].
 
+mod method;
 mod programs;
+mod recommended;
 mod released;
 mod settings;
 
+pub use method::{MinorityPrompt, Raised, show_init};
+pub use recommended::{Recommended, parse_init};
 pub use released::{Convention, Renoise, released, renoise};
 pub use settings::{Schedule, Settings, token};
 
@@ -25,7 +29,7 @@ use crate::plan::{Footprint, Planned, plan};
 use crate::sampler::{Level, draw};
 use crate::{Error, Result};
 use programs::OfPrefix;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 /// An optimised step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -40,28 +44,38 @@ pub struct Minority<'p> {
     settings: Settings,
     visits: Vec<Option<Visit>>,
     update: Planned,
-    of_prefix: OfPrefix,
-    prefix: usize,
+    /// Programs by the number of tokens before the first learnable one: those that some batch of the run needs.
+    prefixes: BTreeMap<usize, OfPrefix>,
 }
 
 impl<'p> Minority<'p> {
-    /// Plans for batches of as many prompts as `prompts`, which may be the first of them.
+    /// Plans for one batch: these prompts, or others with as many tokens before the learnable one.
     pub fn plan(
         pipeline: &'p Pipeline,
         executor: &dyn Executor,
         settings: Settings,
         prompts: &[&str],
     ) -> Result<Minority<'p>> {
-        let generator = programs::generator(pipeline, executor, &settings, prompts.len())?;
+        Minority::plan_batches(pipeline, executor, settings, prompts, prompts.len())
+    }
+
+    /// Plans for a run over all these prompts, so many in a batch; whole batches.
+    pub fn plan_batches(
+        pipeline: &'p Pipeline,
+        executor: &dyn Executor,
+        settings: Settings,
+        prompts: &[&str],
+        batch: usize,
+    ) -> Result<Minority<'p>> {
+        let generator = programs::generator(pipeline, executor, &settings, batch)?;
         let visits = visits(pipeline, &settings, &generator)?;
         let design = programs::design(&generator, pipeline, &settings);
-        let prefix = match &settings.variable {
-            Variable::Token(token) => token.place(pipeline, prompts)?.prefix,
-            Variable::Text | Variable::Null => 0,
-        };
+        let mut prefixes = BTreeMap::new();
+        for prefix in programs::prefixes(pipeline, &settings.variable, prompts, batch)? {
+            prefixes.insert(prefix, OfPrefix::plan(&design, executor, &settings, prefix)?);
+        }
         let update = plan(design.update(settings.loss_scale)?, |program, node| executor.workspace(program, node));
-        let of_prefix = OfPrefix::plan(&design, executor, &settings, prefix)?;
-        Ok(Minority { generator, settings, visits, update, of_prefix, prefix })
+        Ok(Minority { generator, settings, visits, update, prefixes })
     }
 
     pub fn footprint(&self) -> Footprint {
@@ -72,7 +86,7 @@ impl<'p> Minority<'p> {
     pub fn programs(&self) -> Vec<&Planned> {
         let mut all = self.generator.programs().all().to_vec();
         all.push(&self.update);
-        all.extend(self.of_prefix.all());
+        all.extend(self.prefixes.values().flat_map(OfPrefix::all));
         all
     }
 
@@ -86,7 +100,9 @@ impl<'p> Minority<'p> {
     pub fn passes(&self) -> Passes {
         let sampling = self.generator.passes();
         let iterations = self.optimised().len() * self.settings.schedule.iterations;
-        let Passes { forward, backward } = self.of_prefix.objectives.passes();
+        // Of any prefix: they differ in the text towers alone.
+        let looks = self.prefixes.values().next().map(|of_prefix| of_prefix.objectives.passes());
+        let Passes { forward, backward } = looks.unwrap_or_default();
         Passes { forward: sampling + iterations * forward, backward: iterations * backward }
     }
 
@@ -106,7 +122,10 @@ impl<'p> Minority<'p> {
         let parameters = programs::design(&self.generator, pipeline, &self.settings).parameters();
         let images = self.generator.load(executor)?;
         let update = images.executor.load(self.update, &pipeline.model)?;
-        let of_prefix = self.of_prefix.load(&mut *images.executor, &pipeline.model)?;
+        let mut prefixes = BTreeMap::new();
+        for (prefix, planned) in self.prefixes {
+            prefixes.insert(prefix, planned.load(&mut *images.executor, &pipeline.model)?);
+        }
         Ok(Loaded {
             rows: parameters.iter().map(|p| vec![0.0; p.shape.iter().product()]).collect(),
             images,
@@ -114,8 +133,8 @@ impl<'p> Minority<'p> {
             visits: self.visits,
             update,
             parameters,
-            prefix: self.prefix,
-            prefixes: HashMap::from([(self.prefix, of_prefix)]),
+            prefix: prefixes.keys().next().copied().unwrap_or_default(),
+            prefixes,
             seeds: vec![],
             drawn: 0,
         })
@@ -159,9 +178,9 @@ pub struct Loaded<'p, 'e> {
     visits: Vec<Option<Visit>>,
     update: ProgramId,
     parameters: Vec<Parameter>,
+    /// Of the batch that is made.
     prefix: usize,
-    /// Programs by the number of tokens before the first learnable one.
-    prefixes: HashMap<usize, programs::LoadedOfPrefix>,
+    prefixes: BTreeMap<usize, programs::LoadedOfPrefix>,
     /// What the parameters begin as.
     rows: Vec<Vec<f32>>,
     /// Per image, of the optimiser.
@@ -265,13 +284,15 @@ impl<'p, 'e> Loaded<'p, 'e> {
 
     /// Enters the prompts' ids, and computes what their first tokens hand on to the learnable ones.
     fn place(&mut self, placed: &Placed) -> Result<()> {
-        self.prefix = placed.prefix;
         if !self.prefixes.contains_key(&placed.prefix) {
-            let design = self.images.design(&self.settings);
-            let planned = OfPrefix::plan(&design, &*self.images.executor, &self.settings, placed.prefix)?;
-            let loaded = planned.load(&mut *self.images.executor, &self.images.pipeline.model)?;
-            self.prefixes.insert(placed.prefix, loaded);
+            let planned = self.prefixes.keys().map(usize::to_string).collect::<Vec<_>>().join(", ");
+            return Err(Error::Usage(format!(
+                "prompts with {} tokens before the learnable one where programs are planned for {planned}; plan the run \
+                 with the prompts of all its batches",
+                placed.prefix
+            )));
         }
+        self.prefix = placed.prefix;
         let (names, tokens) = (Names::of(placed.prefix), self.images.sizes.tokens);
         for (tower, ids) in placed.ids.iter().enumerate() {
             let [first, rest] = names.ids(tower);

@@ -2,15 +2,16 @@
 
 use super::Settings;
 use super::{Convention, released};
-use crate::Result;
 use crate::exec::{Executor, ProgramId};
 use crate::optimize::objective::{self, Ask, Objectives, Varies};
 use crate::optimize::variable::{Design, Variable};
 use crate::pipeline::Pipeline;
-use crate::pipeline::generate::{self, Generator};
+use crate::pipeline::generate::Generator;
 use crate::plan::{Planned, plan};
 use crate::program::Program;
 use crate::weights::Model;
+use crate::{Error, Result};
+use std::collections::BTreeSet;
 
 /// The part that makes images, with the tables of the convention.
 pub fn generator<'p>(
@@ -33,18 +34,16 @@ pub fn design<'a>(generator: &Generator<'_>, pipeline: &'a Pipeline, settings: &
     Design { pipeline, dtype: settings.images.dtype, sizes: generator.sizes(), variable: &settings.variable }
 }
 
-impl<'p> generate::Loaded<'p, '_> {
-    pub(super) fn design<'a>(&self, settings: &'a Settings) -> Design<'a>
-    where
-        'p: 'a,
-    {
-        Design {
-            pipeline: self.pipeline,
-            dtype: settings.images.dtype,
-            sizes: self.sizes,
-            variable: &settings.variable,
-        }
+/// The numbers of tokens before the first learnable one that batches of these prompts have.
+pub fn prefixes(pipeline: &Pipeline, variable: &Variable, prompts: &[&str], batch: usize) -> Result<BTreeSet<usize>> {
+    if batch == 0 || prompts.is_empty() || !prompts.len().is_multiple_of(batch) {
+        return Err(Error::Usage(format!("{} prompts are no whole batches of {batch}", prompts.len())));
     }
+    let Variable::Token(token) = variable else { return Ok(BTreeSet::from([0])) };
+    let mut batches: Vec<&[&str]> = prompts.chunks(batch).collect();
+    // Several images of one prompt follow each other.
+    batches.dedup();
+    batches.into_iter().map(|batch| Ok(token.place(pipeline, batch)?.prefix)).collect()
 }
 
 /// The programs for prompts with this many tokens before the first learnable one.
