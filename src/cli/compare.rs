@@ -8,7 +8,6 @@ use crate::cli::images::scores::Score;
 use crate::cli::registry::Listed;
 use std::path::PathBuf;
 
-/// UNet calls are counted per image. An equivalent is a forward, or half a backward.
 #[derive(clap::Args)]
 pub struct Compare {
     /// What the images should show

@@ -35,6 +35,9 @@ enum Command {
     /// Make images of a prompt that the model finds unlikely, by optimising a token while sampling (MinorityPrompt).
     Minority(Box<minority::Minority>),
     /// Make the same seeds by several methods, side by side on one sheet, with what each method costs.
+    ///
+    /// UNet calls are counted per image; an equivalent is a forward, and a backward counts as two forwards. Seconds are those of
+    /// sampling, without loading; memory is what is planned: weights, buffers and arena.
     Compare(Box<compare::Compare>),
     /// Show what a model holds and needs, or how an image was made.
     Inspect(Box<inspect::Inspect>),

@@ -196,13 +196,15 @@ impl Run<'_> {
     }
 
     fn ledgers(&self, columns: &[Vec<Cell>], costs: &[Cost]) -> Vec<Ledger> {
-        let of = |((method, cells), cost): ((&Box<dyn ImageMethod>, &Vec<Cell>), &Cost)| {
+        let mut ledgers = Vec::new();
+        for (index, (cells, cost)) in columns.iter().zip(costs).enumerate() {
             let sights = self.eye.is_some().then(|| cells.iter().filter_map(|cell| cell.sight).collect());
-            let scores = self.comparison.scores.iter().enumerate();
-            let scores: Vec<_> = scores.map(|(i, s)| (*s, cells.iter().map(|cell| cell.scores[i]).collect())).collect();
-            Ledger::new(method.title(), cells.len(), *cost, sights, &scores)
-        };
-        self.comparison.methods.iter().zip(columns).zip(costs).map(of).collect()
+            let values = |i: usize| cells.iter().map(|cell| cell.scores[i]).collect();
+            let scores: Vec<_> = self.comparison.scores.iter().enumerate().map(|(i, s)| (*s, values(i))).collect();
+            let title = self.comparison.methods[index].title();
+            ledgers.push(Ledger::new(title, cells.len(), *cost, sights, &scores));
+        }
+        ledgers
     }
 
     fn write_sheet(&self, size: [usize; 2], columns: &[Vec<Cell>], ledgers: &[Ledger]) -> Result<()> {
@@ -229,15 +231,13 @@ impl Run<'_> {
     }
 }
 
-/// What stands under an image: how rare it is, in red how much of the prompt it lacks, and its scores.
+/// What stands under an image: how rare it is, its scores, and in red how much of the prompt it lacks.
 fn captions(cell: &Cell, scores: &[Score]) -> Vec<Vec<(String, Ink)>> {
-    let scored =
-        scores.iter().zip(&cell.scores).map(|(score, x)| words(&format!("{} {x:.4}", score.label()), Ink::Plain));
-    let seen = cell.sight.map_or(vec![], |Sight { log_density, stated, wrong }| {
-        let density =
-            if log_density.is_finite() { format!("log-density {log_density:.2}") } else { "impossible".to_string() };
-        let mistakes = if wrong > 0 { format!("{wrong} of {stated} wrong") } else { String::new() };
-        vec![words(&density, Ink::Plain), words(&mistakes, Ink::Wrong)]
-    });
-    seen.into_iter().chain(scored).collect()
+    let scored = scores.iter().zip(&cell.scores);
+    let scored = scored.map(|(score, x)| words(&format!("{} {x:.4}", score.label()), Ink::Plain));
+    let Some(Sight { log_density, stated, wrong }) = cell.sight else { return scored.collect() };
+    let density =
+        if log_density.is_finite() { format!("log-density {log_density:.2}") } else { "impossible".to_string() };
+    let mistakes = if wrong > 0 { format!("{wrong} of {stated} wrong") } else { String::new() };
+    [words(&density, Ink::Plain)].into_iter().chain(scored).chain([words(&mistakes, Ink::Wrong)]).collect()
 }

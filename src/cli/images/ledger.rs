@@ -7,7 +7,7 @@ use crate::optimize::objective::Passes;
 use crate::plan::show_bytes;
 use serde_json::{Value, json};
 
-/// Forwards that a backward counts as: about what it takes, gradients to activations and not to weights being half of training's.
+/// Forwards that a backward counts as: the usual count, of one that also computes gradients to weights. Ours compute none.
 const BACKWARD: usize = 2;
 
 /// One method's.
@@ -64,7 +64,7 @@ impl Ledger {
         count as f64 / self.images as f64
     }
 
-    /// UNet forwards that took as long: a backward counts as two.
+    /// UNet calls in forwards.
     fn equivalents(&self) -> usize {
         self.nfe.forward + BACKWARD * self.nfe.backward
     }
@@ -91,9 +91,11 @@ impl Ledger {
     pub fn foot(&self) -> Vec<String> {
         let seconds = self.seconds / self.images as f64;
         let mut lines = vec![
-            format!("{} UNet forwards", round(self.per_image(self.equivalents()))),
-            format!("{seconds:.2} s an image"),
-            show_bytes(self.peak_bytes),
+            format!("forwards {}", round(self.per_image(self.nfe.forward))),
+            format!("backwards {}", round(self.per_image(self.nfe.backward))),
+            format!("equivalents {}", round(self.per_image(self.equivalents()))),
+            format!("s/image {seconds:.2}"),
+            format!("memory {}", show_bytes(self.peak_bytes)),
         ];
         if self.impossible.is_some() {
             lines.push(format!("log-density {}", show(self.log_density, 2)));
@@ -193,6 +195,6 @@ mod tests {
         let lines = table(&[ledger(None, &[])], true);
         assert!(lines[0].ends_with("memory") && lines[1].ends_with("3.0 MiB"), "{lines:?}");
         let foot = ledger(None, &[]).foot();
-        assert_eq!(foot, ["150.5 UNet forwards", "1.50 s an image", "3.0 MiB"]);
+        assert_eq!(foot, ["forwards 100.5", "backwards 25", "equivalents 150.5", "s/image 1.50", "memory 3.0 MiB"]);
     }
 }

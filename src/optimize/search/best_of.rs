@@ -53,11 +53,10 @@ mod tests {
         }
     }
 
-    fn search(
-        images: usize,
-        forwards: usize,
-        score: impl Fn(usize, u64) -> f64,
-    ) -> (Result<Vec<Best<u64, String>>>, Vec<Vec<u64>>) {
+    type Found = Result<Vec<Best<u64, String>>>;
+
+    /// What is found, and the candidates of every evaluation.
+    fn search(images: usize, forwards: usize, score: impl Fn(usize, u64) -> f64) -> (Found, Vec<Vec<u64>>) {
         let mut made = Made { score, seen: vec![] };
         let found = best_of(images, Budget { forwards }, |image, index| (100 * image + index) as u64, &mut made);
         (found, made.seen)
