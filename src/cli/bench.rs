@@ -7,7 +7,10 @@ mod passes;
 mod report;
 
 use crate::cli::atomic;
-use crate::cli::flags::{self, Device, DeviceFlags, ModelFlags, SamplingFlags};
+use crate::cli::flags::device::{self, Device, DeviceFlags};
+use crate::cli::flags::model::ModelFlags;
+use crate::cli::flags::sampling::SamplingFlags;
+use crate::cli::flags::values;
 use crate::cli::machine::{self, print_line, say};
 use crate::exec::Executor;
 use crate::exec::cuda::Board;
@@ -35,10 +38,10 @@ pub struct Bench {
     #[command(flatten)]
     sampling: SamplingFlags,
     /// Batch sizes [default: 1; for throughput 1,2,4,8]
-    #[arg(long, value_delimiter = ',', allow_negative_numbers = true, value_parser = flags::count)]
+    #[arg(long, value_delimiter = ',', allow_negative_numbers = true, value_parser = values::count)]
     batch: Vec<usize>,
     /// Timed runs
-    #[arg(long, default_value_t = 20, allow_negative_numbers = true, value_parser = flags::count)]
+    #[arg(long, default_value_t = 20, allow_negative_numbers = true, value_parser = values::count)]
     runs: usize,
     /// Untimed runs before them
     #[arg(long, default_value_t = 3, allow_negative_numbers = true)]
@@ -53,7 +56,7 @@ pub struct Bench {
     #[arg(long, value_name = "FILE")]
     baseline: Option<PathBuf>,
     /// How much worse a median may be, in per cent
-    #[arg(long, value_name = "PERCENT", default_value = "5", value_parser = flags::amount, allow_negative_numbers = true)]
+    #[arg(long, value_name = "PERCENT", default_value = "5", value_parser = values::amount, allow_negative_numbers = true)]
     max_regress: f64,
     /// Worker threads, at most 1024 [default: one per core]
     #[arg(long, allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -94,7 +97,7 @@ struct Setup<'a> {
 impl Setup<'_> {
     fn check_memory(&self, footprint: &Footprint, batch: usize) -> Result<()> {
         let free = self.executor.free_memory()?;
-        machine::check_memory(self.device.memory_limit, free, footprint, flags::smaller_plan(batch))
+        machine::check_memory(self.device.memory_limit, free, footprint, device::smaller_plan(batch))
     }
 }
 

@@ -4,7 +4,7 @@ use super::Setup;
 use super::measure::{Row, Times, wave};
 use super::report::Case;
 use crate::Result;
-use crate::cli::flags::Device;
+use crate::cli::flags::device::Device;
 use crate::exec::Data;
 use crate::pipeline::generate::Generator;
 use crate::plan::plan;
