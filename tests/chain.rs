@@ -48,14 +48,14 @@ fn objectives(pipeline: &Pipeline, steps: usize) -> Vec<Objective<'_>> {
         let squares = b.dot(x, x);
         b.affine(squares, 1.0 / len, 0.0)
     };
-    let clip = detect::clip_config(&pipeline.model).unwrap();
+    let clip = detect::clip_config(&pipeline.model, Component::Clip).unwrap();
     let config = &pipeline.config.vae;
     let image = move |b: &mut Builder, latents| {
         let image = vae::decode(b, config, latents);
         // Random decoders go far beyond [-1, 1], and central differences stumble over the clamp's kinks.
         let image = b.affine(image, 0.05, 0.0);
         let image = clip.preprocess.append(b, image);
-        let features = clip_image::features(b, &clip.image, image);
+        let features = clip_image::features(b, &clip.image, Component::Clip, image);
         let unit = clip_image::unit(b, features);
         let shape = b.shape(unit);
         let target = b.constant(&shape, (shape[1] as f64).sqrt().recip());
