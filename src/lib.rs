@@ -1,7 +1,7 @@
 //! rarebit: forward and input-gradient of Stable Diffusion pipelines as planned op programs.
 //!
 //! Data flows one way: `weights`, `text` → `program` → `models` → `autodiff` → `plan` → `exec` → `sampler` → `data` → `pipeline` →
-//! `rewards` → `optimize` → `metrics` → `methods` → `cli`. A module imports only from its left (`tests/layering.rs` enforces it).
+//! `rewards` → `optimize` → `metrics` → `methods` → `cli`. A module imports only from its left (`tests/source/layering.rs` enforces it).
 #![deny(unsafe_code)]
 
 pub mod assets;

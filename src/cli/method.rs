@@ -10,7 +10,7 @@ use crate::methods::baselines::sgms::{self, Sgms};
 use crate::methods::minority::{self, Minority};
 use crate::metrics::denoising_loss as elbo;
 use crate::metrics::shapes::{Eye, Sight};
-use crate::optimize::objective::Passes;
+use crate::optimize::objective::Nfe;
 use crate::pipeline::Pipeline;
 use crate::pipeline::generate::{self, Generator, Image, Job, Settings};
 use crate::pipeline::{Observer, Progress};
@@ -167,27 +167,25 @@ impl<'p> Planned<'p> {
     pub fn ticks(&self) -> usize {
         match self {
             Planned::Plain(generator) | Planned::Cads(generator, _) => generator.calls(),
-            Planned::Sgms(sgms) => sgms.ticks(),
+            Planned::Sgms(sgms) => sgms.progress_units(),
             Planned::BestOf(generator, n, _) => n * generator.calls(),
-            Planned::Minority(minority, _) => minority.ticks(),
+            Planned::Minority(minority, _) => minority.progress_units(),
         }
     }
 
     /// UNet calls of one batch, each on one image's latents.
-    pub fn passes(&self) -> Passes {
+    pub fn passes(&self) -> Nfe {
         match self {
-            Planned::Plain(generator) | Planned::Cads(generator, _) => {
-                Passes { forward: generator.passes(), backward: 0 }
-            }
-            Planned::Sgms(sgms) => sgms.passes(),
+            Planned::Plain(generator) | Planned::Cads(generator, _) => Nfe { forward: generator.nfe(), backward: 0 },
+            Planned::Sgms(sgms) => sgms.nfe(),
             Planned::BestOf(generator, n, scorer) => {
                 let looks = match scorer {
-                    Planner::Elbo(elbo) => elbo.passes().forward,
+                    Planner::Elbo(elbo) => elbo.nfe().forward,
                     Planner::Shapes(..) => 0,
                 };
-                Passes { forward: n * (generator.passes() + looks), backward: 0 }
+                Nfe { forward: n * (generator.nfe() + looks), backward: 0 }
             }
-            Planned::Minority(minority, _) => minority.passes(),
+            Planned::Minority(minority, _) => minority.nfe(),
         }
     }
 

@@ -11,6 +11,7 @@ use crate::optimize::objective::{self, Objective};
 use crate::optimize::variable::Variable;
 use crate::optimize::variable::token::{Init, PoolAt, TokenSettings};
 use crate::pipeline::Pipeline;
+use crate::pipeline::conditioning::Branch;
 use crate::pipeline::generate::Settings;
 use crate::plan::show_bytes;
 use crate::sampler;
@@ -230,8 +231,8 @@ impl Options {
         let usual = Schedule::of(pipeline, convention)?;
         let schedule = Schedule {
             iterations: args.iterations.unwrap_or(usual.iterations),
-            rate: args.lr.unwrap_or(usual.rate),
-            decay: args.lr_decay,
+            lr: args.lr.unwrap_or(usual.lr),
+            lr_decay: args.lr_decay,
             t_lo: args.t_lo.unwrap_or(usual.t_lo),
             t_hi: args.t_hi.unwrap_or(usual.t_hi),
             every: args.every,
@@ -241,13 +242,13 @@ impl Options {
         };
         let variable = match args.variable {
             What::Token => Variable::Token(args.token(pipeline, convention)?),
-            What::Text => Variable::Text,
-            What::Null => Variable::Null,
+            What::Text => Variable::TextStates(Branch::Prompt),
+            What::Null => Variable::TextStates(Branch::Negative),
         };
         let switches = objective::Minority {
             lambda: args.lambda,
-            stop_second: args.stop_second,
-            second_learned: args.second_learned,
+            detach_second: args.stop_second,
+            second_optimized: args.second_learned,
             // Nothing else of it depends on the unconditional branch.
             guided: args.guided || args.variable == What::Null,
             squared: args.squared,
@@ -278,7 +279,7 @@ impl Options {
     pub fn reserved_tokens(&self) -> usize {
         match &self.variable {
             Variable::Token(token) => token.rows,
-            Variable::Text | Variable::Null => 0,
+            Variable::TextStates(_) | Variable::Latents => 0,
         }
     }
 
@@ -298,7 +299,7 @@ impl Options {
     }
 
     pub fn settings(&self, images: &Settings, budget: Option<usize>) -> minority::Settings {
-        let objective = |kind: &Kind| -> Objective {
+        let objective = |kind: &Kind| -> Objective<'static> {
             match kind {
                 Kind::Minority => objective::minority(self.switches),
                 Kind::Repulsion => objective::repulsion(),
@@ -322,7 +323,7 @@ fn schedule_record(s: &Schedule) -> Value {
         Renoise::Fixed(share) => json!(share),
     };
     json!({
-        "iterations": s.iterations, "lr": s.rate, "lr_decay": s.decay, "t_lo": s.t_lo, "t_hi": s.t_hi, "every": s.every,
+        "iterations": s.iterations, "lr": s.lr, "lr_decay": s.lr_decay, "t_lo": s.t_lo, "t_hi": s.t_hi, "every": s.every,
         "after": if s.base_prompt_after { "prompt" } else { "learned" }, "renoise": renoise,
         "released": s.convention == Convention::Released
     })
@@ -330,8 +331,9 @@ fn schedule_record(s: &Schedule) -> Value {
 
 fn variable_record(variable: &Variable) -> Value {
     match variable {
-        Variable::Text => json!("text"),
-        Variable::Null => json!("null"),
+        Variable::TextStates(Branch::Prompt) => json!("text"),
+        Variable::TextStates(Branch::Negative) => json!("null"),
+        Variable::Latents => json!("latents"),
         Variable::Token(TokenSettings { rows, place, init, pool_at }) => json!({
             "tokens": rows, "place": format!("{place:?}").to_lowercase(), "pool_at": format!("{pool_at:?}").to_lowercase(),
             "init": match init {
@@ -436,12 +438,12 @@ fn explain(args: &Minority, pipeline: &Pipeline, options: Options) -> Result<()>
     let (passes, sampling) = (planned.passes(), plain.passes().forward);
     let minority = minority::Minority::plan(pipeline, &*executor, options.settings(&settings, None), &prompts)?;
     let visits: Vec<String> =
-        minority.looks().map(|(step, look)| format!("{step} (t {} s {})", look.timestep, look.again)).collect();
+        minority.levels().map(|(step, levels)| format!("{step} (t {} s {})", levels.t1, levels.t2)).collect();
     let footprint = planned.footprint();
     let s = &options.schedule;
     let lines = [
         format!("optimised steps   {}: {}", visits.len(), visits.join(", ")),
-        format!("iterations        {} each, learning rate {:.3e}", s.iterations, s.rate),
+        format!("iterations        {} each, learning rate {:.3e}", s.iterations, s.lr),
         format!("UNet forwards     {}, of them {sampling} for sampling alone", passes.forward),
         format!("UNet backwards    {}", passes.backward),
         format!("batch             {}; passes count images", args.images.batch),

@@ -5,7 +5,9 @@
 //! minority objective raises one of its terms, so score its images with another model too.
 
 use crate::exec::{DataMut, Executor};
-use crate::optimize::objective::{self, Ask, At, Look, Objective, Objectives, Passes, Scene, Told, Varies, score_name};
+use crate::optimize::objective::{
+    self, At, Condition, Nfe, NoiseLevels, Objective, ObjectiveSpec, Objectives, StepContext, report_name,
+};
 use crate::pipeline::Pipeline;
 use crate::pipeline::generate::{self, Generator, Job};
 use crate::plan::Planned;
@@ -17,7 +19,7 @@ use crate::{Error, Result};
 pub struct Planner<'p> {
     pipeline: &'p Pipeline,
     objectives: Objectives,
-    looks: Vec<Look>,
+    looks: Vec<NoiseLevels>,
 }
 
 impl<'p> Planner<'p> {
@@ -29,20 +31,21 @@ impl<'p> Planner<'p> {
         dtype: DType,
         looks: usize,
     ) -> Result<Planner<'p>> {
-        let ask = Ask {
+        let spec = ObjectiveSpec {
             pipeline,
             dtype,
             sizes: generator.sizes(),
             guidance: 1.0,
-            varies: Varies::Nothing,
+            variable: None,
+            prefix: 0,
             loss_scale: 1.0,
             budget: None,
         };
-        let objectives = Objectives::plan(&ask, executor, &[elbo()])?;
+        let objectives = Objectives::plan(&spec, executor, &[elbo()])?;
         let look = |index: usize| {
             let share = (index as f64 + 0.5) / looks as f64;
-            let (again, again_level) = level_at_share(&pipeline.config.scheduler, share)?;
-            Ok(Look { timestep: 0.0, level: Level { alpha: 1.0, sigma: 0.0 }, again, again_level })
+            let (t2, level2) = level_at_share(&pipeline.config.scheduler, share)?;
+            Ok(NoiseLevels { t1: 0.0, level1: Level { alpha: 1.0, sigma: 0.0 }, t2, level2 })
         };
         Ok(Planner { pipeline, objectives, looks: (0..looks).map(look).collect::<Result<_>>()? })
     }
@@ -52,9 +55,9 @@ impl<'p> Planner<'p> {
     }
 
     /// UNet calls of one batch.
-    pub fn passes(&self) -> Passes {
-        let Passes { forward, backward } = self.objectives.passes();
-        Passes { forward: self.looks.len() * forward, backward: self.looks.len() * backward }
+    pub fn nfe(&self) -> Nfe {
+        let Nfe { forward, backward } = self.objectives.nfe();
+        Nfe { forward: self.looks.len() * forward, backward: self.looks.len() * backward }
     }
 
     /// Loads it beside the generator.
@@ -64,11 +67,11 @@ impl<'p> Planner<'p> {
     }
 }
 
-fn elbo() -> Objective {
-    Objective::new("elbo", |s: &mut Scene<'_>| {
+fn elbo() -> Objective<'static> {
+    Objective::new("elbo", |s: &mut StepContext<'_>| {
         let n = s.draw();
         let noised = s.renoise(s.latents, n);
-        let prediction = s.predict(noised, At::Again, Told::Prompt);
+        let prediction = s.predict(noised, At::T2, Condition::Prompt);
         let e = s.noise(prediction);
         let error = s.difference(e, n);
         let numbers = s.b.shape(error)[1..].iter().product::<usize>();
@@ -80,7 +83,7 @@ fn elbo() -> Objective {
 /// The score on the executor of a generator.
 pub struct Loaded {
     objectives: objective::Loaded,
-    looks: Vec<Look>,
+    looks: Vec<NoiseLevels>,
 }
 
 impl Loaded {
@@ -92,9 +95,9 @@ impl Loaded {
         let mut sums = vec![0.0; jobs.len()];
         let mut scores = vec![0.0; jobs.len()];
         for (index, look) in self.looks.iter().enumerate() {
-            self.objectives.prepare(images, look)?;
+            self.objectives.set_levels(images, look)?;
             self.objectives.run(images, 0, &seeds, draw::SCORE + index as u64)?;
-            images.executor.read(&score_name(0), DataMut::F32(&mut scores))?;
+            images.executor.read(&report_name(0), DataMut::F32(&mut scores))?;
             if scores.iter().any(|score| !score.is_finite()) {
                 return Err(Error::NotFinite("the error that images are scored by".into()));
             }

@@ -137,7 +137,7 @@ pub struct VaeConfig {
 
 impl VaeConfig {
     /// The type it computes in where the model computes in `dtype`. bf16 has the range of f32 at the peak rates of f16, and moves a
-    /// pixel by two of 255 levels at most (`tests/upcast.rs`); those who want f32 can have the whole model in it.
+    /// pixel by two of 255 levels at most (`tests/cuda/upcast.rs`); those who want f32 can have the whole model in it.
     pub fn dtype(&self, dtype: DType) -> DType {
         if self.force_upcast && dtype == DType::F16 { DType::BF16 } else { dtype }
     }

@@ -1,5 +1,6 @@
-//! Optimisation of what goes in: variables, objectives, optimisers, whole runs as differentiable functions, and gradient-free search.
+//! Optimization of what goes in: variables, objectives, optimizers, and whole runs as differentiable functions.
 
 pub mod chain;
 pub mod objective;
+pub mod optimizer;
 pub mod variable;

@@ -1,17 +1,17 @@
 //! Text to image: encode the prompts, sample a batch of latents, decode image by image.
 
+pub use super::job::{Image, Job};
+
 use super::{Observer, Progress};
 use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::pipeline::Pipeline;
-use crate::pipeline::conditioning::{self, ENCODED, States, TOLD, Text};
-use crate::pipeline::programs::{Programs, Sizes, buffer};
+use crate::pipeline::conditioning::{Branch, Conditioning, States, Text};
+use crate::pipeline::programs::{Programs, Sizes, buffer, write_step};
 use crate::plan::Footprint;
 use crate::program::DType;
 use crate::sampler::{self, Noise, Rng, Schedule};
 use crate::{Error, Result};
 use rayon::prelude::*;
-use std::collections::HashMap;
-use std::ops::Range;
 
 /// Everything that holds for a whole run.
 #[derive(Clone, Debug)]
@@ -22,43 +22,6 @@ pub struct Settings {
     pub sampler: sampler::Settings,
     pub rng: Rng,
     pub dtype: DType,
-}
-
-/// One image to make.
-#[derive(Clone, Debug)]
-pub struct Job {
-    pub prompt: String,
-    /// `None`: no negative prompt was given (SDXL base then uses a zero context).
-    pub negative: Option<String>,
-    pub seed: u64,
-    /// Unit-variance draws `[C, H/f, W/f]` in place of the generator's first ones: the starting noise, then one per noisy step.
-    pub draws: Vec<Vec<f32>>,
-}
-
-/// The branches of classifier-free guidance.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Branch {
-    Prompt,
-    Negative,
-}
-
-/// What a row of the batch is told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Told {
-    Prompt(String),
-    /// Zeros.
-    Nothing,
-}
-
-/// A finished image.
-#[derive(Clone, Debug)]
-pub struct Image {
-    pub width: usize,
-    pub height: usize,
-    /// `[H, W, 3]`.
-    pub rgb: Vec<u8>,
-    /// The latents it was decoded from, `[C, H/f, W/f]`, scaled as the UNet sees them.
-    pub latents: Vec<f32>,
 }
 
 /// The programs of one batch size, planned but not loaded: ask for the footprint, then [`Generator::load`].
@@ -104,8 +67,8 @@ impl<'p> Generator<'p> {
         self.schedule.steps.len()
     }
 
-    /// UNet calls of one batch, each on one image's latents.
-    pub fn passes(&self) -> usize {
+    /// Network function evaluations of one batch: UNet calls, each on one image's latents.
+    pub fn nfe(&self) -> usize {
         self.calls() * if self.schedule.needs.uncond { 2 } else { 1 } * self.sizes.batch
     }
 
@@ -129,9 +92,9 @@ impl<'p> Generator<'p> {
     pub fn load<'e>(self, executor: &'e mut dyn Executor) -> Result<Loaded<'p, 'e>> {
         let model = &self.pipeline.model;
         let Programs { text, condition, step, decode } = self.programs;
+        let (text, condition) = (executor.load(text, model)?, executor.load(condition, model)?);
         Ok(Loaded {
-            text: executor.load(text, model)?,
-            condition: executor.load(condition, model)?,
+            conditioning: Conditioning::new(self.pipeline, self.sizes, text, condition),
             step: executor.load(step, model)?,
             decode: executor.load(decode, model)?,
             executor,
@@ -139,9 +102,6 @@ impl<'p> Generator<'p> {
             settings: self.settings,
             schedule: self.schedule,
             sizes: self.sizes,
-            given: HashMap::new(),
-            asked: vec![],
-            held: vec![],
             jobs: vec![],
             noises: vec![],
         })
@@ -156,16 +116,9 @@ pub struct Loaded<'p, 'e> {
     pub(crate) schedule: Schedule,
     pub(crate) sizes: Sizes,
     settings: Settings,
-    text: ProgramId,
-    condition: ProgramId,
+    conditioning: Conditioning<'p>,
     step: ProgramId,
     decode: ProgramId,
-    /// Prompts that are not encoded, with their states.
-    given: HashMap<String, Text>,
-    /// What the rows of the batch are told, under guidance the unconditional ones first.
-    asked: Vec<Told>,
-    /// Of which prompts those rows hold the states; `None`: of none.
-    held: Vec<Option<Told>>,
     jobs: Vec<Job>,
     /// Per job.
     noises: Vec<Noise>,
@@ -174,11 +127,7 @@ pub struct Loaded<'p, 'e> {
 impl Loaded<'_, '_> {
     /// Gives the states of a prompt, which is then not encoded: embeddings that come from elsewhere.
     pub fn set_text(&mut self, prompt: &str, text: Text) {
-        self.held
-            .iter_mut()
-            .filter(|held| **held == Some(Told::Prompt(prompt.to_string())))
-            .for_each(|held| *held = None);
-        self.given.insert(prompt.to_string(), text);
+        self.conditioning.give(prompt, text);
     }
 
     /// Makes one full batch of images.
@@ -196,10 +145,8 @@ impl Loaded<'_, '_> {
             return Err(Error::Usage(format!("{} jobs for a batch of {}", jobs.len(), self.sizes.batch)));
         }
         self.jobs = jobs.to_vec();
-        let negatives = if self.schedule.needs.uncond { jobs } else { &[] };
-        let negatives = negatives.iter().map(|job| self.told(Branch::Negative, job));
-        self.asked = negatives.chain(jobs.iter().map(|job| self.told(Branch::Prompt, job))).collect();
-        self.tell_asked()?;
+        self.conditioning.request(&self.schedule, jobs);
+        self.condition_as_requested()?;
 
         self.noises = jobs.iter().map(|job| Noise::new(self.settings.rng, job.seed)).collect();
         let scale = self.schedule.initial_scale as f32;
@@ -227,87 +174,33 @@ impl Loaded<'_, '_> {
         }
     }
 
-    /// What a branch of an image is told when nothing is optimised.
-    fn told(&self, branch: Branch, job: &Job) -> Told {
-        match (branch, &job.negative) {
-            (Branch::Prompt, _) => Told::Prompt(job.prompt.clone()),
-            (Branch::Negative, None) if self.pipeline.config.zero_empty_negative => Told::Nothing,
-            (Branch::Negative, negative) => Told::Prompt(negative.clone().unwrap_or_default()),
-        }
+    /// Puts the states a job asks for in a branch into row `row` of other buffers.
+    pub(crate) fn fetch(&mut self, branch: Branch, job: &Job, to: States<'_>, row: usize) -> Result<()> {
+        self.conditioning.fetch_for(&mut *self.executor, branch, job, (to, row))
     }
 
-    /// The rows of a branch; none where the unconditional one is left out.
-    fn rows(&self, branch: Branch) -> Range<usize> {
-        let prompts = self.asked.len() - self.sizes.batch;
-        match branch {
-            Branch::Prompt => prompts..self.asked.len(),
-            Branch::Negative => 0..prompts,
-        }
+    /// Conditions both branches on what the jobs ask for, from now on.
+    pub(crate) fn condition_as_requested(&mut self) -> Result<()> {
+        self.conditioning.restore(&mut *self.executor, &self.schedule)
     }
 
-    /// Enters the states of what a branch of an image is told when nothing is optimised into row `row` of other buffers.
-    pub(crate) fn enter(&mut self, branch: Branch, job: &Job, to: States<'_>, row: usize) -> Result<()> {
-        let told = self.told(branch, job);
-        self.fetch(&told, to, row)
-    }
-
-    /// The same from whichever row of the batch holds it already, else encoded anew.
-    fn fetch(&mut self, told: &Told, to: States<'_>, row: usize) -> Result<()> {
-        let executor = &mut *self.executor;
-        if let Some(from) = self.held.iter().position(|held| held.as_ref() == Some(told)) {
-            return conditioning::copy(self.pipeline, executor, (TOLD, from), (to, row));
-        }
-        match told {
-            Told::Nothing => conditioning::write_nothing(self.pipeline, executor)?,
-            Told::Prompt(prompt) => match self.given.get(prompt) {
-                Some(given) => conditioning::write(self.pipeline, executor, given)?,
-                None => conditioning::encode(self.pipeline, executor, self.text, prompt)?,
-            },
-        }
-        conditioning::copy(self.pipeline, executor, (ENCODED, 0), (to, row))
-    }
-
-    /// Tells both branches what the jobs ask for, from now on.
-    pub(crate) fn tell_asked(&mut self) -> Result<()> {
-        self.held.resize(self.asked.len(), None);
-        for row in 0..self.asked.len() {
-            let told = Some(self.asked[row].clone());
-            if let (true, Some(asked)) = (self.held[row] != told, &told) {
-                self.held[row] = None;
-                self.fetch(asked, TOLD, row)?;
-                self.held[row] = told;
-            }
-        }
-        self.condition()
-    }
-
-    /// What a branch is told, per image, on the host.
+    /// States of a branch, per image, on the host.
     pub(crate) fn texts(&self, branch: Branch) -> Result<Vec<Text>> {
-        conditioning::read(self.pipeline, &*self.executor, TOLD, self.asked.len(), self.rows(branch))
+        self.conditioning.texts(&*self.executor, branch)
     }
 
-    /// Tells a branch, where there is it, something else from the next [`Loaded::condition`] on.
-    pub(crate) fn tell(&mut self, branch: Branch, texts: &[Text]) -> Result<()> {
-        for (row, text) in self.rows(branch).zip(texts) {
-            self.held[row] = None;
-            conditioning::write(self.pipeline, &mut *self.executor, text)?;
-            conditioning::copy(self.pipeline, &mut *self.executor, (ENCODED, 0), (TOLD, row))?;
+    /// Conditions branches, where there are they, on other states from now on.
+    pub(crate) fn condition_on(&mut self, branches: &[(Branch, &[Text])]) -> Result<()> {
+        for (branch, texts) in branches {
+            self.conditioning.set(&mut *self.executor, *branch, texts)?;
         }
-        Ok(())
+        self.conditioning.update(&mut *self.executor, &self.schedule)
     }
 
-    /// Tells a branch, from now on, what buffers of a row per image hold; without pooled states there, it keeps its own.
-    pub(crate) fn tell_states(&mut self, branch: Branch, from: States<'_>) -> Result<()> {
-        for (image, row) in self.rows(branch).enumerate() {
-            self.held[row] = None;
-            conditioning::copy(self.pipeline, &mut *self.executor, (from, image), (TOLD, row))?;
-        }
-        self.condition()
-    }
-
-    /// Computes what the steps read from what the branches are told.
-    pub(crate) fn condition(&mut self) -> Result<()> {
-        conditioning::condition(self.pipeline, &mut *self.executor, self.condition, self.sizes, &self.schedule)
+    /// The same from buffers of a row per image; without pooled states there, the branch keeps its own.
+    pub(crate) fn condition_on_states(&mut self, branch: Branch, from: States<'_>) -> Result<()> {
+        self.conditioning.set_states(&mut *self.executor, branch, from)?;
+        self.conditioning.update(&mut *self.executor, &self.schedule)
     }
 
     /// Draw `index` of every image, channels last: 0 is the starting noise, `k + 1` belongs to step `k`.
@@ -326,10 +219,7 @@ impl Loaded<'_, '_> {
 
     /// One sampling step: latents in, latents out.
     pub(crate) fn step(&mut self, index: usize, observe: &mut Observer<'_>) -> Result<()> {
-        self.executor.write(buffer::STEP, Data::I32(&[index as i32]))?;
-        for (name, coefficients) in self.schedule.steps[index].buffers() {
-            self.executor.write(name, Data::F64(coefficients))?;
-        }
+        write_step(&mut *self.executor, &self.schedule, index)?;
         if self.schedule.needs.noise {
             let noise = self.draw(index + 1);
             self.executor.write(sampler::NOISE, Data::F32(&noise))?;

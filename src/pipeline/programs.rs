@@ -1,6 +1,6 @@
 //! The programs of a text-to-image run: text, condition (once per batch), step (once per sampling step), decode (once per image).
 
-use crate::exec::Executor;
+use crate::exec::{Data, Executor};
 use crate::models::clip_text::{self, Prompt};
 use crate::models::unet::{Added, Unet};
 use crate::models::vae;
@@ -179,6 +179,12 @@ pub fn step(pipeline: &Pipeline, dtype: DType, sizes: Sizes, schedule: &Schedule
     let (conditional, unconditional) = predict(&mut b, &unet, schedule.needs, latents, conditions, index);
     append_update(&mut b, schedule.needs, latents, conditional, unconditional);
     b.finish()
+}
+
+/// Writes what step `index` of a run reads besides its state and its noise: its number and coefficients.
+pub fn write_step(executor: &mut dyn Executor, schedule: &Schedule, index: usize) -> Result<()> {
+    executor.write(buffer::STEP, Data::I32(&[index as i32]))?;
+    schedule.steps[index].buffers().try_for_each(|(name, values)| executor.write(name, Data::F64(values)))
 }
 
 /// One image's latents → its pixels.

@@ -1,6 +1,6 @@
 //! What a run says of itself while it works.
 
-use super::generate::Image;
+use super::job::Image;
 use crate::Result;
 
 /// Where a run is; the observer may stop it by returning an error.

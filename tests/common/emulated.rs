@@ -8,7 +8,7 @@ use rarebit::program::{Op, Program};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::{env, fs};
 
 /// An executor on the emulated driver, with the kernels for any GPU.
@@ -59,6 +59,9 @@ pub fn build() -> PathBuf {
 
 /// Compiles the emulation of a folder of kernels unless its library is there, and returns the library.
 pub fn build_from(folder: &Path) -> PathBuf {
+    // Tests of one process wait for each other, so that it is compiled once.
+    static COMPILER: Mutex<()> = Mutex::new(());
+    let _waited = COMPILER.lock().unwrap_or_else(PoisonError::into_inner);
     let compiler = env::var("CXX").unwrap_or_else(|_| "c++".into());
     let flags = env::var("RAREBIT_CXXFLAGS").unwrap_or_default();
     let mut hash = DefaultHasher::new();

@@ -31,8 +31,8 @@ pub fn settings(pipeline: &Pipeline, dtype: DType) -> Settings {
         images: images(pipeline, 4, 3.0, dtype),
         schedule: Schedule {
             iterations: 2,
-            rate: 0.002,
-            decay: 0.0,
+            lr: 0.002,
+            lr_decay: 0.0,
             t_lo: 0.7,
             t_hi: 1.0,
             every: 1,
@@ -49,10 +49,10 @@ pub fn settings(pipeline: &Pipeline, dtype: DType) -> Settings {
 }
 
 /// Looks at the first step only: nothing moves.
-pub fn looking(pipeline: &Pipeline, dtype: DType, objective: Objective, variable: Variable) -> Settings {
+pub fn looking(pipeline: &Pipeline, dtype: DType, objective: Objective<'static>, variable: Variable) -> Settings {
     let mut settings = settings(pipeline, dtype);
     settings.schedule.iterations = 1;
-    settings.schedule.rate = 0.0;
+    settings.schedule.lr = 0.0;
     Settings { objectives: vec![objective], variable, ..settings }
 }
 

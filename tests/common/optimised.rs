@@ -37,7 +37,7 @@ pub fn optimise(pipeline: &Pipeline, executor: &mut dyn Executor, dtype: DType, 
     let seeds: Vec<u64> = jobs.iter().map(|job| 100 + job.seed).collect();
     let first = match &settings.variable {
         Variable::Token(token) => token.initial(pipeline, &seeds)?,
-        Variable::Text | Variable::Null => vec![],
+        Variable::TextStates(_) | Variable::Latents => vec![],
     };
     let prompts: Vec<&str> = jobs.iter().map(|job| job.prompt.as_str()).collect();
     let mut loaded = Minority::plan(pipeline, executor, settings, &prompts)?.load(executor)?;

@@ -118,10 +118,10 @@ fn prompt(folder: PathBuf, model: &'static str, dtype: DType) -> Result<Vec<Run>
 }
 
 fn network(folder: PathBuf, model: &'static str, part: Part, title: &str, dtype: DType) -> Result<Vec<Run>> {
-    let results = move |executor: Box<dyn Executor>| -> Result<Results> {
+    let results = move |mut executor: Box<dyn Executor>| -> Result<Results> {
         let golden = Golden::at(folder.clone());
         let pipeline = golden.pipeline();
-        part(&golden, &pipeline, &mut Networks::new(&pipeline, executor, dtype))
+        part(&golden, &pipeline, &mut Networks::new(&pipeline, &mut *executor, dtype))
     };
     // In f32 nothing is rounded that f32 arithmetic would not round too.
     let honest = if dtype == DType::F32 { vec![] } else { results(Box::<Rounded>::default())? };

@@ -92,7 +92,8 @@ impl What {
         let config = &pipeline.config.unet;
         let shape = [self.batch, config.in_channels, h, w];
         let context = self.batch * pipeline.tokens() * config.context_width;
-        let networks = Networks::new(pipeline, Box::new(rarebit::exec::cuda::Planner { hopper: Hopper::Auto }), dtype);
+        let mut planner = rarebit::exec::cuda::Planner { hopper: Hopper::Auto };
+        let networks = Networks::new(pipeline, &mut planner, dtype);
         let with_added = config.added.is_some();
         match self.network {
             Network::Unet => networks.unet_program(shape, context, with_added),

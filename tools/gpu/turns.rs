@@ -69,7 +69,7 @@ pub fn serve(args: &Turns, emulation: impl FnOnce() -> PathBuf) -> Outcome<()> {
         other => return Err(format!("--dtype: '{other}' is none of f32, f16, bf16").into()),
     };
     let cuda = |driver: Box<dyn Driver>| Box::new(Cuda::new(driver).with_hopper(args.hopper));
-    let executor: Box<dyn Executor> = match (args.device.as_str(), args.device.strip_prefix("cuda:")) {
+    let mut executor: Box<dyn Executor> = match (args.device.as_str(), args.device.strip_prefix("cuda:")) {
         ("cpu", _) => Box::new(Cpu::<f32>::new()),
         ("emulated", _) => cuda(Box::new(Emulated::open(&emulation(), Emulation::default())?)),
         (_, Some(number)) => cuda(Box::new(Gpu::new(number.parse()?)?)),
@@ -82,7 +82,7 @@ pub fn serve(args: &Turns, emulation: impl FnOnce() -> PathBuf) -> Outcome<()> {
         None => assets::shapes()?,
     };
     let pipeline = Pipeline::open(model, None)?;
-    let networks = Networks::new(&pipeline, executor, dtype);
+    let networks = Networks::new(&pipeline, &mut *executor, dtype);
     let opened = started.elapsed().as_secs_f64();
     let mut bench = Bench { pipeline: &pipeline, networks, dtype, free, opened, requests: std::io::stdin().lock() };
     answer(&json!({"ready": true}))?;
@@ -107,7 +107,7 @@ fn answer(value: &Value) -> std::io::Result<()> {
 
 struct Bench<'p> {
     pipeline: &'p Pipeline,
-    networks: Networks<'p>,
+    networks: Networks<'p, 'p>,
     dtype: DType,
     /// Bytes of device memory before any weight was loaded.
     free: Option<usize>,
@@ -147,8 +147,8 @@ impl Bench<'_> {
 
     fn op(&mut self, index: usize, together: usize) -> Outcome<Option<Request>> {
         let shape = *speed::shapes().get(index).ok_or("there is no such op")?;
+        self.networks.clear();
         let executor = self.networks.executor();
-        executor.clear();
         let id = speed::load(shape.program(self.dtype, together), executor)?;
         // Started launch by launch, then recorded, then replayed.
         run(executor, id, 3)?;
@@ -165,6 +165,7 @@ impl Bench<'_> {
             _ => None,
         };
         let (networks, added) = (&mut self.networks, added.as_ref());
+        networks.clear();
         let started = Instant::now();
         let seconds = match to {
             None => {
@@ -180,6 +181,7 @@ impl Bench<'_> {
                 let d_context = Tensor { shape: context.shape.clone(), data: found.context };
                 save(outputs, vec![("d_latents", found.latents), ("d_context", d_context)])?;
                 let shape: [usize; 4] = latents.shape.clone().try_into().map_err(|_| "latents are no images")?;
+                networks.clear();
                 networks.load_unet_gradient(shape, context.data.len(), added.is_some(), &[leaf])?;
                 networks.write_unet(&latents, timestep, &context.data, added, Some(&cotangent))?;
                 seconds
@@ -191,6 +193,7 @@ impl Bench<'_> {
     fn decode(&mut self, inputs: &Path, outputs: &Path) -> Outcome<Option<Request>> {
         let bytes = std::fs::read(inputs)?;
         let latents = tensor(&SafeTensors::deserialize(&bytes)?, "latents")?;
+        self.networks.clear();
         let started = Instant::now();
         let image = self.networks.decode(&latents)?;
         let seconds = started.elapsed().as_secs_f64();
@@ -218,8 +221,8 @@ impl Bench<'_> {
         let method = sampler::Method::Ddim;
         let sampler = sampler::Settings { method, spacing: None, steps, eta: 0.0, guidance, cfg_pp: false };
         let settings = Settings { width: size, height: size, sampler, rng: Rng::Philox, dtype: self.dtype };
+        self.networks.clear();
         let executor = self.networks.executor();
-        executor.clear();
         let started = Instant::now();
         let plan = |executor: &dyn Executor| Generator::plan(self.pipeline, executor, settings.clone(), batch);
         let generator = plan(&*executor)?;

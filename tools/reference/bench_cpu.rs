@@ -30,7 +30,8 @@ fn serve(model: &Path, kind: &str, shape: [usize; 4]) -> Result<(), Box<dyn Erro
     let context = shape[0] * pipeline.tokens() * pipeline.config.unet.context_width;
     // The network alone, as on torch's side: the peak memory is compared too.
     pipeline.tokenizers.clear();
-    let mut networks = Networks::new(&pipeline, Box::new(Cpu::<f32>::new()), DType::F32);
+    let mut cpu = Cpu::<f32>::new();
+    let mut networks = Networks::new(&pipeline, &mut cpu, DType::F32);
     let added = pipeline.config.unet.added.is_some();
     let program = match kind {
         "unet" => networks.load_unet(shape, context, added)?,

@@ -2,7 +2,7 @@
 
 Needs numpy, torch and diffusers 0.42. Run from the repository root: `python tools/reference/dump_schedulers.py`.
 Everything is deterministic: initial latents, ancestral noise and both guidance branches are closed formulas, which
-tests/sampler.rs repeats in f64. Cases marked `wide` start where latents are scaled by thousands; there the f32 rounding of
+tests/models/sampler.rs repeats in f64. Cases marked `wide` start where latents are scaled by thousands; there the f32 rounding of
 diffusers' own steps drowns the comparison, so its steps run in f64 over its f32 tables.
 """
 

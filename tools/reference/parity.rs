@@ -79,7 +79,8 @@ fn compute(folder: &Path, dump: &Dump<'_>, settings: &Value) -> Result<Named> {
 }
 
 fn of_pipeline(pipeline: &Pipeline, dump: &Dump<'_>, settings: &Value) -> Result<Vec<(&'static str, Tensor)>> {
-    let mut networks = Networks::new(pipeline, Box::new(Cpu::<f32>::new()), DType::F32);
+    let mut cpu = Cpu::<f32>::new();
+    let mut networks = Networks::new(pipeline, &mut cpu, DType::F32);
     let mut results = Vec::new();
     if dump.has("in/ids") {
         results.extend(text(&mut networks, pipeline, dump)?);
@@ -118,13 +119,13 @@ fn of_pipeline(pipeline: &Pipeline, dump: &Dump<'_>, settings: &Value) -> Result
         results.extend([("out/mean", mean), ("out/logvar", logvar)]);
     }
     if dump.has("in/noise") {
-        drop(networks);
+        drop(cpu);
         results.push(("out/final", sample(pipeline, dump, settings)?));
     }
     Ok(results)
 }
 
-fn text(networks: &mut Networks<'_>, pipeline: &Pipeline, dump: &Dump<'_>) -> Result<Vec<(&'static str, Tensor)>> {
+fn text(networks: &mut Networks<'_, '_>, pipeline: &Pipeline, dump: &Dump<'_>) -> Result<Vec<(&'static str, Tensor)>> {
     let tokens = pipeline.tokens();
     let first = dump.ints("in/ids")?;
     let second = if dump.has("in/ids_2") { Some(dump.ints("in/ids_2")?) } else { None };

@@ -8,7 +8,7 @@ use crate::autodiff::{Cotangent, Request};
 use crate::exec::Data;
 use crate::methods::minority::{self, Minority};
 use crate::models::unet::{Added, Unet};
-use crate::optimize::objective::Passes;
+use crate::optimize::objective::Nfe;
 use crate::pipeline::generate::{Generator, Job};
 use crate::pipeline::programs::pooled_width;
 use crate::plan::{Planned, plan, plan_gradient};
@@ -82,13 +82,13 @@ pub fn methods(setup: &mut Setup<'_>) -> Result<Case> {
     let (pipeline, rounds) = (setup.pipeline, setup.plan.runs);
     let job = Job { prompt: PROMPT.into(), negative: None, seed: setup.seed, draws: vec![] };
     let once = Plan { runs: 1, warmup: 0 };
-    let mut counted = Passes::default();
+    let mut counted = Nfe::default();
     let (mut rows, mut ratios): (Vec<Row>, Vec<f64>) = (vec![], vec![]);
     for _ in 0..rounds {
         let planned = minority::Settings::of(pipeline, setup.settings.clone())?;
         let planned = Minority::plan(pipeline, &*setup.executor, planned, &[PROMPT])?;
         setup.check_memory(&planned.footprint(), 1)?;
-        counted = planned.passes();
+        counted = planned.nfe();
         let generator = Generator::plan(pipeline, &*setup.executor, setup.settings.clone(), 1)?;
         let mut round: Vec<Row> = passes(setup, 1, Plan { runs: 3, warmup: 0 })?;
         setup.executor.clear();

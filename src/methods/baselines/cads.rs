@@ -4,8 +4,8 @@ use super::Cads;
 use crate::Error;
 use crate::Result;
 use crate::pipeline::Observer;
-use crate::pipeline::conditioning::Text;
-use crate::pipeline::generate::{Branch, Image, Job, Loaded};
+use crate::pipeline::conditioning::{Branch, Text};
+use crate::pipeline::generate::{Image, Job, Loaded};
 use crate::sampler::{draw, normal};
 
 /// Makes one full batch of images.
@@ -26,11 +26,9 @@ pub fn run(images: &mut Loaded<'_, '_>, cads: &Cads, jobs: &[Job], observe: &mut
                 let draw = draw::TEXT + 2 * step as u64 + branch;
                 texts.iter().zip(jobs).map(|(text, job)| corrupted(text, cads, gamma, job.seed, draw)).collect()
             };
-            images.tell(Branch::Prompt, &corrupted(&prompts, 0))?;
-            if cads.negatives {
-                images.tell(Branch::Negative, &corrupted(&negatives, 1))?;
-            }
-            images.condition()?;
+            let prompts = corrupted(&prompts, 0);
+            let negatives = if cads.negatives { corrupted(&negatives, 1) } else { vec![] };
+            images.condition_on(&[(Branch::Prompt, &prompts), (Branch::Negative, &negatives)])?;
             clean = gamma >= 1.0;
         }
         if cads.dynamic_guidance {

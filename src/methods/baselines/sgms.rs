@@ -6,7 +6,8 @@
 //! variance an ancestral step would have.
 
 use crate::exec::{Data, DataMut, Executor};
-use crate::optimize::objective::{self, Ask, Look, Minority, Objectives, Passes, Varies, minority};
+use crate::optimize::objective::{self, Minority, Nfe, NoiseLevels, ObjectiveSpec, Objectives, minority};
+use crate::optimize::variable::Variable;
 use crate::pipeline::Pipeline;
 use crate::pipeline::generate::{self, Generator, Image, Job};
 use crate::pipeline::programs::gradient_of;
@@ -49,7 +50,7 @@ pub struct Planner<'p> {
     sgms: Sgms,
     loss_scale: f64,
     /// Per sampling step, where it is guided: the look and what the gradient is multiplied with.
-    guided: Vec<Option<(Look, f64)>>,
+    guided: Vec<Option<(NoiseLevels, f64)>>,
 }
 
 impl<'p> Planner<'p> {
@@ -71,9 +72,10 @@ impl<'p> Planner<'p> {
         let generator = Generator::plan(pipeline, executor, settings, batch)?;
         let sizes = generator.sizes();
         let loss_scale = objective::loss_scale(dtype);
-        let ask = Ask { pipeline, dtype, sizes, guidance, varies: Varies::Latents, loss_scale, budget: None };
-        let distance = minority(Minority { stop_second: true, guided: sgms.guided, ..Minority::default() });
-        let objectives = Objectives::plan(&ask, executor, &[distance])?;
+        let variable = Some(&Variable::Latents);
+        let spec = ObjectiveSpec { pipeline, dtype, sizes, guidance, variable, prefix: 0, loss_scale, budget: None };
+        let distance = minority(Minority { detach_second: true, guided: sgms.guided, ..Minority::default() });
+        let objectives = Objectives::plan(&spec, executor, &[distance])?;
         let guided = guided(pipeline, &generator, &sgms)?;
         Ok(Planner { pipeline, generator, objectives, sgms, loss_scale, guided })
     }
@@ -90,15 +92,15 @@ impl<'p> Planner<'p> {
     }
 
     /// Sampling steps and looks of one batch.
-    pub fn ticks(&self) -> usize {
+    pub fn progress_units(&self) -> usize {
         self.generator.calls() + self.guided.iter().flatten().count()
     }
 
     /// UNet calls of one batch, sampling included.
-    pub fn passes(&self) -> Passes {
+    pub fn nfe(&self) -> Nfe {
         let looks = self.guided.iter().flatten().count();
-        let Passes { forward, backward } = self.objectives.passes();
-        Passes { forward: self.generator.passes() + looks * forward, backward: looks * backward }
+        let Nfe { forward, backward } = self.objectives.nfe();
+        Nfe { forward: self.generator.nfe() + looks * forward, backward: looks * backward }
     }
 
     /// Loads weights and programs.
@@ -111,26 +113,26 @@ impl<'p> Planner<'p> {
 }
 
 /// Where a run is guided, and by how much.
-fn guided(pipeline: &Pipeline, generator: &Generator<'_>, sgms: &Sgms) -> Result<Vec<Option<(Look, f64)>>> {
+fn guided(pipeline: &Pipeline, generator: &Generator<'_>, sgms: &Sgms) -> Result<Vec<Option<(NoiseLevels, f64)>>> {
     let config = &pipeline.config.scheduler;
     let steps = &generator.schedule().steps;
     let above = sgms.t_mid * config.train_timesteps as f64;
-    let look = |index: usize| {
+    let at = |index: usize| {
         let step = &steps[index];
         if !index.is_multiple_of(sgms.every) || step.timestep <= above {
             return Ok(None);
         }
-        let (again, again_level) = level_at_share(config, sgms.ratio)?;
-        let level = Level { alpha: step.alpha, sigma: step.sigma };
+        let (t2, level2) = level_at_share(config, sgms.ratio)?;
+        let level1 = Level { alpha: step.alpha, sigma: step.sigma };
         // β̃ = (1 − ᾱ_next) / (1 − ᾱ) · (1 − ᾱ / ᾱ_next), Ho et al. 2020, eq. 7; 0 after the last step.
         let next = steps.get(index + 1).map_or(1.0, |next| next.alpha.powi(2));
         let now = step.alpha.powi(2);
         let variance = (1.0 - next) / (1.0 - now) * (1.0 - now / next);
         let scale = if sgms.variance { sgms.eta * variance } else { sgms.eta };
-        let look = Look { timestep: step.timestep, level, again, again_level };
-        Ok((scale != 0.0).then_some((look, scale)))
+        let levels = NoiseLevels { t1: step.timestep, level1, t2, level2 };
+        Ok((scale != 0.0).then_some((levels, scale)))
     };
-    (0..steps.len()).map(look).collect()
+    (0..steps.len()).map(at).collect()
 }
 
 /// A run with its programs on an executor.
@@ -139,7 +141,7 @@ pub struct Loaded<'p, 'e> {
     objectives: objective::Loaded,
     sgms: Sgms,
     loss_scale: f64,
-    guided: Vec<Option<(Look, f64)>>,
+    guided: Vec<Option<(NoiseLevels, f64)>>,
 }
 
 impl<'p, 'e> Loaded<'p, 'e> {
@@ -154,13 +156,13 @@ impl<'p, 'e> Loaded<'p, 'e> {
         self.objectives.constants(&mut self.images, jobs)?;
         let seeds: Vec<u64> = jobs.iter().map(|job| job.seed).collect();
         for step in 0..self.guided.len() {
-            let Some((look, scale)) = self.guided[step] else {
+            let Some((levels, scale)) = self.guided[step] else {
                 self.images.step(step, observe)?;
                 continue;
             };
-            self.objectives.prepare(&mut self.images, &look)?;
-            let looked = self.objectives.run(&mut self.images, 0, &seeds, draw::LOOK + step as u64);
-            looked.map_err(|error| error.during(format!("SGMS before sampling step {}", step + 1)))?;
+            self.objectives.set_levels(&mut self.images, &levels)?;
+            let evaluated = self.objectives.run(&mut self.images, 0, &seeds, draw::LOOK + step as u64);
+            evaluated.map_err(|error| error.during(format!("SGMS before sampling step {}", step + 1)))?;
             observe(Progress::Iteration(None))?;
             let direction = self.direction()?;
             self.images.step(step, observe)?;

@@ -1,5 +1,5 @@
-//! MinorityPrompt (Um & Ye 2025, algorithm 1): while an image is sampled, what the network is told is optimised towards what the
-//! model finds unlikely, at some of the steps.
+//! MinorityPrompt (Um & Ye 2025, algorithm 1): at some of the sampling steps, what the network is conditioned on is optimized
+//! towards images that the model finds unlikely.
 //!
 //! The variable (a learnable token, all text states, the unconditional ones) and the objective (minority, repulsion, or one of your
 //! own) are chosen apart. The default mode follows the paper where the released code differs from it; see [`Schedule`].
@@ -12,34 +12,35 @@ pub use released::{Convention, Renoise, released, renoise};
 pub use settings::{Schedule, Settings, token};
 
 use crate::data::textual_inversion::LearnedToken;
-use crate::exec::{Data, DataMut, Executor, ProgramId};
-use crate::optimize::objective::{Look, Passes, score_name};
+use crate::exec::{Data, DataMut, Executor};
+use crate::optimize::objective::{Nfe, NoiseLevels, report_name};
+use crate::optimize::optimizer::{LoadedOptimizer, LrSchedule, Optimizer, PlannedOptimizer};
 use crate::optimize::variable::token::Placed;
-use crate::optimize::variable::{ADAM, CONTEXT, Names, POOLED, Parameter, Variable, moments_of};
-use crate::pipeline::conditioning::{self, States};
-use crate::pipeline::generate::{self, Branch, Generator, Image, Job};
+use crate::optimize::variable::{CONTEXT, Entry, Names, POOLED, Parameter, Variable};
+use crate::pipeline::conditioning::{self, Branch, States};
+use crate::pipeline::generate::{self, Generator, Image, Job};
 use crate::pipeline::programs::gradient_of;
 use crate::pipeline::{Iteration, Pipeline};
 use crate::pipeline::{Observer, Progress};
-use crate::plan::{Footprint, Planned, plan};
+use crate::plan::{Footprint, Planned};
 use crate::sampler::{Level, draw};
 use crate::{Error, Result};
 use programs::OfPrefix;
 use std::collections::HashMap;
 
-/// An optimised step.
+/// An optimized sampling step: the noise levels of its objectives, and Adam's learning rate.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Visit {
-    look: Look,
-    rate: f64,
+struct OptimizedStep {
+    levels: NoiseLevels,
+    lr: f64,
 }
 
 /// A run, planned but not loaded.
 pub struct Minority<'p> {
     generator: Generator<'p>,
     settings: Settings,
-    visits: Vec<Option<Visit>>,
-    update: Planned,
+    steps: Vec<Option<OptimizedStep>>,
+    optimizer: PlannedOptimizer,
     of_prefix: OfPrefix,
     prefix: usize,
 }
@@ -53,15 +54,16 @@ impl<'p> Minority<'p> {
         prompts: &[&str],
     ) -> Result<Minority<'p>> {
         let generator = programs::generator(pipeline, executor, &settings, prompts.len())?;
-        let visits = visits(pipeline, &settings, &generator)?;
-        let design = programs::design(&generator, pipeline, &settings);
+        let steps = optimized_steps(pipeline, &settings, &generator)?;
         let prefix = match &settings.variable {
             Variable::Token(token) => token.place(pipeline, prompts)?.prefix,
-            Variable::Text | Variable::Null => 0,
+            Variable::TextStates(_) | Variable::Latents => 0,
         };
-        let update = plan(design.update(settings.loss_scale)?, |program, node| executor.workspace(program, node));
-        let of_prefix = OfPrefix::plan(&design, executor, &settings, prefix)?;
-        Ok(Minority { generator, settings, visits, update, of_prefix, prefix })
+        let variable = programs::variable(pipeline, generator.sizes(), &settings, prefix);
+        let dtype = settings.images.dtype;
+        let optimizer = Optimizer::ADAM.plan(executor, dtype, &variable.parameters(), settings.loss_scale)?;
+        let of_prefix = OfPrefix::plan(&variable, executor, &settings)?;
+        Ok(Minority { generator, settings, steps, optimizer, of_prefix, prefix })
     }
 
     pub fn footprint(&self) -> Footprint {
@@ -71,48 +73,48 @@ impl<'p> Minority<'p> {
     /// Every planned program.
     pub fn programs(&self) -> Vec<&Planned> {
         let mut all = self.generator.programs().all().to_vec();
-        all.push(&self.update);
+        all.extend(self.optimizer.all());
         all.extend(self.of_prefix.all());
         all
     }
 
     /// Sampling steps and iterations of one batch.
-    pub fn ticks(&self) -> usize {
+    pub fn progress_units(&self) -> usize {
         let iterations = self.settings.schedule.iterations * self.settings.objectives.len();
-        self.generator.calls() + self.optimised().len() * iterations
+        self.generator.calls() + self.optimized().len() * iterations
     }
 
     /// UNet calls of one batch, sampling included.
-    pub fn passes(&self) -> Passes {
-        let sampling = self.generator.passes();
-        let iterations = self.optimised().len() * self.settings.schedule.iterations;
-        let Passes { forward, backward } = self.of_prefix.objectives.passes();
-        Passes { forward: sampling + iterations * forward, backward: iterations * backward }
+    pub fn nfe(&self) -> Nfe {
+        let sampling = self.generator.nfe();
+        let iterations = self.optimized().len() * self.settings.schedule.iterations;
+        let Nfe { forward, backward } = self.of_prefix.objectives.nfe();
+        Nfe { forward: sampling + iterations * forward, backward: iterations * backward }
     }
 
-    /// Numbers of the sampling steps that are optimised.
-    pub fn optimised(&self) -> Vec<usize> {
-        (0..self.visits.len()).filter(|step| self.visits[*step].is_some()).collect()
+    /// Numbers of the sampling steps that are optimized.
+    pub fn optimized(&self) -> Vec<usize> {
+        (0..self.steps.len()).filter(|step| self.steps[*step].is_some()).collect()
     }
 
-    /// The optimised steps, each with the two noise levels it looks at.
-    pub(crate) fn looks(&self) -> impl Iterator<Item = (usize, Look)> {
-        self.visits.iter().enumerate().filter_map(|(step, visit)| Some((step, visit.as_ref()?.look)))
+    /// The optimized steps, each with the noise levels of its objectives.
+    pub(crate) fn levels(&self) -> impl Iterator<Item = (usize, NoiseLevels)> {
+        self.steps.iter().enumerate().filter_map(|(index, step)| Some((index, step.as_ref()?.levels)))
     }
 
     /// Loads weights and programs.
     pub fn load<'e>(self, executor: &'e mut dyn Executor) -> Result<Loaded<'p, 'e>> {
         let pipeline = self.generator.pipeline();
-        let parameters = programs::design(&self.generator, pipeline, &self.settings).parameters();
+        let parameters = programs::variable(pipeline, self.generator.sizes(), &self.settings, self.prefix).parameters();
         let images = self.generator.load(executor)?;
-        let update = images.executor.load(self.update, &pipeline.model)?;
+        let optimizer = self.optimizer.load(&mut *images.executor, &pipeline.model)?;
         let of_prefix = self.of_prefix.load(&mut *images.executor, &pipeline.model)?;
         Ok(Loaded {
-            rows: parameters.iter().map(|p| vec![0.0; p.shape.iter().product()]).collect(),
+            rows: parameters.iter().map(|p| vec![0.0; p.len()]).collect(),
             images,
             settings: self.settings,
-            visits: self.visits,
-            update,
+            steps: self.steps,
+            optimizer,
             parameters,
             prefix: self.prefix,
             prefixes: HashMap::from([(self.prefix, of_prefix)]),
@@ -122,49 +124,58 @@ impl<'p> Minority<'p> {
     }
 }
 
-/// The steps that are optimised, and the two noise levels of each.
-fn visits(pipeline: &Pipeline, settings: &Settings, generator: &Generator<'_>) -> Result<Vec<Option<Visit>>> {
+/// The steps that are optimized, and the two noise levels of each.
+fn optimized_steps(
+    pipeline: &Pipeline,
+    settings: &Settings,
+    generator: &Generator<'_>,
+) -> Result<Vec<Option<OptimizedStep>>> {
     let (config, s) = (&pipeline.config.scheduler, &settings.schedule);
-    if s.every == 0 || !(s.rate >= 0.0 && s.rate.is_finite()) {
-        let what = format!("a learning rate of {} every {} steps: must be 0 or more, and 1 or more", s.rate, s.every);
+    if s.every == 0 || !(s.lr >= 0.0 && s.lr.is_finite()) {
+        let what = format!("a learning rate of {} every {} steps: must be 0 or more, and 1 or more", s.lr, s.every);
         return Err(Error::Usage(what));
     }
-    if settings.variable == Variable::Null && !generator.schedule().needs.uncond {
-        return Err(Error::Usage(
-            "the unconditional branch cannot be optimised at guidance 1, which leaves it out".into(),
-        ));
+    match settings.variable.branch() {
+        Some(Branch::Prompt) => {}
+        Some(Branch::Negative) if generator.schedule().needs.uncond => {}
+        Some(Branch::Negative) => {
+            let what = "the unconditional branch cannot be optimized at guidance 1, which leaves it out";
+            return Err(Error::Usage(what.into()));
+        }
+        None => return Err(Error::Usage("MinorityPrompt optimizes a token or text states, no latents".into())),
     }
     let steps = &generator.schedule().steps;
     let [above, up_to] = [s.t_lo, s.t_hi].map(|share| share * config.train_timesteps as f64);
-    let visit = |(index, step): (usize, &crate::sampler::Step)| {
+    let optimized = |(index, step): (usize, &crate::sampler::Step)| {
         if step.timestep <= above || step.timestep > up_to || !index.is_multiple_of(s.every) {
             return Ok(None);
         }
-        let rate = s.rate * (1.0 - index as f64 * s.decay);
-        if rate < 0.0 {
-            let what = format!("--lr-decay {} makes the learning rate negative at step {index}; choose less", s.decay);
+        let lr = s.lr * LrSchedule::Linear { decay: s.lr_decay }.factor(index);
+        if lr < 0.0 {
+            let what =
+                format!("--lr-decay {} makes the learning rate negative at step {index}; choose less", s.lr_decay);
             return Err(Error::Usage(what));
         }
-        let (again, again_level) = renoise(config, steps.len(), s.convention, s.renoise, step.timestep)?;
-        let level = Level { alpha: step.alpha, sigma: step.sigma };
-        Ok(Some(Visit { look: Look { timestep: step.timestep, level, again, again_level }, rate }))
+        let (t2, level2) = renoise(config, steps.len(), s.convention, s.renoise, step.timestep)?;
+        let level1 = Level { alpha: step.alpha, sigma: step.sigma };
+        Ok(Some(OptimizedStep { levels: NoiseLevels { t1: step.timestep, level1, t2, level2 }, lr }))
     };
-    steps.iter().enumerate().map(visit).collect()
+    steps.iter().enumerate().map(optimized).collect()
 }
 
 /// A run with its programs on an executor.
 pub struct Loaded<'p, 'e> {
     images: generate::Loaded<'p, 'e>,
     settings: Settings,
-    visits: Vec<Option<Visit>>,
-    update: ProgramId,
+    steps: Vec<Option<OptimizedStep>>,
+    optimizer: LoadedOptimizer,
     parameters: Vec<Parameter>,
     prefix: usize,
     /// Programs by the number of tokens before the first learnable one.
     prefixes: HashMap<usize, programs::LoadedOfPrefix>,
     /// What the parameters begin as.
     rows: Vec<Vec<f32>>,
-    /// Per image, of the optimiser.
+    /// Per image, of the optimizer.
     seeds: Vec<u64>,
     /// Draws of noise so far.
     drawn: u64,
@@ -181,66 +192,64 @@ impl<'p, 'e> Loaded<'p, 'e> {
         &mut self.images
     }
 
-    /// Makes one full batch of images; `seeds` are the optimiser's, one per image. Other seeds leave the starting noise as it is.
+    /// Makes one full batch of images; `seeds` are the optimizer's, one per image. Other seeds leave the starting noise as it is.
     pub fn run(&mut self, jobs: &[Job], seeds: &[u64], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
         if seeds.len() != jobs.len() {
-            return Err(Error::Usage(format!("{} seeds of the optimiser for {} images", seeds.len(), jobs.len())));
+            return Err(Error::Usage(format!("{} seeds of the optimizer for {} images", seeds.len(), jobs.len())));
         }
         self.images.begin(jobs)?;
         self.begin(jobs, seeds)?;
-        let mut learned = false;
-        for step in 0..self.visits.len() {
-            if let Some(visit) = self.visits[step] {
-                self.optimise(step, visit, observe)?;
-                self.tell()?;
-                learned = true;
-            } else if self.settings.schedule.base_prompt_after && learned {
-                self.images.tell_asked()?;
-                learned = false;
+        let mut is_optimized = false;
+        for step in 0..self.steps.len() {
+            if let Some(optimized) = self.steps[step] {
+                self.optimize(step, optimized, observe)?;
+                self.condition()?;
+                is_optimized = true;
+            } else if self.settings.schedule.base_prompt_after && is_optimized {
+                self.images.condition_as_requested()?;
+                is_optimized = false;
             }
             self.images.step(step, observe)?;
         }
         self.images.finish(observe)
     }
 
-    /// The optimiser's inner loop at one step: Adam begins anew, what is optimised goes on.
-    fn optimise(&mut self, step: usize, visit: Visit, observe: &mut Observer<'_>) -> Result<()> {
-        self.prefixes[&self.prefix].objectives.prepare(&mut self.images, &visit.look)?;
+    /// The optimizer's inner loop at one step: Adam starts anew, what is optimized goes on.
+    fn optimize(&mut self, step: usize, optimized: OptimizedStep, observe: &mut Observer<'_>) -> Result<()> {
+        self.prefixes[&self.prefix].objectives.set_levels(&mut self.images, &optimized.levels)?;
         for objective in 0..self.settings.objectives.len() {
-            self.forget_moments()?;
+            self.optimizer.reset(&mut *self.images.executor)?;
             for iteration in 0..self.settings.schedule.iterations {
-                let of_prefix = &self.prefixes[&self.prefix];
+                let objectives = &self.prefixes[&self.prefix].objectives;
                 let place = format_args!("iteration {} before sampling step {}", iteration + 1, step + 1);
-                let draw = draw::LOOK + self.drawn;
-                let looked = of_prefix.objectives.run(&mut self.images, objective, &self.seeds, draw);
-                looked.map_err(|error| error.during(place))?;
+                let evaluated = objectives.run(&mut self.images, objective, &self.seeds, draw::LOOK + self.drawn);
+                evaluated.map_err(|error| error.during(place))?;
                 self.drawn += 1;
                 let report = match self.settings.trace {
-                    true => Some(self.report(step, visit, objective, iteration)?),
+                    true => Some(self.report(step, optimized, objective, iteration)?),
                     false => None,
                 };
-                self.images.executor.write(ADAM, Data::F64(&adam(visit.rate, iteration)))?;
-                self.images.executor.run(self.update).map_err(|error| error.during(place))?;
+                let updated = self.optimizer.step(&mut *self.images.executor, optimized.lr);
+                updated.map_err(|error| error.during(place))?;
                 observe(Progress::Iteration(report.as_ref()))?;
             }
         }
         Ok(())
     }
 
-    /// The branch that is optimised.
+    /// The branch that is optimized.
     fn branch(&self) -> Branch {
-        match self.settings.variable {
-            Variable::Token(_) | Variable::Text => Branch::Prompt,
-            Variable::Null => Branch::Negative,
-        }
+        self.settings.variable.branch().unwrap_or(Branch::Prompt)
     }
 
-    /// Tells that branch what was learned.
-    fn tell(&mut self) -> Result<()> {
-        self.images.executor.run(self.prefixes[&self.prefix].forward)?;
-        // Where the text states are optimised themselves, the pooled text stays the prompt's.
-        let pooled = matches!(self.settings.variable, Variable::Token(_)).then_some(POOLED);
-        self.images.tell_states(self.branch(), States { context: CONTEXT, pooled })
+    /// Conditions that branch on what was optimized.
+    fn condition(&mut self) -> Result<()> {
+        if let Some(forward) = self.prefixes[&self.prefix].forward {
+            self.images.executor.run(forward)?;
+        }
+        // Where the text states are optimized themselves, the pooled text stays the prompt's.
+        let pooled = (self.settings.variable.entry() == Entry::Tokens).then_some(POOLED);
+        self.images.condition_on_states(self.branch(), States { context: CONTEXT, pooled })
     }
 
     /// Writes what stays the same for all iterations of a batch, and the parameters as they begin.
@@ -252,7 +261,7 @@ impl<'p, 'e> Loaded<'p, 'e> {
             self.rows = token.initial(self.images.pipeline, seeds)?;
             self.place(&placed)?;
         } else {
-            // As numbers of the wide type, which the distance from them is measured with, too.
+            // As numbers of the accumulator type, which the distance from them is measured with, too.
             let stacked = conditioning::stacked(&self.images.texts(self.branch())?);
             self.rows = vec![stacked.context];
             self.prefixes[&self.prefix].objectives.write(&mut self.images, POOLED, Data::F32(&stacked.pooled))?;
@@ -267,8 +276,8 @@ impl<'p, 'e> Loaded<'p, 'e> {
     fn place(&mut self, placed: &Placed) -> Result<()> {
         self.prefix = placed.prefix;
         if !self.prefixes.contains_key(&placed.prefix) {
-            let design = self.images.design(&self.settings);
-            let planned = OfPrefix::plan(&design, &*self.images.executor, &self.settings, placed.prefix)?;
+            let variable = programs::variable(self.images.pipeline, self.images.sizes, &self.settings, placed.prefix);
+            let planned = OfPrefix::plan(&variable, &*self.images.executor, &self.settings)?;
             let loaded = planned.load(&mut *self.images.executor, &self.images.pipeline.model)?;
             self.prefixes.insert(placed.prefix, loaded);
         }
@@ -291,20 +300,10 @@ impl<'p, 'e> Loaded<'p, 'e> {
         }
     }
 
-    fn forget_moments(&mut self) -> Result<()> {
-        for Parameter { name, shape } in &self.parameters {
-            let zeros = vec![0.0; shape.iter().product()];
-            for moment in moments_of(name) {
-                self.images.executor.write(&moment, Data::F32(&zeros))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// What was optimised, as it is now: per parameter, `[B · rows, C]` of a token's.
+    /// What was optimized, as it is now: per parameter, `[B · rows, C]` of a token's.
     pub fn learned(&self) -> Result<Vec<Vec<f32>>> {
         let own = |p: &Parameter| {
-            let mut values = vec![0.0; p.shape.iter().product()];
+            let mut values = vec![0.0; p.len()];
             self.images.executor.read(p.name, DataMut::F32(&mut values))?;
             Ok(values)
         };
@@ -328,7 +327,7 @@ impl<'p, 'e> Loaded<'p, 'e> {
     /// The gradient of what was last raised, per parameter as [`Loaded::learned`] has them.
     pub fn gradient(&self) -> Result<Vec<Vec<f64>>> {
         let own = |p: &Parameter| {
-            let loss = self.read(&gradient_of(p.name), p.shape.iter().product())?;
+            let loss = self.read(&gradient_of(p.name), p.len())?;
             Ok(loss.into_iter().map(|x| -x / self.settings.loss_scale).collect())
         };
         self.parameters.iter().map(own).collect()
@@ -340,7 +339,7 @@ impl<'p, 'e> Loaded<'p, 'e> {
         Ok(values)
     }
 
-    fn report(&self, step: usize, visit: Visit, objective: usize, iteration: usize) -> Result<Iteration> {
+    fn report(&self, step: usize, optimized: OptimizedStep, objective: usize, iteration: usize) -> Result<Iteration> {
         let batch = self.seeds.len();
         let (mut gradient, mut moved) = (vec![0.0; batch], vec![0.0; batch]);
         for (index, slope) in self.gradient()?.iter().enumerate() {
@@ -353,7 +352,7 @@ impl<'p, 'e> Loaded<'p, 'e> {
             }
         }
         gradient.iter_mut().chain(&mut moved).for_each(|sum| *sum = sum.sqrt());
-        let score = self.read(&score_name(objective), batch)?;
+        let score = self.read(&report_name(objective), batch)?;
         let name = self.settings.objectives[objective].name;
         if score.iter().chain(&gradient).chain(&moved).any(|x| !x.is_finite()) {
             let what = format!("the objective '{name}' before sampling step {}, or its gradient,", step + 1);
@@ -361,22 +360,14 @@ impl<'p, 'e> Loaded<'p, 'e> {
         }
         Ok(Iteration {
             step,
-            timestep: visit.look.timestep,
-            second_timestep: visit.look.again,
+            timestep: optimized.levels.t1,
+            second_timestep: optimized.levels.t2,
             objective: name,
             iteration,
-            rate: visit.rate,
+            rate: optimized.lr,
             score,
             gradient,
             moved,
         })
     }
-}
-
-/// Adam's numbers before update `iteration` since it began anew: torch's defaults, without weight decay.
-fn adam(rate: f64, iteration: usize) -> [f64; 7] {
-    const BETAS: [f64; 2] = [0.9, 0.999];
-    let t = iteration as i32 + 1;
-    let [b1, b2] = BETAS;
-    [rate, 1.0 - b1, 1.0 - b2, 1e-8, 0.0, 1.0 - b1.powi(t), 1.0 - b2.powi(t)]
 }

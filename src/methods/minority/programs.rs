@@ -4,10 +4,11 @@ use super::Settings;
 use super::{Convention, released};
 use crate::Result;
 use crate::exec::{Executor, ProgramId};
-use crate::optimize::objective::{self, Ask, Objectives, Varies};
-use crate::optimize::variable::{Design, Variable};
+use crate::optimize::objective::{self, ObjectiveSpec, Objectives};
+use crate::optimize::variable::VariableSpec;
 use crate::pipeline::Pipeline;
-use crate::pipeline::generate::{self, Generator};
+use crate::pipeline::generate::Generator;
+use crate::pipeline::programs::Sizes;
 use crate::plan::{Planned, plan};
 use crate::program::Program;
 use crate::weights::Model;
@@ -29,30 +30,17 @@ pub fn generator<'p>(
     }
 }
 
-pub fn design<'a>(generator: &Generator<'_>, pipeline: &'a Pipeline, settings: &'a Settings) -> Design<'a> {
-    Design { pipeline, dtype: settings.images.dtype, sizes: generator.sizes(), variable: &settings.variable }
-}
-
-impl<'p> generate::Loaded<'p, '_> {
-    pub(super) fn design<'a>(&self, settings: &'a Settings) -> Design<'a>
-    where
-        'p: 'a,
-    {
-        Design {
-            pipeline: self.pipeline,
-            dtype: settings.images.dtype,
-            sizes: self.sizes,
-            variable: &settings.variable,
-        }
-    }
+/// The variable beside prompts with so many tokens before the first learnable one.
+pub fn variable<'a>(pipeline: &'a Pipeline, sizes: Sizes, settings: &'a Settings, prefix: usize) -> VariableSpec<'a> {
+    VariableSpec { pipeline, dtype: settings.images.dtype, sizes, variable: &settings.variable, prefix }
 }
 
 /// The programs for prompts with this many tokens before the first learnable one.
 pub struct OfPrefix {
     /// What those tokens hand on to the learnable ones.
     prefix: Option<Planned>,
-    /// The parameters to the text states that sampling reads.
-    pub forward: Planned,
+    /// The parameters to the text states that sampling reads, where they are text.
+    pub forward: Option<Planned>,
     /// The parameters to scores and gradients.
     pub objectives: Objectives,
 }
@@ -60,39 +48,40 @@ pub struct OfPrefix {
 /// [`OfPrefix`] on an executor.
 pub struct LoadedOfPrefix {
     pub prefix: Option<ProgramId>,
-    pub forward: ProgramId,
+    pub forward: Option<ProgramId>,
     pub objectives: objective::Loaded,
 }
 
 impl OfPrefix {
-    pub fn plan(design: &Design<'_>, executor: &dyn Executor, settings: &Settings, prefix: usize) -> Result<OfPrefix> {
+    pub fn plan(variable: &VariableSpec<'_>, executor: &dyn Executor, settings: &Settings) -> Result<OfPrefix> {
         let plan = |program: Program| plan(program, |program, node| executor.workspace(program, node));
-        let tokens = matches!(design.variable, Variable::Token(_));
-        let ask = Ask {
-            pipeline: design.pipeline,
-            dtype: design.dtype,
-            sizes: design.sizes,
+        let &VariableSpec { pipeline, dtype, sizes, prefix, .. } = variable;
+        let spec = ObjectiveSpec {
+            pipeline,
+            dtype,
+            sizes,
             guidance: settings.images.sampler.guidance,
-            varies: Varies::Told { variable: design.variable, prefix },
+            variable: Some(&settings.variable),
+            prefix,
             loss_scale: settings.loss_scale,
             budget: settings.budget,
         };
         Ok(OfPrefix {
-            prefix: tokens.then(|| design.prefix(prefix).map(plan)).transpose()?,
-            forward: plan(design.forward(prefix)?),
-            objectives: Objectives::plan(&ask, executor, &settings.objectives)?,
+            prefix: variable.prefix()?.map(plan),
+            forward: variable.forward()?.map(plan),
+            objectives: Objectives::plan(&spec, executor, &settings.objectives)?,
         })
     }
 
     pub fn all(&self) -> Vec<&Planned> {
-        self.prefix.iter().chain([&self.forward]).chain(self.objectives.all()).collect()
+        self.prefix.iter().chain(&self.forward).chain(self.objectives.all()).collect()
     }
 
     pub fn load(self, executor: &mut dyn Executor, model: &Model) -> Result<LoadedOfPrefix> {
         let mut load = |planned: Planned| executor.load(planned, model);
         Ok(LoadedOfPrefix {
             prefix: self.prefix.map(&mut load).transpose()?,
-            forward: load(self.forward)?,
+            forward: self.forward.map(&mut load).transpose()?,
             objectives: self.objectives.load(executor, model)?,
         })
     }

@@ -1,4 +1,4 @@
-//! When, how hard and what a MinorityPrompt run optimises, with the defaults of a model and of the released code.
+//! When, how hard and what a MinorityPrompt run optimizes, with the defaults of a model and of the released code.
 
 use super::{Convention, Renoise};
 use crate::Result;
@@ -10,29 +10,29 @@ use crate::pipeline::generate;
 use crate::sampler::share_with_signal;
 use crate::text::Place;
 
-/// When and how hard is optimised.
+/// When and how hard is optimized.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Schedule {
-    /// Adam steps at every optimised sampling step.
+    /// Adam steps at every optimized sampling step.
     pub iterations: usize,
-    /// Adam's learning rate, in the units of what is optimised.
-    pub rate: f64,
-    /// The rate at sampling step `i` is `rate (1 − i · decay)`.
-    pub decay: f64,
-    /// Steps are optimised while their timestep is above this share of the training steps …
+    /// Adam's learning rate, in the units of what is optimized.
+    pub lr: f64,
+    /// The learning rate at sampling step `i` is `lr (1 − i · lr_decay)`.
+    pub lr_decay: f64,
+    /// Steps are optimized while their timestep is above this share of the training steps …
     pub t_lo: f64,
     /// … and at most at this one, …
     pub t_hi: f64,
     /// … and if their number is a multiple of this.
     pub every: usize,
-    /// Steps that are not optimised read the prompt as it was, not as it was last optimised.
+    /// Steps that are not optimized read the prompt as it was, not as it was last optimized.
     pub base_prompt_after: bool,
     pub renoise: Renoise,
     pub convention: Convention,
 }
 
-/// Least and most `ᾱ` of the steps that are optimised by default: those of Stable Diffusion above 0.9 of its training steps, where the
-/// released code optimises. Beyond them its last step has no more noise; models that go further see nothing there.
+/// Least and most `ᾱ` of the steps that are optimized by default: those of Stable Diffusion above 0.9 of its training steps, where the
+/// released code optimizes. Beyond them its last step has no more noise; models that go further see nothing there.
 const SIGNAL: [f64; 2] = [0.0046, 0.0141512];
 
 /// The default learning rate over the spread of the token embeddings: about 1e-3 for CLIP-L, where the released scripts have that.
@@ -43,8 +43,8 @@ impl Schedule {
     pub fn of(pipeline: &Pipeline, convention: Convention) -> Result<Schedule> {
         let shared = Schedule {
             iterations: 10,
-            rate: 1e-2,
-            decay: 0.0,
+            lr: 1e-2,
+            lr_decay: 0.0,
             t_lo: 0.9,
             t_hi: 1.0,
             every: 1,
@@ -55,7 +55,7 @@ impl Schedule {
         Ok(match convention {
             Convention::Released => shared,
             Convention::Diffusers => Schedule {
-                rate: SHARE_OF_SPREAD * token::spread(pipeline, 0)?,
+                lr: SHARE_OF_SPREAD * token::spread(pipeline, 0)?,
                 t_lo: share_with_signal(&pipeline.config.scheduler, SIGNAL[1])?,
                 t_hi: share_with_signal(&pipeline.config.scheduler, SIGNAL[0])?,
                 base_prompt_after: true,
@@ -72,7 +72,7 @@ pub struct Settings {
     pub schedule: Schedule,
     pub variable: Variable,
     /// Each gets `iterations` of its own, in this order.
-    pub objectives: Vec<Objective>,
+    pub objectives: Vec<Objective<'static>>,
     /// Report every iteration.
     pub trace: bool,
     /// Gradients are computed times this power of two, which keeps those of f16 above its smallest numbers.

@@ -3,82 +3,90 @@
 //! Two ways to store what the backward needs, with the same bits: *latents*, which keeps only the sampler's state after every
 //! step and runs each step's UNet again on the way back (memory does not grow with the number of steps but for that state), and
 //! *activations*, one program over all steps, where the budget holds everything. (The same bits in f32 and f64: in 16 bits the
-//! forward of the second also rounds between a product and its activation, which are apart there for the backward.)
+//! forward of the second also rounds between a product and its activation, which are apart there for the backward. An objective that
+//! predicts adds its share to the gradient of the text in another order.)
+//!
+//! The starting noise and the noise of every step are buffers on the device. An optimizer changes the first there, along a gradient that
+//! never leaves it; what comes to the host per evaluation is the losses ([`Loaded::gradient`]). A loss alone ([`Loaded::loss`]) runs no
+//! backward.
 //!
 //! ```
 //! use rarebit::exec::{Data, Executor, cpu::Cpu};
-//! use rarebit::optimize::chain::{Chain, Leaf, Objective, Options};
+//! use rarebit::optimize::chain::{Chain, Options, Term};
+//! use rarebit::optimize::objective::{Objective, StepContext};
+//! use rarebit::optimize::optimizer::Optimizer;
+//! use rarebit::optimize::variable::Entry;
 //! use rarebit::pipeline::Pipeline;
-//! use rarebit::models::vae;
 //! use rarebit::program::DType;
 //! use rarebit::sampler::{Method, Settings};
 //!
 //! # fn main() -> rarebit::Result<()> {
 //! let pipeline = Pipeline::open(rarebit::assets::shapes()?, None)?;
-//! let config = &pipeline.config.vae;
 //! // How far each image is from a target, in the mean over its pixels.
-//! let loss = Objective::on_final(move |b, latents| {
-//!     let image = vae::decode(b, config, latents);
-//!     let (shape, len) = (b.shape(image), b.shape(image)[1..].iter().product::<usize>());
-//!     let target = b.input("target", &shape);
-//!     let minus = b.affine(target, -1.0, 0.0);
-//!     let difference = b.add(image, minus);
-//!     let squares = b.dot(difference, difference);
-//!     b.affine(squares, 1.0 / len as f64, 0.0)
+//! let objective = Objective::new("target", |s: &mut StepContext<'_>| {
+//!     let image = s.decode(s.latents);
+//!     let (shape, len) = (s.b.shape(image), s.b.shape(image)[1..].iter().product::<usize>());
+//!     let target = s.b.input("target", &shape);
+//!     let difference = s.difference(image, target);
+//!     let squares = s.squares(difference);
+//!     s.b.affine(squares, 1.0 / len as f64, 0.0)
 //! });
 //! let sampler = Settings { method: Method::Ddim, spacing: None, steps: 10, eta: 0.0, guidance: 4.0, cfg_pp: false };
 //! let options = Options { width: 64, height: 64, batch: 1, dtype: DType::F32, sampler, budget: None };
 //! let mut cpu = Cpu::<f32>::new();
-//! let chain = Chain::plan(&pipeline, &cpu, &options, &[Leaf::Noise], vec![loss])?;
+//! let chain = Chain::plan(&pipeline, &cpu, &options, &[Entry::Latents], vec![Term::at_end(objective)])?;
+//! let adam = Optimizer::ADAM.plan(&cpu, DType::F32, &[chain.noise_parameter()], 1.0)?;
 //! println!("{}", chain.footprint());
 //! let mut chain = chain.load::<f32>(&mut cpu)?;
+//! let mut adam = adam.load(chain.executor(), &pipeline.model)?;
 //! chain.prompts(&["a red heart"], &[""])?;
 //! chain.write("target", Data::F32(&vec![0.5; 64 * 64 * 3]))?;
-//! let noise = vec![0.1; 4 * 16 * 16];
-//! let found = chain.evaluate(&noise, &[])?;
-//! println!("loss {}, gradient to the noise {:?}", found.losses[0][0], &found.gradients[0][..4]);
-//! # assert!(found.losses[0][0] > 0.0 && found.gradients[0].iter().any(|d| *d != 0.0));
+//! chain.set_noise(&vec![0.1; 4 * 16 * 16])?;
+//! let mut losses = vec![];
+//! for _ in 0..5 {
+//!     losses.push(chain.gradient()?[0][0]);
+//!     adam.step(chain.executor(), 0.05)?;
+//! }
+//! println!("losses {losses:?}");
+//! # assert!(losses[4] < losses[0]);
 //! # Ok(()) }
 //! ```
 
 mod programs;
 mod run;
 
+pub use programs::{DRAWS, NOISE};
 pub use run::{Evaluation, Loaded};
 
 use crate::exec::{Executor, HostFloat};
+use crate::optimize::objective::{NoiseLevels, Objective};
+use crate::optimize::variable::{Entry, Parameter};
 use crate::pipeline::Pipeline;
 use crate::pipeline::programs::Sizes;
 use crate::plan::{Footprint, Planned, Recompute};
-use crate::program::{Builder, DType, ValueId};
-use crate::sampler::{self, Schedule};
+use crate::program::DType;
+use crate::sampler::{self, Level, Schedule, level_at_share};
 use crate::{Error, Result};
-use programs::{Design, Parts};
+use programs::{Parts, Spec};
 
-/// What a gradient is taken with respect to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Leaf {
-    /// The starting noise, `[B, h, w, C]`, unit variance.
-    Noise,
-    /// The text states of all rows (under guidance the unconditional ones first), `[R, T, D]`.
-    Context,
-    /// SDXL's pooled text of all rows, `[R, P]`.
-    Pooled,
-}
-
-/// Appends ops from latents `[B, h, w, C]` at the UNet's scale to a loss per sample `[B]`.
-pub type Loss<'a> = dyn Fn(&mut Builder, ValueId) -> ValueId + 'a;
-
-/// A loss on the latents at one point of the run. Inputs it declares are written by [`Loaded::write`].
-pub struct Objective<'a> {
+/// An objective on the latents at one point of the run.
+pub struct Term<'a> {
     /// Steps done at that point; `None`: all.
     pub after: Option<usize>,
-    pub loss: Box<Loss<'a>>,
+    /// The second noise level of the objective, as a share of the training steps.
+    pub t2: f64,
+    pub objective: Objective<'a>,
 }
 
-impl<'a> Objective<'a> {
-    pub fn on_final(loss: impl Fn(&mut Builder, ValueId) -> ValueId + 'a) -> Objective<'a> {
-        Objective { after: None, loss: Box::new(loss) }
+impl<'a> Term<'a> {
+    /// On the final latents; what they are noised to is half of the training steps.
+    pub fn at_end(objective: Objective<'a>) -> Term<'a> {
+        Term { after: None, t2: 0.5, objective }
+    }
+
+    /// After so many steps.
+    pub fn after(steps: usize, objective: Objective<'a>) -> Term<'a> {
+        Term { after: Some(steps), ..Term::at_end(objective) }
     }
 }
 
@@ -108,40 +116,47 @@ pub struct Chain<'p> {
     pipeline: &'p Pipeline,
     sizes: Sizes,
     schedule: Schedule,
-    leaves: Vec<Leaf>,
-    /// Steps done before each objective.
+    entries: Vec<Entry>,
+    /// Steps done before each objective, and the noise levels it sees.
     after: Vec<usize>,
+    levels: Vec<NoiseLevels>,
     parts: Parts,
     storage: Storage,
 }
 
 impl<'p> Chain<'p> {
-    /// Builds and plans the programs of a run, its losses and its gradients.
+    /// Builds and plans the programs of a run, its losses and its gradients to `entries`.
     ///
     /// With a budget, everything is kept if that fits, else the sampler's states, and each step is recomputed in as few segments
-    /// as fit; `Error::Memory` names what the run needs at least.
+    /// as fit; `Error::Memory` names what the run needs at least. Gradients to tokens are those to [`Entry::Context`], carried on
+    /// through the text towers: `Error::Usage` here.
     pub fn plan(
         pipeline: &'p Pipeline,
         executor: &dyn Executor,
         options: &Options,
-        leaves: &[Leaf],
-        objectives: Vec<Objective<'_>>,
+        entries: &[Entry],
+        terms: Vec<Term<'_>>,
     ) -> Result<Chain<'p>> {
         let (height, width) = pipeline.latent_size(options.width, options.height)?;
         let schedule = sampler::schedule(&pipeline.config.scheduler, &options.sampler)?;
         let sizes = Sizes { batch: options.batch, height, width, tokens: pipeline.tokens() };
-        if leaves.contains(&Leaf::Pooled) && pipeline.config.unet.added.is_none() {
+        if entries.contains(&Entry::Pooled) && pipeline.config.unet.added.is_none() {
             return Err(Error::Usage("this model is not conditioned on pooled text; SDXL is".into()));
         }
+        if entries.contains(&Entry::Tokens) {
+            return Err(Error::Usage("a run has no gradient to tokens; ask for that to the text states".into()));
+        }
         let steps = schedule.steps.len();
-        let after: Vec<usize> = objectives.iter().map(|objective| objective.after.unwrap_or(steps)).collect();
+        let after: Vec<usize> = terms.iter().map(|term| term.after.unwrap_or(steps)).collect();
         if let Some(after) = after.iter().find(|after| **after > steps) {
             return Err(Error::Usage(format!("a loss after step {after} of {steps}")));
         }
-        let dtype = options.dtype;
-        let design = Design { pipeline, dtype, sizes, schedule: &schedule, leaves, objectives, after: &after };
-        let (parts, storage) = design.plan(executor, options.budget)?;
-        Ok(Chain { pipeline, sizes, schedule, leaves: leaves.to_vec(), after, parts, storage })
+        let levels = terms.iter().zip(&after).map(|(term, after)| levels(pipeline, &schedule, *after, term.t2));
+        let levels = levels.collect::<Result<_>>()?;
+        let (dtype, guidance) = (options.dtype, options.sampler.guidance);
+        let spec = Spec { pipeline, dtype, sizes, schedule: &schedule, guidance, entries, terms, after: &after };
+        let (parts, storage) = spec.plan(executor, options.budget)?;
+        Ok(Chain { pipeline, sizes, schedule, entries: entries.to_vec(), after, levels, parts, storage })
     }
 
     pub fn storage(&self) -> Storage {
@@ -162,8 +177,24 @@ impl<'p> Chain<'p> {
         self.parts.all()
     }
 
+    /// The starting noise as what an optimizer changes.
+    pub fn noise_parameter(&self) -> Parameter {
+        let Sizes { batch, height, width, .. } = self.sizes;
+        Parameter { name: NOISE, shape: vec![batch, height, width, self.pipeline.config.unet.in_channels] }
+    }
+
     /// Loads weights and programs. `F` is what the host holds of the run.
     pub fn load<'e, F: HostFloat>(self, executor: &'e mut dyn Executor) -> Result<Loaded<'p, 'e, F>> {
         Loaded::new(self, executor)
     }
+}
+
+/// The levels an objective sees after `done` steps. Final latents are clean.
+fn levels(pipeline: &Pipeline, schedule: &Schedule, done: usize, t2: f64) -> Result<NoiseLevels> {
+    let (t2, level2) = level_at_share(&pipeline.config.scheduler, t2)?;
+    let (t1, level1) = match schedule.steps.get(done) {
+        Some(step) => (step.timestep, Level { alpha: step.alpha, sigma: step.sigma }),
+        None => (0.0, Level { alpha: 1.0, sigma: 0.0 }),
+    };
+    Ok(NoiseLevels { t1, level1, t2, level2 })
 }

@@ -1,13 +1,15 @@
 //! The programs of a differentiable run, and which of its two forms a budget allows.
 
-use super::{Leaf, Objective, Storage};
+use super::{Storage, Term};
 use crate::autodiff::{Cotangent, Request, differentiate};
 use crate::exec::Executor;
 use crate::models::unet::Unet;
+use crate::optimize::objective::{Loss, Place, StepContext};
+use crate::optimize::variable::Entry;
 use crate::pipeline::Pipeline;
-use crate::pipeline::programs::{self, Conditions, Sizes, buffer, gradient_of};
+use crate::pipeline::programs::{self, Conditions, Sizes, buffer, gradient_of, rows};
 use crate::plan::{Planned, plan, plan_gradient, show_bytes};
-use crate::program::{Builder, DType, Node, Origin, Program, Value, ValueId};
+use crate::program::{Builder, DType, Node, Program, ValueId};
 use crate::sampler::{HISTORY, LATENTS, Schedule, State, update};
 use crate::{Error, Result};
 
@@ -21,17 +23,27 @@ pub fn of_step(index: usize) -> String {
     format!(".{index}")
 }
 
+/// What belongs to objective `index`, in all programs.
+pub fn of_objective(index: usize) -> String {
+    format!(".objective{index}")
+}
+
+/// The starting noise, `[B, h, w, C]`, unit variance, of the accumulator type.
+pub const NOISE: &str = "chain.noise";
+/// The fresh noise of every step, `[steps, B, h, w, C]`, for samplers that add it.
+pub const DRAWS: &str = "chain.draws";
 /// The sampler's state before every step and after the last: latents, then the history, `[steps + 1, 1 + depth, B, h, w, C]`.
 pub const STATES: &str = "chain.states";
 
 /// Everything that is asked for.
-pub struct Design<'a> {
+pub struct Spec<'a> {
     pub pipeline: &'a Pipeline,
     pub dtype: DType,
     pub sizes: Sizes,
     pub schedule: &'a Schedule,
-    pub leaves: &'a [Leaf],
-    pub objectives: Vec<Objective<'a>>,
+    pub guidance: f64,
+    pub entries: &'a [Entry],
+    pub terms: Vec<Term<'a>>,
     /// Steps done before each objective.
     pub after: &'a [usize],
 }
@@ -40,37 +52,42 @@ pub struct Design<'a> {
 pub struct Parts {
     pub text: Planned,
     pub condition: Planned,
-    /// From gradients to keys, values and time projections to gradients to text; where a leaf is text.
+    /// From gradients to keys, values and time projections to gradients to text; where an entry is text.
     pub condition_backward: Option<Planned>,
+    /// From the noise to the first latents, and back.
+    pub start: Planned,
+    pub start_backward: Option<Planned>,
+    pub step: Planned,
+    /// The losses alone, one per objective.
+    pub losses: Vec<Planned>,
     pub run: Run,
 }
 
+/// What goes back.
 pub enum Run {
     Latents {
-        step: Planned,
+        /// Sets the gradients that steps and objectives add to to 0.
+        clear: Planned,
         step_backward: Box<Planned>,
         /// One per objective.
         objectives: Vec<Planned>,
     },
+    /// Forward, losses and backward.
     Activations(Planned),
 }
 
 impl Parts {
     pub fn state_bytes(&self) -> usize {
-        match &self.run {
-            Run::Latents { step: Planned { program, .. }, .. } => {
-                program.input(STATES).map_or(0, |states| program.value(states).bytes())
-            }
-            Run::Activations(_) => 0,
-        }
+        let Planned { program, .. } = &self.start;
+        program.input(STATES).map_or(0, |states| program.value(states).bytes())
     }
 
     pub fn all(&self) -> Vec<&Planned> {
-        let mut all = vec![&self.text, &self.condition];
-        all.extend(&self.condition_backward);
+        let mut all = vec![&self.text, &self.condition, &self.start, &self.step];
+        all.extend(self.condition_backward.iter().chain(&self.start_backward).chain(&self.losses));
         match &self.run {
-            Run::Latents { step, step_backward, objectives } => {
-                all.extend([step, step_backward]);
+            Run::Latents { clear, step_backward, objectives } => {
+                all.extend([clear, step_backward]);
                 all.extend(objectives);
             }
             Run::Activations(whole) => all.push(whole),
@@ -79,18 +96,23 @@ impl Parts {
     }
 }
 
-impl Design<'_> {
+impl Spec<'_> {
     pub fn plan(self, executor: &dyn Executor, budget: Option<usize>) -> Result<(Parts, Storage)> {
         let workspace = |program: &Program, node: &Node| executor.workspace(program, node);
         let (run, storage) = self.run(budget, &workspace)?;
-        let Design { pipeline, dtype, sizes, schedule, .. } = self;
+        let Spec { pipeline, dtype, sizes, schedule, .. } = self;
+        let optional = |on: bool, program: &dyn Fn() -> Result<Program>| -> Result<Option<Planned>> {
+            on.then(|| Ok(plan(program()?, workspace))).transpose()
+        };
+        let losses = (0..self.terms.len()).map(|index| Ok(plan(self.objective(index)?.0, workspace)));
         let parts = Parts {
             text: plan(programs::text(pipeline, dtype)?, workspace),
             condition: plan(programs::condition(pipeline, dtype, sizes, schedule)?, workspace),
-            condition_backward: match self.through_text() {
-                true => Some(plan(self.condition_backward()?, workspace)),
-                false => None,
-            },
+            condition_backward: optional(self.through_text(), &|| self.condition_backward())?,
+            start: plan(self.start(matches!(run, Run::Latents { .. }))?, workspace),
+            start_backward: optional(self.entries.contains(&Entry::Latents), &|| self.start_backward())?,
+            step: plan(programs::step(pipeline, dtype, sizes, schedule)?, workspace),
+            losses: losses.collect::<Result<_>>()?,
             run,
         };
         // Those without a backward have nothing to compute again.
@@ -106,12 +128,12 @@ impl Design<'_> {
 
     /// Whether gradients flow on to what the steps are conditioned on.
     fn through_text(&self) -> bool {
-        self.leaves.iter().any(|leaf| *leaf != Leaf::Noise)
+        self.entries.iter().any(|entry| *entry != Entry::Latents)
     }
 
     /// The buffers of a step that gradients are carried in, besides the latents and the history.
     fn conditions(&self) -> Vec<&'static str> {
-        let pooled = self.leaves.contains(&Leaf::Pooled);
+        let pooled = self.entries.contains(&Entry::Pooled);
         [(self.through_text(), buffer::KV), (pooled, buffer::TIME)]
             .into_iter()
             .filter(|(on, _)| *on)
@@ -127,18 +149,15 @@ impl Design<'_> {
             }
         }
         let budget = budget.unwrap_or(usize::MAX);
-        let forward = programs::step(self.pipeline, self.dtype, self.sizes, self.schedule)?;
-        let (bare, request) = self.step_request(&forward)?;
-        let (step_backward, recompute) = plan_gradient(&bare, &request, budget, workspace)?;
+        let (step, request) = self.step_request()?;
+        let clear = plan(self.clear(&step)?, workspace);
+        let (step_backward, recompute) = plan_gradient(&step, &request, budget, workspace)?;
         let mut objectives = Vec::new();
-        for (index, objective) in self.objectives.iter().enumerate() {
-            let (program, request) = self.objective(index, objective)?;
-            let (planned, _) = plan_gradient(&program, &request, budget, workspace)?;
-            objectives.push(planned);
+        for index in 0..self.terms.len() {
+            let (program, request) = self.objective(index)?;
+            objectives.push(plan_gradient(&program, &request, budget, workspace)?.0);
         }
-        let step_backward = Box::new(step_backward);
-        let step = plan(self.with_states(forward), workspace);
-        let run = Run::Latents { step, step_backward, objectives };
+        let run = Run::Latents { clear, step_backward: Box::new(step_backward), objectives };
         Ok((run, Storage::Latents(recompute)))
     }
 
@@ -147,51 +166,88 @@ impl Design<'_> {
         [batch, height, width, self.pipeline.config.unet.in_channels]
     }
 
-    /// A step program that has the buffer of all states made; its ops neither read nor write it.
-    fn with_states(&self, mut step: Program) -> Program {
-        let slots = [self.schedule.steps.len() + 1, 1 + self.schedule.needs.history];
-        let shape = [&slots[..], &self.latents_shape()].concat();
-        step.inputs.push(ValueId(step.values.len() as u32));
-        step.values.push(Value { shape, dtype: self.dtype.wide(), origin: Origin::Input(STATES.into()) });
-        step
+    /// The noise to the latents before the first step. What is kept of a run is declared here; steps copy to and from it.
+    fn start(&self, keeps_states: bool) -> Result<Program> {
+        let (shape, steps) = (self.latents_shape(), self.schedule.steps.len());
+        let mut b = Builder::new("start", self.dtype);
+        let noise = b.wide_input(NOISE, &shape);
+        if keeps_states {
+            b.wide_input(STATES, &[&[steps + 1, 1 + self.schedule.needs.history], &shape[..]].concat());
+        }
+        if self.schedule.needs.noise {
+            b.wide_input(DRAWS, &[&[steps], &shape[..]].concat());
+        }
+        let latents = b.affine(noise, self.schedule.initial_scale, 0.0);
+        b.output(LATENTS, latents);
+        b.finish()
+    }
+
+    fn start_backward(&self) -> Result<Program> {
+        let mut b = Builder::new("start backward", self.dtype);
+        let latents = b.wide_input(gradient_of(LATENTS), &self.latents_shape());
+        let noise = b.affine(latents, self.schedule.initial_scale, 0.0);
+        b.output(gradient_of(NOISE), noise);
+        b.finish()
+    }
+
+    /// The buffers of the sampler's state that a step reads and makes.
+    fn state(&self) -> impl Iterator<Item = &'static str> {
+        std::iter::once(LATENTS).chain(HISTORY).take(1 + self.schedule.needs.history)
+    }
+
+    /// Zeros for the gradients that a run adds to.
+    fn clear(&self, step: &Program) -> Result<Program> {
+        let mut b = Builder::new("clear gradients", self.dtype);
+        for name in self.state().chain(self.conditions()) {
+            let value = step.value(input(step, name)?);
+            let zero = b.computing_in(value.dtype, |b| b.constant(&value.shape, 0.0));
+            b.output(gradient_of(name), zero);
+        }
+        b.finish()
     }
 
     /// A step as a vector-Jacobian product: gradients to the new state in, gradients to the old state out, and those to the
     /// conditions added to what earlier calls left.
-    fn step_request(&self, step: &Program) -> Result<(Program, Request)> {
-        let mut step = Program { name: "step backward".into(), ..step.clone() };
+    fn step_request(&self) -> Result<(Program, Request)> {
+        let mut step = programs::step(self.pipeline, self.dtype, self.sizes, self.schedule)?;
+        step.name = "step backward".into();
         let outputs = std::mem::take(&mut step.outputs);
         let carried = |(name, id): (String, ValueId)| (id, Cotangent::Input(gradient_of(&name)));
         let mut request = Request { objectives: outputs.into_iter().map(carried).collect(), leaves: vec![] };
-        for name in std::iter::once(LATENTS).chain(HISTORY).take(1 + self.schedule.needs.history) {
+        for name in self.state() {
             request.leaves.push((input(&step, name)?, gradient_of(name)));
         }
         for name in self.conditions() {
-            let id = input(&step, name)?;
-            // Its own objective: what arrives is passed on, and this step's share added.
-            request.objectives.push((id, Cotangent::Input(gradient_of(name))));
-            request.leaves.push((id, gradient_of(name)));
+            carry(&step, name, &mut request)?;
         }
         Ok((step, request))
     }
 
-    /// One objective: its losses, and its gradient added to that of the latents.
-    fn objective(&self, index: usize, objective: &Objective<'_>) -> Result<(Program, Request)> {
-        let mut b = Builder::new(format!("objective {index}"), self.dtype);
-        let latents = b.wide_input(LATENTS, &self.latents_shape());
-        let loss = (objective.loss)(&mut b, latents);
-        self.check_loss(&mut b, loss);
-        b.output(loss_name(index), loss);
-        let objectives = vec![(latents, Cotangent::Input(gradient_of(LATENTS))), (loss, Cotangent::Ones)];
-        Ok((b.finish()?, Request { objectives, leaves: vec![(latents, gradient_of(LATENTS))] }))
+    /// Appends an objective to latents.
+    fn append(&self, b: &mut Builder, index: usize, latents: ValueId) -> Loss {
+        let place = Place::Chain { rows: rows(self.sizes, self.schedule), suffix: of_objective(index) };
+        let mut context = StepContext::at(b, self.pipeline, self.sizes, self.guidance, place, latents);
+        let loss = self.terms[index].objective.append(&mut context);
+        if context.predicts && self.entries.contains(&Entry::Pooled) {
+            context.b.fail("an objective that predicts, beside a gradient to the pooled text: not both");
+        }
+        b.output(loss_name(index), loss.minimize);
+        loss
     }
 
-    #[track_caller]
-    fn check_loss(&self, b: &mut Builder, loss: ValueId) {
-        let (found, batch) = (b.shape(loss), self.sizes.batch);
-        if found != [batch] {
-            b.fail(format!("a loss is {found:?}; it must be one number per sample, [{batch}]"));
+    /// One objective: its losses, and its gradients added to those of the latents and, where it predicts, of the text.
+    fn objective(&self, index: usize) -> Result<(Program, Request)> {
+        let mut b = Builder::new(format!("objective {index}"), self.dtype);
+        let latents = b.wide_input(LATENTS, &self.latents_shape());
+        let loss = self.append(&mut b, index, latents).minimize;
+        let program = b.finish()?;
+        let mut request = Request { objectives: vec![], leaves: vec![] };
+        carry(&program, LATENTS, &mut request)?;
+        if self.through_text() && program.input(buffer::KV).is_some() {
+            carry(&program, buffer::KV, &mut request)?;
         }
+        request.objectives.push((loss, Cotangent::Ones));
+        Ok((program, request))
     }
 
     /// All steps and losses as one program, and its gradient.
@@ -207,13 +263,8 @@ impl Design<'_> {
         let mut losses = Vec::new();
         for done in 0..=schedule.steps.len() {
             // Before the step that follows, so that its gradient is added after that step's, as in the other form.
-            for (index, objective) in self.objectives.iter().enumerate() {
-                if self.after[index] == done {
-                    let loss = (objective.loss)(&mut b, state.latents);
-                    self.check_loss(&mut b, loss);
-                    b.output(loss_name(index), loss);
-                    losses.push((loss, Cotangent::Ones));
-                }
+            for index in (0..self.terms.len()).filter(|index| self.after[*index] == done) {
+                losses.push((self.append(&mut b, index, state.latents).minimize, Cotangent::Ones));
             }
             if done < schedule.steps.len() {
                 let suffix = of_step(done);
@@ -243,13 +294,21 @@ impl Design<'_> {
             .map(|(name, id)| (id, Cotangent::Input(gradient_of(&name))))
             .collect();
         let mut leaves = Vec::new();
-        for (leaf, name) in [(Leaf::Context, buffer::CONTEXT), (Leaf::Pooled, buffer::POOLED)] {
-            if self.leaves.contains(&leaf) {
+        for (entry, name) in [(Entry::Context, buffer::CONTEXT), (Entry::Pooled, buffer::POOLED)] {
+            if self.entries.contains(&entry) {
                 leaves.push((input(&program, name)?, gradient_of(name)));
             }
         }
         differentiate(&program, &Request { objectives, leaves }, None)
     }
+}
+
+/// An input as an objective of its own: what arrives at its gradient is passed on, and this program's share added.
+fn carry(program: &Program, name: &str, request: &mut Request) -> Result<()> {
+    let id = input(program, name)?;
+    request.objectives.push((id, Cotangent::Input(gradient_of(name))));
+    request.leaves.push((id, gradient_of(name)));
+    Ok(())
 }
 
 /// The input of a name.

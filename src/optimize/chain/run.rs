@@ -1,22 +1,25 @@
 //! Running a differentiable chain: forward over the steps, losses, and back.
 
-use super::programs::{Run, STATES, loss_name, of_step};
-use super::{Chain, Leaf};
+use super::Chain;
+use super::programs::{DRAWS, NOISE, Run, STATES, loss_name, of_objective, of_step};
 use crate::exec::{Data, Executor, HostFloat, ProgramId};
+use crate::optimize::objective::{self, NoiseLevels};
+use crate::optimize::variable::Entry;
 use crate::pipeline::Pipeline;
-use crate::pipeline::conditioning::{self, Text};
+use crate::pipeline::conditioning::{self, BATCH, ENCODED, Text};
 use crate::pipeline::programs::{Sizes, buffer, gradient_of, pooled_width, rows};
+use crate::plan::Planned;
 use crate::program::Origin;
-use crate::sampler::{HISTORY, LATENTS, NOISE, Schedule};
+use crate::sampler::{self, HISTORY, LATENTS, Schedule};
 use crate::{Error, Result};
 use std::collections::HashSet;
 
 /// Losses and gradients of one run.
 #[derive(Clone, Debug)]
 pub struct Evaluation<F> {
-    /// Per objective, per sample.
+    /// Per objective, per sample: what is minimized.
     pub losses: Vec<Vec<F>>,
-    /// Of the sum of all losses, per leaf in the order asked for; laid out as the leaf is.
+    /// Of the sum of all losses, per entry in the order asked for; laid out as what enters there.
     pub gradients: Vec<Vec<F>>,
 }
 
@@ -26,20 +29,26 @@ pub struct Loaded<'p, 'e, F = f32> {
     executor: &'e mut dyn Executor,
     sizes: Sizes,
     schedule: Schedule,
-    leaves: Vec<Leaf>,
+    entries: Vec<Entry>,
     text: ProgramId,
     condition: ProgramId,
     condition_backward: Option<ProgramId>,
+    start: ProgramId,
+    start_backward: Option<ProgramId>,
+    step: ProgramId,
+    /// One per objective.
+    losses: Vec<ProgramId>,
     run: LoadedRun,
     /// Steps done before each objective.
     after: Vec<usize>,
-    /// The latents before the first step.
-    start: Vec<F>,
+    /// Buffers that objectives read.
+    inputs: HashSet<String>,
+    host: std::marker::PhantomData<F>,
 }
 
 enum LoadedRun {
     Latents {
-        step: ProgramId,
+        clear: ProgramId,
         step_backward: ProgramId,
         objectives: Vec<ProgramId>,
     },
@@ -47,45 +56,72 @@ enum LoadedRun {
     Activations(ProgramId, HashSet<String>),
 }
 
+/// Names of the buffers that a program reads.
+fn inputs(planned: &Planned) -> impl Iterator<Item = String> {
+    planned.program.inputs.iter().filter_map(|id| match &planned.program.value(*id).origin {
+        Origin::Input(name) => Some(name.clone()),
+        Origin::Weight(_) | Origin::Op(_) => None,
+    })
+}
+
 impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
     pub(super) fn new(chain: Chain<'p>, executor: &'e mut dyn Executor) -> Result<Loaded<'p, 'e, F>> {
-        let Chain { pipeline, sizes, schedule, leaves, after, parts, .. } = chain;
-        let model = &pipeline.model;
-        let text = executor.load(parts.text, model)?;
-        let condition = executor.load(parts.condition, model)?;
-        let condition_backward = parts.condition_backward.map(|planned| executor.load(planned, model)).transpose()?;
-        let run = match parts.run {
-            Run::Latents { step, step_backward, objectives } => LoadedRun::Latents {
-                step: executor.load(step, model)?,
-                step_backward: executor.load(*step_backward, model)?,
-                objectives: objectives
-                    .into_iter()
-                    .map(|planned| executor.load(planned, model))
-                    .collect::<Result<_>>()?,
+        let Chain { pipeline, sizes, schedule, entries, after, levels, parts, .. } = chain;
+        let read: HashSet<String> = parts.losses.iter().flat_map(inputs).collect();
+        let mut load = |planned: Planned| executor.load(planned, &pipeline.model);
+        let mut loaded = Loaded {
+            text: load(parts.text)?,
+            condition: load(parts.condition)?,
+            condition_backward: parts.condition_backward.map(&mut load).transpose()?,
+            start: load(parts.start)?,
+            start_backward: parts.start_backward.map(&mut load).transpose()?,
+            step: load(parts.step)?,
+            losses: parts.losses.into_iter().map(&mut load).collect::<Result<_>>()?,
+            run: match parts.run {
+                Run::Latents { clear, step_backward, objectives } => LoadedRun::Latents {
+                    clear: load(clear)?,
+                    step_backward: load(*step_backward)?,
+                    objectives: objectives.into_iter().map(&mut load).collect::<Result<_>>()?,
+                },
+                Run::Activations(whole) => {
+                    let inputs = inputs(&whole).collect();
+                    LoadedRun::Activations(load(whole)?, inputs)
+                }
             },
-            Run::Activations(whole) => {
-                let inputs = whole.program.inputs.iter().filter_map(|id| match &whole.program.value(*id).origin {
-                    Origin::Input(name) => Some(name.clone()),
-                    Origin::Weight(_) | Origin::Op(_) => None,
-                });
-                let inputs = inputs.collect();
-                LoadedRun::Activations(executor.load(whole, model)?, inputs)
-            }
-        };
-        let start = vec![F::default(); latents_len(pipeline, sizes)];
-        Ok(Loaded {
             pipeline,
             executor,
             sizes,
             schedule,
-            leaves,
-            text,
-            condition,
-            condition_backward,
-            run,
+            entries,
             after,
-            start,
-        })
+            inputs: read,
+            host: std::marker::PhantomData,
+        };
+        loaded.write_constants(&levels)?;
+        Ok(loaded)
+    }
+
+    /// What objectives read of their point of the run.
+    fn write_constants(&mut self, levels: &[NoiseLevels]) -> Result<()> {
+        let size_ids = conditioning::size_ids(self.pipeline, self.sizes, self.sizes.batch);
+        for (index, levels) in levels.iter().enumerate() {
+            for (name, values) in levels.buffers(self.pipeline.config.scheduler.prediction) {
+                self.write_own(index, name, Data::F64(&values))?;
+            }
+            self.write_own(index, objective::buffer::SIZE_IDS, Data::F32(&size_ids))?;
+        }
+        Ok(())
+    }
+
+    /// Fills a buffer of one objective's context if it is read.
+    fn write_own(&mut self, index: usize, name: &str, data: Data<'_>) -> Result<()> {
+        let name = format!("{name}{}", of_objective(index));
+        if self.inputs.contains(&name) { self.executor.write(&name, data) } else { Ok(()) }
+    }
+
+    /// What it runs on: for an optimizer, and for single networks beside it.
+    pub fn executor(&mut self) -> &mut dyn Executor {
+        &mut *self.executor
     }
 
     /// Fills an input that an objective declares.
@@ -93,12 +129,12 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
         self.executor.write(name, data)
     }
 
-    /// Encodes a prompt per sample and, for guidance, what the unconditional branch is told, and conditions the run on them.
+    /// Encodes a prompt per sample and, for guidance, what the unconditional branch reads, and conditions the run on them.
     pub fn prompts(&mut self, prompts: &[&str], negatives: &[&str]) -> Result<()> {
         let unconditional = if self.schedule.needs.uncond { negatives } else { &[] };
         for (row, prompt) in unconditional.iter().chain(prompts).enumerate() {
             conditioning::encode(self.pipeline, self.executor, self.text, prompt)?;
-            conditioning::copy(self.pipeline, self.executor, (conditioning::ENCODED, 0), (conditioning::TOLD, row))?;
+            conditioning::copy(self.pipeline, self.executor, (ENCODED, 0), (BATCH, row))?;
         }
         conditioning::condition(self.pipeline, self.executor, self.condition, self.sizes, &self.schedule)
     }
@@ -109,7 +145,7 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
         self.condition(Data::F32(&context), Data::F32(&pooled))
     }
 
-    /// The same from states as [`Leaf::Context`] and [`Leaf::Pooled`] are laid out; `pooled` is empty where the model has none.
+    /// The same from states as [`Entry::Context`] and [`Entry::Pooled`] are laid out; `pooled` is empty where the model has none.
     pub fn condition(&mut self, context: Data<'_>, pooled: Data<'_>) -> Result<()> {
         self.executor.write(buffer::CONTEXT, context)?;
         if self.pipeline.config.unet.added.is_some() {
@@ -121,145 +157,166 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
     /// One prompt's text states.
     pub fn encode(&mut self, prompt: &str) -> Result<Text> {
         conditioning::encode(self.pipeline, self.executor, self.text, prompt)?;
-        Ok(conditioning::read(self.pipeline, self.executor, conditioning::ENCODED, 1, 0..1)?.swap_remove(0))
+        Ok(conditioning::read(self.pipeline, self.executor, ENCODED, 1, 0..1)?.swap_remove(0))
     }
 
-    /// Runs from `noise` (`[B, h, w, C]`, unit variance) and back. `draws`: the fresh noise of every step, for samplers that add it.
-    pub fn evaluate(&mut self, noise: &[F], draws: &[Vec<F>]) -> Result<Evaluation<F>> {
+    /// The starting noise, `[B, h, w, C]`, unit variance.
+    pub fn set_noise(&mut self, noise: &[F]) -> Result<()> {
+        self.executor.write(NOISE, F::data(noise))
+    }
+
+    /// The starting noise as it is now.
+    pub fn noise(&self) -> Result<Vec<F>> {
+        self.read(NOISE, self.latents_len())
+    }
+
+    /// The fresh noise of every step, for samplers that add it; for the others there is none.
+    pub fn set_draws(&mut self, draws: &[Vec<F>]) -> Result<()> {
         let needed = if self.schedule.needs.noise { self.schedule.steps.len() } else { 0 };
         if draws.len() != needed {
             return Err(Error::Usage(format!("{} draws of noise, this sampler takes {needed}", draws.len())));
         }
-        // Unfilled slots of the history have coefficient 0.
-        self.start = noise.iter().map(|x| x.scaled(self.schedule.initial_scale)).collect();
-        self.executor.write(LATENTS, F::data(&self.start))?;
-        match self.run {
-            LoadedRun::Latents { step, step_backward, .. } => {
-                self.forward(step, draws)?;
-                self.backward(step_backward, draws)?;
-            }
-            LoadedRun::Activations(whole, _) => self.at_once(whole, draws)?,
-        }
-        if let Some(program) = self.condition_backward {
-            self.executor.run(program)?;
-        }
-        self.results()
+        if needed == 0 { Ok(()) } else { self.executor.write(DRAWS, F::data(&draws.concat())) }
     }
 
-    /// Writes everything a step reads but its state.
-    fn prepare(&mut self, index: usize, draws: &[Vec<F>], suffix: &str) -> Result<()> {
+    /// What the objectives' own noise is drawn by, a seed per sample and the number of the draw.
+    pub fn set_seeds(&mut self, seeds: &[u64], draw: u64) -> Result<()> {
+        let counters = sampler::counters(seeds, draw);
+        (0..self.after.len())
+            .try_for_each(|index| self.write_own(index, objective::buffer::COUNTER, Data::I32(&counters)))
+    }
+
+    /// Runs from the noise, without a backward: the losses per objective and sample.
+    pub fn loss(&mut self) -> Result<Vec<Vec<F>>> {
+        self.executor.run(self.start)?;
+        for done in 0..=self.schedule.steps.len() {
+            self.run_at(done, |loaded| &loaded.losses)?;
+            if done < self.schedule.steps.len() {
+                self.write_step(done, "")?;
+                self.executor.run(self.step)?;
+            }
+        }
+        self.losses()
+    }
+
+    /// Runs from the noise and back: the losses. Gradients are then on the device, in the buffers [`gradient_of`] names.
+    pub fn gradient(&mut self) -> Result<Vec<Vec<F>>> {
+        self.executor.run(self.start)?;
+        match self.run {
+            LoadedRun::Latents { clear, step_backward, .. } => {
+                self.forward()?;
+                self.executor.run(clear)?;
+                self.backward(step_backward)?;
+            }
+            LoadedRun::Activations(whole, _) => {
+                (0..self.schedule.steps.len()).try_for_each(|index| self.write_step(index, &of_step(index)))?;
+                self.executor.run(whole)?;
+            }
+        }
+        let last = self.condition_backward.into_iter().chain(self.start_backward);
+        last.map(|program| self.executor.run(program)).collect::<Result<()>>()?;
+        self.losses()
+    }
+
+    /// The gradient of the sum of all losses to an entry that was asked for, as [`Loaded::gradient`] left it.
+    pub fn read_gradient(&self, entry: Entry) -> Result<Vec<F>> {
+        let config = &self.pipeline.config;
+        let rows = rows(self.sizes, &self.schedule);
+        let (name, len) = match entry {
+            Entry::Latents => (NOISE, self.latents_len()),
+            Entry::Context => (buffer::CONTEXT, rows * self.sizes.tokens * config.unet.context_width),
+            Entry::Pooled => (buffer::POOLED, rows * pooled_width(self.pipeline)?.unwrap_or(0)),
+            Entry::Tokens => return Err(Error::Usage("a run has no gradient to tokens".into())),
+        };
+        self.read(&gradient_of(name), len)
+    }
+
+    /// Everything by way of the host: runs from `noise` with `draws` and back, and reads all gradients.
+    pub fn evaluate(&mut self, noise: &[F], draws: &[Vec<F>]) -> Result<Evaluation<F>> {
+        self.set_draws(draws)?;
+        self.set_noise(noise)?;
+        let losses = self.gradient()?;
+        let gradients = self.entries.iter().map(|entry| self.read_gradient(*entry)).collect::<Result<_>>()?;
+        Ok(Evaluation { losses, gradients })
+    }
+
+    /// Writes the numbers of a step, and moves its noise where the step reads it.
+    fn write_step(&mut self, index: usize, suffix: &str) -> Result<()> {
+        let reads = |run: &LoadedRun, name: &str| match run {
+            LoadedRun::Activations(_, inputs) if !suffix.is_empty() => inputs.contains(name),
+            LoadedRun::Activations(..) | LoadedRun::Latents { .. } => true,
+        };
         let step = [index as i32];
-        let mut data = vec![(buffer::STEP, Data::I32(&step))];
-        data.extend(self.schedule.steps[index].buffers().map(|(name, coefficients)| (name, Data::F64(coefficients))));
-        data.extend(draws.get(index).map(|draw| (NOISE, F::data(draw))));
-        for (name, data) in data {
+        let numbers = self.schedule.steps[index].buffers().map(|(name, values)| (name, Data::F64(values)));
+        for (name, data) in std::iter::once((buffer::STEP, Data::I32(&step))).chain(numbers) {
             let name = format!("{name}{suffix}");
-            let read = match &self.run {
-                LoadedRun::Latents { .. } => true,
-                LoadedRun::Activations(_, inputs) => inputs.contains(&name),
-            };
-            if read {
+            if reads(&self.run, &name) {
                 self.executor.write(&name, data)?;
             }
         }
-        Ok(())
-    }
-
-    /// Keeps the state after `done` steps.
-    fn keep(&mut self, done: usize) -> Result<()> {
-        let (len, slots) = (self.start.len(), 1 + self.schedule.needs.history);
-        let mut slot = (done * slots..).zip(names().take(slots));
-        slot.try_for_each(|(slot, name)| self.executor.copy((name, 0), (STATES, slot * len), len))
-    }
-
-    /// Takes up the state after `done` steps.
-    fn restore(&mut self, done: usize) -> Result<()> {
-        let (len, slots) = (self.start.len(), 1 + self.schedule.needs.history);
-        let mut slot = (done * slots..).zip(names().take(slots));
-        slot.try_for_each(|(slot, name)| self.executor.copy((STATES, slot * len), (name, 0), len))
-    }
-
-    fn forward(&mut self, step: ProgramId, draws: &[Vec<F>]) -> Result<()> {
-        self.keep(0)?;
-        for index in 0..self.schedule.steps.len() {
-            self.prepare(index, draws, "")?;
-            self.executor.run(step)?;
-            self.keep(index + 1)?;
+        let noise = format!("{}{suffix}", sampler::NOISE);
+        if self.schedule.needs.noise && reads(&self.run, &noise) {
+            let len = self.latents_len();
+            self.executor.copy((DRAWS, index * len), (&noise, 0), len)?;
         }
         Ok(())
     }
 
-    fn backward(&mut self, step_backward: ProgramId, draws: &[Vec<F>]) -> Result<()> {
-        self.clear_gradients()?;
+    /// Moves the state after `done` steps to where it is kept, or back.
+    fn move_state(&mut self, done: usize, keep: bool) -> Result<()> {
+        let (len, slots) = (self.latents_len(), 1 + self.schedule.needs.history);
+        let names = std::iter::once(LATENTS).chain(HISTORY).take(slots);
+        (done * slots..).zip(names).try_for_each(|(slot, name)| {
+            let (state, kept) = ((name, 0), (STATES, slot * len));
+            if keep { self.executor.copy(state, kept, len) } else { self.executor.copy(kept, state, len) }
+        })
+    }
+
+    /// Unfilled slots of the history have coefficient 0.
+    fn forward(&mut self) -> Result<()> {
+        self.move_state(0, true)?;
+        for index in 0..self.schedule.steps.len() {
+            self.write_step(index, "")?;
+            self.executor.run(self.step)?;
+            self.move_state(index + 1, true)?;
+        }
+        Ok(())
+    }
+
+    fn backward(&mut self, step_backward: ProgramId) -> Result<()> {
         for done in (0..=self.schedule.steps.len()).rev() {
             if self.after.contains(&done) {
-                self.restore(done)?;
-                self.objectives(done)?;
+                self.move_state(done, false)?;
+                self.run_at(done, |loaded| match &loaded.run {
+                    LoadedRun::Latents { objectives, .. } => objectives,
+                    LoadedRun::Activations(..) => &[],
+                })?;
             }
             if done > 0 {
-                self.restore(done - 1)?;
-                self.prepare(done - 1, draws, "")?;
+                self.move_state(done - 1, false)?;
+                self.write_step(done - 1, "")?;
                 self.executor.run(step_backward)?;
             }
         }
         Ok(())
     }
 
-    fn objectives(&mut self, done: usize) -> Result<()> {
-        let LoadedRun::Latents { objectives, .. } = &self.run else { return Ok(()) };
-        for (&program, _) in objectives.iter().zip(&self.after).filter(|(_, after)| **after == done) {
-            self.executor.run(program)?;
+    /// Runs the programs, one per objective, of the objectives after `done` steps.
+    fn run_at(&mut self, done: usize, programs: impl Fn(&Self) -> &[ProgramId]) -> Result<()> {
+        for index in (0..self.after.len()).filter(|index| self.after[*index] == done).collect::<Vec<_>>() {
+            let program = programs(self).get(index).copied();
+            program.map_or(Ok(()), |program| self.executor.run(program))?;
         }
         Ok(())
     }
 
-    /// Gradients that steps and objectives add to begin at 0.
-    fn clear_gradients(&mut self) -> Result<()> {
-        let zeros = vec![0.0; self.start.len()];
-        for name in names().take(1 + self.schedule.needs.history) {
-            self.executor.write(&gradient_of(name), Data::F32(&zeros))?;
-        }
-        let (rows, steps) = (rows(self.sizes, &self.schedule), self.schedule.steps.len());
-        let unet = crate::models::unet::Unet::new(&self.pipeline.config.unet);
-        if self.condition_backward.is_some() {
-            let zeros = vec![0.0; rows * self.sizes.tokens * unet.kv_width()];
-            self.executor.write(&gradient_of(buffer::KV), Data::F32(&zeros))?;
-        }
-        if self.leaves.contains(&Leaf::Pooled) {
-            let zeros = vec![0.0; steps * rows * unet.time_width()];
-            self.executor.write(&gradient_of(buffer::TIME), Data::F32(&zeros))?;
-        }
-        Ok(())
+    fn losses(&self) -> Result<Vec<Vec<F>>> {
+        (0..self.after.len()).map(|index| self.read(&loss_name(index), self.sizes.batch)).collect()
     }
 
-    fn at_once(&mut self, whole: ProgramId, draws: &[Vec<F>]) -> Result<()> {
-        for index in 0..self.schedule.steps.len() {
-            self.prepare(index, draws, &of_step(index))?;
-        }
-        self.executor.run(whole)
-    }
-
-    fn results(&self) -> Result<Evaluation<F>> {
-        let losses = (0..self.after.len()).map(|index| self.read(&loss_name(index), self.sizes.batch));
-        let rows = rows(self.sizes, &self.schedule);
-        let config = &self.pipeline.config;
-        let gradient = |leaf: &Leaf| match leaf {
-            Leaf::Noise => {
-                let gradient = self.read(&gradient_of(LATENTS), latents_len(self.pipeline, self.sizes))?;
-                Ok(gradient.into_iter().map(|x| x.scaled(self.schedule.initial_scale)).collect())
-            }
-            Leaf::Context => {
-                self.read(&gradient_of(buffer::CONTEXT), rows * self.sizes.tokens * config.unet.context_width)
-            }
-            Leaf::Pooled => {
-                let width = pooled_width(self.pipeline)?.unwrap_or(0);
-                self.read(&gradient_of(buffer::POOLED), rows * width)
-            }
-        };
-        Ok(Evaluation {
-            losses: losses.collect::<Result<_>>()?,
-            gradients: self.leaves.iter().map(gradient).collect::<Result<_>>()?,
-        })
+    fn latents_len(&self) -> usize {
+        let Sizes { batch, height, width, .. } = self.sizes;
+        batch * height * width * self.pipeline.config.unet.in_channels
     }
 
     fn read(&self, name: &str, len: usize) -> Result<Vec<F>> {
@@ -267,13 +324,4 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
         self.executor.read(name, F::data_mut(&mut values))?;
         Ok(values)
     }
-}
-
-/// The buffers of a sampler's state: latents, then the history.
-fn names() -> impl Iterator<Item = &'static str> {
-    std::iter::once(LATENTS).chain(HISTORY)
-}
-
-fn latents_len(pipeline: &Pipeline, sizes: Sizes) -> usize {
-    sizes.batch * sizes.height * sizes.width * pipeline.config.unet.in_channels
 }

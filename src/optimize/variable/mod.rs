@@ -1,4 +1,4 @@
-//! What is optimised while sampling, how it enters the network, and where its gradient comes out.
+//! What may change in a run, its parameters, and where they enter the network.
 
 pub mod token;
 
@@ -6,44 +6,90 @@ use crate::Result;
 use crate::models::clip_text::{self, Past, Prompt};
 use crate::models::config::ClipTextConfig;
 use crate::pipeline::Pipeline;
-use crate::pipeline::programs::{Sizes, gradient_of, pooled_width};
+use crate::pipeline::conditioning::Branch;
+use crate::pipeline::programs::{Sizes, pooled_width};
 use crate::program::{Builder, DType, Program, ValueId};
+use crate::sampler::LATENTS;
 use token::TokenSettings;
 
-/// What is optimised, per image.
+/// Where a variable enters the network, which is what its gradient is taken with respect to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// Latents `[B, h, w, C]`: the unit-variance noise a run starts from, or what a sampling step starts from.
+    Latents,
+    /// Text states, `[R, T, D]`: of all rows of a run (under guidance the unconditional ones first), or of one branch.
+    Context,
+    /// SDXL's pooled text, `[R, P]`.
+    Pooled,
+    /// Rows of the text towers' embedding tables, `[B · rows, C]` per tower.
+    Tokens,
+}
+
+/// What is optimized, per image.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Variable {
     /// Rows of a learnable token beside the prompt.
     Token(TokenSettings),
-    /// All text states of the prompt.
-    Text,
-    /// All text states of the unconditional branch; an objective sees it under guidance only.
-    Null,
+    /// All text states of a branch; an objective sees those of the unconditional one under guidance only.
+    TextStates(Branch),
+    /// The latents.
+    Latents,
 }
 
-/// A buffer of the wide type that an optimiser changes.
+impl Variable {
+    pub fn entry(&self) -> Entry {
+        match self {
+            Variable::Token(_) => Entry::Tokens,
+            Variable::TextStates(_) => Entry::Context,
+            Variable::Latents => Entry::Latents,
+        }
+    }
+
+    /// The branch whose text states it changes.
+    pub fn branch(&self) -> Option<Branch> {
+        match self {
+            Variable::Token(_) => Some(Branch::Prompt),
+            Variable::TextStates(branch) => Some(*branch),
+            Variable::Latents => None,
+        }
+    }
+
+    /// Tokens of the prompt that it takes for itself.
+    pub fn reserved_tokens(&self) -> usize {
+        match self {
+            Variable::Token(token) => token.rows,
+            Variable::TextStates(_) | Variable::Latents => 0,
+        }
+    }
+}
+
+/// A buffer of the accumulator type that an optimizer changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parameter {
     pub name: &'static str,
+    /// The first dimension is the batch, or a multiple of it.
     pub shape: Vec<usize>,
+}
+
+impl Parameter {
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
 }
 
 /// Buffers of the learnable token, per tower.
 pub const ROWS: [&str; 2] = ["token.rows", "token.rows_2"];
 /// All text states as a parameter.
 pub const STATES: &str = "states.rows";
-/// Text states of the branch that is optimised, `[B, T, D]`, and their pooled text, `[B, P]`.
-pub const CONTEXT: &str = "learned.context";
-pub const POOLED: &str = "learned.pooled";
-/// The optimiser's numbers; see [`crate::program::Update::AdamW`].
-pub const ADAM: &str = "adam.scalars";
+/// Text states of the branch that is optimized, `[B, T, D]`, and their pooled text, `[B, P]`.
+pub const CONTEXT: &str = "optimized.context";
+pub const POOLED: &str = "optimized.pooled";
 
-/// The optimiser's moments of a parameter.
-pub fn moments_of(parameter: &str) -> [String; 2] {
-    ["m", "v"].map(|moment| format!("{parameter}.{moment}"))
-}
-
-/// Names of what depends on how many tokens no learnable one stands before.
+/// Names of what depends on how many tokens stand before the first learnable one.
 pub struct Names {
     prefix: usize,
 }
@@ -76,16 +122,8 @@ impl Names {
     }
 }
 
-/// What the programs of a variable are built for.
-#[derive(Clone, Copy)]
-pub struct Design<'a> {
-    pub pipeline: &'a Pipeline,
-    pub dtype: DType,
-    pub sizes: Sizes,
-    pub variable: &'a Variable,
-}
-
 /// The text states that a variable makes of its parameters.
+#[derive(Clone, Copy)]
 pub struct States {
     /// `[B, T, D]`.
     pub context: ValueId,
@@ -93,9 +131,20 @@ pub struct States {
     pub pooled: Option<ValueId>,
 }
 
-impl Design<'_> {
+/// What the programs of a variable are built for.
+#[derive(Clone, Copy)]
+pub struct VariableSpec<'a> {
+    pub pipeline: &'a Pipeline,
+    pub dtype: DType,
+    pub sizes: Sizes,
+    pub variable: &'a Variable,
+    /// Tokens before the first learnable one in all prompts of the batch; 0 where the variable is no token.
+    pub prefix: usize,
+}
+
+impl VariableSpec<'_> {
     pub fn parameters(&self) -> Vec<Parameter> {
-        let Sizes { batch, tokens, .. } = self.sizes;
+        let Sizes { batch, height, width, tokens } = self.sizes;
         let config = &self.pipeline.config;
         match self.variable {
             Variable::Token(token) => {
@@ -105,18 +154,64 @@ impl Design<'_> {
                 };
                 ROWS.iter().zip(&config.text).map(row).collect()
             }
-            Variable::Text | Variable::Null => {
+            Variable::TextStates(_) => {
                 vec![Parameter { name: STATES, shape: vec![batch, tokens, config.unet.context_width] }]
+            }
+            Variable::Latents => {
+                vec![Parameter { name: LATENTS, shape: vec![batch, height, width, config.unet.in_channels] }]
             }
         }
     }
 
-    /// Tokens before the first learnable one → what those after them read: run once per prompt.
-    pub fn prefix(&self, prefix: usize) -> Result<Program> {
-        let (towers, names) = (&self.pipeline.config.text, Names::of(prefix));
+    /// Appends the way from the parameters to the text states of the branch they belong to; `None` where they are no text.
+    pub fn states(&self, b: &mut Builder) -> Result<Option<States>> {
+        let pooled_width = pooled_width(self.pipeline)?;
+        let mut rows = || self.parameters().iter().map(|p| b.wide_input(p.name, &p.shape)).collect::<Vec<_>>();
+        Ok(match self.variable {
+            Variable::Token(_) => {
+                let rows = rows();
+                let states = self.encode(b, &rows);
+                // Two towers: a UNet that takes no pooled text has no use for it.
+                Some(States { context: states.context, pooled: pooled_width.and(states.pooled) })
+            }
+            Variable::TextStates(_) => {
+                let context = rows()[0];
+                Some(States {
+                    context: b.narrow(context),
+                    pooled: pooled_width.map(|width| b.input(POOLED, &[self.sizes.batch, width])),
+                })
+            }
+            Variable::Latents => None,
+        })
+    }
+
+    /// The parameters → [`CONTEXT`] and, of a token, [`POOLED`]; `None` where they are no text.
+    pub fn forward(&self) -> Result<Option<Program>> {
+        let mut b = Builder::new("variable", self.dtype);
+        let Some(states) = self.states(&mut b)? else { return Ok(None) };
+        match (self.variable.entry(), states.pooled) {
+            (Entry::Tokens, pooled) => {
+                b.output(CONTEXT, states.context);
+                pooled.into_iter().for_each(|pooled| b.output(POOLED, pooled));
+            }
+            (Entry::Context | Entry::Pooled | Entry::Latents, _) => {
+                // A copy, which an output must be.
+                let context = b.affine(states.context, 1.0, 0.0);
+                b.output(CONTEXT, context);
+            }
+        }
+        b.finish().map(Some)
+    }
+
+    /// Tokens before the first learnable one → what those after them read: run once per prompt. `None` where there is no token.
+    pub fn prefix(&self) -> Result<Option<Program>> {
+        if self.variable.entry() != Entry::Tokens {
+            return Ok(None);
+        }
+        let (towers, names) = (&self.pipeline.config.text, Names::of(self.prefix));
+        let shape = [self.sizes.batch, self.prefix];
         let mut b = Builder::new("prefix", self.dtype);
-        let ids: Vec<ValueId> =
-            (0..towers.len()).map(|tower| b.input_i32(&names.ids(tower)[0], &[self.sizes.batch, prefix])).collect();
+        let ids: Vec<ValueId> = (0..towers.len()).map(|tower| b.input_i32(&names.ids(tower)[0], &shape)).collect();
         let states = clip_text::encode(&mut b, towers, &Prompt { ids: &ids, ..Prompt::default() });
         b.output(names.context(), states.context);
         for (tower, layers) in states.kv.iter().enumerate() {
@@ -125,47 +220,12 @@ impl Design<'_> {
                 b.output(names.kv(tower, layer), kv);
             }
         }
-        b.finish()
-    }
-
-    /// Appends the way from the parameters to the text states of the branch they belong to. `prefix` counts for tokens alone.
-    pub fn states(&self, b: &mut Builder, prefix: usize) -> Result<States> {
-        let parameters: Vec<ValueId> = self.parameters().iter().map(|p| b.wide_input(p.name, &p.shape)).collect();
-        let pooled_width = pooled_width(self.pipeline)?;
-        Ok(match self.variable {
-            Variable::Token(_) => {
-                let states = self.encode(b, &parameters, prefix);
-                // Two towers: a UNet that takes no pooled text has no use for it.
-                States { context: states.context, pooled: pooled_width.and(states.pooled) }
-            }
-            Variable::Text | Variable::Null => States {
-                context: b.narrow(parameters[0]),
-                pooled: pooled_width.map(|width| b.input(POOLED, &[self.sizes.batch, width])),
-            },
-        })
-    }
-
-    /// The parameters → [`CONTEXT`] and [`POOLED`].
-    pub fn forward(&self, prefix: usize) -> Result<Program> {
-        let mut b = Builder::new("variable", self.dtype);
-        let states = self.states(&mut b, prefix)?;
-        match (self.variable, states.pooled) {
-            (Variable::Token(_), pooled) => {
-                b.output(CONTEXT, states.context);
-                pooled.into_iter().for_each(|pooled| b.output(POOLED, pooled));
-            }
-            (Variable::Text | Variable::Null, _) => {
-                // A copy, which an output must be.
-                let context = b.affine(states.context, 1.0, 0.0);
-                b.output(CONTEXT, context);
-            }
-        }
-        b.finish()
+        b.finish().map(Some)
     }
 
     /// The tokens from the first learnable one on, through the towers.
-    fn encode(&self, b: &mut Builder, rows: &[ValueId], prefix: usize) -> clip_text::TextStates {
-        let (config, names) = (&self.pipeline.config, Names::of(prefix));
+    fn encode(&self, b: &mut Builder, rows: &[ValueId]) -> clip_text::TextStates {
+        let (config, names, prefix) = (&self.pipeline.config, Names::of(self.prefix), self.prefix);
         let Sizes { batch, tokens, .. } = self.sizes;
         let ids: Vec<ValueId> =
             (0..config.text.len()).map(|tower| b.input_i32(&names.ids(tower)[1], &[batch, tokens - prefix])).collect();
@@ -179,22 +239,5 @@ impl Design<'_> {
         let context = b.input(names.context(), &[batch, prefix, config.unet.context_width]);
         let past = Past { tokens: prefix, kv, context };
         clip_text::encode(b, &config.text, &Prompt { ids: &ids, learnable: rows, pool_at, past: Some(&past) })
-    }
-
-    /// One step of Adam; `scale` is what the gradients were multiplied with.
-    pub fn update(&self, scale: f64) -> Result<Program> {
-        let mut b = Builder::new("adam", self.dtype);
-        let scalars = b.scalars(ADAM, 7);
-        for Parameter { name, shape } in self.parameters() {
-            let [m_name, v_name] = moments_of(name);
-            let gradient = b.wide_input(gradient_of(name), &shape);
-            let gradient = b.affine(gradient, 1.0 / scale, 0.0);
-            let [p, m, v] = [name, &m_name, &v_name].map(|name| b.wide_input(name, &shape));
-            let [p, m, v] = b.adamw([p, gradient, m, v], scalars);
-            b.output(name, p);
-            b.output(m_name, m);
-            b.output(v_name, v);
-        }
-        b.finish()
     }
 }

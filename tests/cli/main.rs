@@ -1,0 +1,8 @@
+//! The command line program, run as a process.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod bench;
+mod generate;
+mod methods;

@@ -1,0 +1,9 @@
+//! MinorityPrompt and the samplers it is compared with, as a library runs them.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod baselines;
+mod minority;
+mod minority_gradients;
+mod minority_reference;
