@@ -5,7 +5,7 @@ use super::real::Real;
 use super::{Data, DataMut};
 use crate::exec::buffer;
 use crate::program::{DType, Origin, Program, Shape, Value, ValueId};
-use crate::weights::{Model, Pack, Rows, Weight};
+use crate::weights::{FileId, Model, Pack, Rows, Weight};
 use crate::{Error, Result};
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -24,7 +24,7 @@ pub enum Buffer<T> {
 
 pub struct Store<T> {
     pub weights: Vec<Aligned<T>>,
-    by_weight: HashMap<Weight, usize>,
+    by_weight: HashMap<(Weight, Vec<FileId>), usize>,
     pub buffers: Vec<Named<T>>,
     by_name: HashMap<String, usize>,
 }
@@ -54,7 +54,8 @@ fn weight_columns(weight: &Weight, tiling: Tiling) -> Columns {
 impl<T: Real> Store<T> {
     /// The index of a weight, fetched and packed if it is not held yet.
     pub fn weight(&mut self, weight: &Weight, tiling: Tiling, model: &Model) -> Result<usize> {
-        if let Some(&index) = self.by_weight.get(weight) {
+        let key = (weight.clone(), model.sources(weight)?);
+        if let Some(&index) = self.by_weight.get(&key) {
             return Ok(index);
         }
         let rows = model.rows(weight)?;
@@ -65,7 +66,7 @@ impl<T: Real> Store<T> {
         };
         model.release();
         self.weights.push(held);
-        self.by_weight.insert(weight.clone(), self.weights.len() - 1);
+        self.by_weight.insert(key, self.weights.len() - 1);
         Ok(self.weights.len() - 1)
     }
 
