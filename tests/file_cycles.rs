@@ -51,7 +51,7 @@ fn unfold(tree: &str) -> Vec<String> {
         }
     }
     let named = entries.into_iter().filter(|entry| !entry.trim().is_empty());
-    named.flat_map(|entry| unfold(entry)).map(|entry| format!("{head}{entry}")).collect()
+    named.flat_map(unfold).map(|entry| format!("{head}{entry}")).collect()
 }
 
 /// The `use` declarations of a file and the rest of it: visibility, whether it stands at the margin, tree.
