@@ -5,24 +5,22 @@ mod measure;
 mod ops;
 mod passes;
 mod report;
+mod setup;
 
 use crate::cli::atomic;
-use crate::cli::flags::device::{self, Device, DeviceFlags};
+use crate::cli::flags::device::{Device, DeviceFlags};
 use crate::cli::flags::model::ModelFlags;
 use crate::cli::flags::sampling::SamplingFlags;
 use crate::cli::flags::values;
 use crate::cli::machine::{self, print_line, say};
-use crate::exec::Executor;
 use crate::exec::cuda::Board;
-use crate::pipeline::Pipeline;
-use crate::pipeline::generate::Settings;
-use crate::plan::Footprint;
 use crate::sampler::Method;
 use crate::{Error, Result};
 use clap::ValueEnum;
 use measure::Plan;
 use report::Case;
 use serde_json::{Value, json};
+use setup::Setup;
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -75,30 +73,6 @@ enum Mode {
     Kernels,
     /// MinorityPrompt against the passes it is made of
     Methods,
-}
-
-/// What images show where it makes no difference.
-const PROMPT: &str = "a red star on a dark blue background";
-
-/// What every mode measures with.
-struct Setup<'a> {
-    pipeline: &'a Pipeline,
-    executor: Box<dyn Executor>,
-    settings: Settings,
-    device: DeviceFlags,
-    /// Seconds that opening the model took.
-    open_s: f64,
-    /// Bytes of device memory before anything was loaded.
-    free: Option<usize>,
-    seed: u64,
-    plan: Plan,
-}
-
-impl Setup<'_> {
-    fn check_memory(&self, footprint: &Footprint, batch: usize) -> Result<()> {
-        let free = self.executor.free_memory()?;
-        machine::check_memory(self.device.memory_limit, free, footprint, device::smaller_plan(batch))
-    }
 }
 
 impl Bench {
