@@ -199,7 +199,7 @@ fn clip_similarity_is_torchs() {
 
 /// The prompt decides: each of three renders is likeliest, by the reader and by CLIP, under what it shows.
 #[test]
-fn rewards_know_what_was_asked_for() {
+fn rewards_know_what_a_prompt_states() {
     let bytes = fs::read(data_folder("shapes").join("reader.safetensors")).unwrap();
     let golden = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let (scenes, cells) = (golden.tensor("scenes").unwrap(), golden.tensor("cells").unwrap());
@@ -377,7 +377,7 @@ fn mistakes_are_one_line() {
     let short = Attributes::new(&model, |_| Ok(vec![None])).unwrap();
     let scorer = Scorer::plan(&short, &cpu, DType::F32, 1, [SIDE; 2]).unwrap().load(&mut cpu, &model).unwrap();
     let image = &images(1)[0];
-    one_line(scorer.score(&mut cpu, &[image], &["a ring"]).err(), "'a ring' asks for [None]");
+    one_line(scorer.score(&mut cpu, &[image], &["a ring"]).err(), "'a ring' states [None]");
     one_line(scorer.score(&mut cpu, &[image], &[]).err(), "1 images and 0 prompts");
     one_line(scorer.score(&mut cpu, &[&image[1..]], &["a ring"]).err(), "an image of 12287 bytes");
 
