@@ -8,8 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Configuration files by the name they get in [`Model::config`].
-const CONFIGS: [(&str, &str); 15] = [
+const CONFIGS: [(&str, &str); 16] = [
     ("model_index", "model_index.json"),
+    ("recommended", "recommended.json"),
     ("unet", "unet/config.json"),
     ("vae", "vae/config.json"),
     ("text_encoder", "text_encoder/config.json"),

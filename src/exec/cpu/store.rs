@@ -1,9 +1,8 @@
 //! What outlives a run: packed weights, each held once, and named buffers.
 
 use super::pack::{Aligned, Columns, Tiling};
-use super::real::Real;
-use super::{Data, DataMut};
-use crate::exec::buffer;
+use super::real::Float;
+use crate::exec::{Data, DataMut, buffer};
 use crate::program::{DType, Origin, Program, Shape, Value, ValueId};
 use crate::weights::{FileId, Model, Pack, Rows, Weight};
 use crate::{Error, Result};
@@ -51,7 +50,7 @@ fn weight_columns(weight: &Weight, tiling: Tiling) -> Columns {
     Columns::in_parts(weight.shape[weight.shape.len() - 1], parts, tiling)
 }
 
-impl<T: Real> Store<T> {
+impl<T: Float> Store<T> {
     /// The index of a weight, fetched and packed if it is not held yet.
     pub fn weight(&mut self, weight: &Weight, tiling: Tiling, model: &Model) -> Result<usize> {
         let key = (weight.clone(), model.sources(weight)?);
@@ -152,7 +151,7 @@ fn fill<A: Copy, B>(out: &mut [B], values: &[A], convert: impl Fn(A) -> B) {
 }
 
 /// Row after row, in parallel.
-fn plain<T: Real>(rows: &Rows<'_>) -> Aligned<T> {
+fn plain<T: Float>(rows: &Rows<'_>) -> Aligned<T> {
     let width = rows.columns();
     let mut held = Aligned::zeroed(rows.rows() * width);
     held.as_mut_slice().par_chunks_mut(width).enumerate().for_each(|(n, out)| T::fetch(rows, n, out));
@@ -160,7 +159,7 @@ fn plain<T: Real>(rows: &Rows<'_>) -> Aligned<T> {
 }
 
 /// The rows of a weight are the columns of the product: a vector's worth of them is fetched and transposed into its panel.
-fn panels<T: Real>(rows: &Rows<'_>, columns: Columns, lanes: usize) -> Aligned<T> {
+fn panels<T: Float>(rows: &Rows<'_>, columns: Columns, lanes: usize) -> Aligned<T> {
     let k = rows.columns();
     let mut held = Aligned::zeroed(k * columns.padded());
     columns.fill(k, held.as_mut_slice(), |panel, out| {
