@@ -40,6 +40,7 @@ mod models {
         "model_index.json",
         "prompt_policy/config.json",
         "prompt_policy/model.safetensors",
+        "recommended.json",
         "scheduler/scheduler_config.json",
         "text_encoder/config.json",
         "text_encoder/model.safetensors",

@@ -1,6 +1,9 @@
 //! `rarebit inspect`: what a model holds and needs, or how an image was made.
 
-use crate::cli::flags::{self, Device, DeviceFlags, ModelFlags, SamplingFlags};
+use crate::cli::flags::device::{self, Device, DeviceFlags};
+use crate::cli::flags::model::ModelFlags;
+use crate::cli::flags::sampling::SamplingFlags;
+use crate::cli::flags::values;
 use crate::cli::machine::{check_memory, print_line};
 use crate::data::metadata;
 use crate::exec::cuda::{self, Explained, Peak, explain};
@@ -37,7 +40,7 @@ pub struct Inspect {
     #[arg(long, value_name = "GPU")]
     explain: Option<Peak>,
     /// Images sampled together, for the plan
-    #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = flags::count)]
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true, value_parser = values::count)]
     batch: usize,
     /// One JSON object on stdout
     #[arg(long)]
@@ -122,7 +125,7 @@ fn inspect_model(args: &Inspect, model: &ModelFlags) -> Result<()> {
     print_line(plan.footprint().to_string().trim_end())?;
     // A plan may be made for another machine; only a limit that was given is held against it.
     match args.device.memory_limit {
-        Some(limit) => check_memory(Some(limit), None, &plan.footprint(), flags::smaller_plan(args.batch)),
+        Some(limit) => check_memory(Some(limit), None, &plan.footprint(), device::smaller_plan(args.batch)),
         None => Ok(()),
     }
 }

@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, flags defined once, errors turned into one line and an exit code here.
 
 mod atomic;
+mod baselines;
 mod bench;
 mod compare;
 mod flags;
@@ -8,9 +9,9 @@ mod generate;
 mod images;
 mod inspect;
 mod machine;
-mod method;
 mod minority;
 mod progress;
+mod registry;
 mod report;
 mod score;
 mod tensors;
@@ -33,6 +34,11 @@ enum Command {
     Generate(Box<generate::Generate>),
     /// Make images of a prompt that the model finds unlikely, by optimising a token while sampling (MinorityPrompt).
     Minority(Box<minority::Minority>),
+    /// Make the same seeds by several methods, side by side on one sheet, with what each method costs.
+    ///
+    /// UNet calls are counted per image; an equivalent is a forward, and a backward counts as two forwards. Seconds are those of
+    /// sampling, without loading; memory is what is planned: weights, buffers and arena.
+    Compare(Box<compare::Compare>),
     /// Show what a model holds and needs, or how an image was made.
     Inspect(Box<inspect::Inspect>),
     /// Measure images.
@@ -48,8 +54,9 @@ pub fn main() -> ExitCode {
         Err(error) => return usage(error),
     };
     let outcome = match cli.command {
-        Command::Generate(args) => in_pool(args.images.threads(), || generate::run(&args)),
-        Command::Minority(args) => in_pool(args.images.threads(), move || minority::run(*args)),
+        Command::Generate(args) => in_pool(args.images.run.threads(), || generate::run(&args)),
+        Command::Minority(args) => in_pool(args.images.run.threads(), move || minority::run(*args)),
+        Command::Compare(args) => in_pool(args.threads(), || compare::run(&args)),
         Command::Inspect(args) => in_pool(None, || inspect::run(&args)),
         Command::Score(args) => in_pool(args.threads(), || score::run(&args)),
         Command::Bench(args) => in_pool(args.threads(), move || bench::run(*args)),

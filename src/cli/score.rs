@@ -1,6 +1,7 @@
 //! `rarebit score`: images, measured. `--shapes` holds images of the `shapes` world against its exact density.
 
-use crate::cli::flags::{self, DeviceFlags};
+use crate::cli::flags::device::DeviceFlags;
+use crate::cli::flags::values;
 use crate::cli::images::sheet::{self, Grid, Ink, Tile, words};
 use crate::cli::progress::Reporter;
 use crate::cli::{machine, report};
@@ -31,7 +32,7 @@ pub struct Score {
     #[command(flatten)]
     device: DeviceFlags,
     /// Images read together
-    #[arg(long, default_value_t = 16, allow_negative_numbers = true, value_parser = flags::count)]
+    #[arg(long, default_value_t = 16, allow_negative_numbers = true, value_parser = values::count)]
     batch: usize,
     /// Worker threads, at most 1024 [default: one per core]
     #[arg(long, allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1024))]

@@ -1,4 +1,122 @@
 //! Methods: the loops. Each file reads like the algorithm it runs; everything it runs is a planned program.
+//!
+//! A method has three stages: [`ImageMethod`] is its settings, [`PlannedMethod`] its programs before anything is allocated,
+//! [`LoadedMethod`] weights and programs on an executor. The command line knows a method by nothing else.
 
 pub mod baselines;
 pub mod minority;
+pub mod sampling_loop;
+
+use crate::data::textual_inversion::LearnedToken;
+use crate::exec::Executor;
+use crate::optimize::objective::Nfe;
+use crate::pipeline::generate::{self, Image, Job};
+use crate::pipeline::{Observer, Pipeline, Progress};
+use crate::plan::{Footprint, Planned};
+use crate::{Error, Result};
+use serde_json::Value;
+
+/// What a method is planned for.
+pub struct Request<'a> {
+    pub settings: &'a generate::Settings,
+    /// Images of one batch.
+    pub batch: usize,
+    /// The prompt of every image that will be made, in the order of the batches; whole batches.
+    pub prompts: &'a [&'a str],
+    /// Bytes; where the fastest way would not fit, a method may choose one that computes more again.
+    pub memory: Option<usize>,
+}
+
+/// A way to make images from prompts.
+pub trait ImageMethod {
+    /// As images record it.
+    fn name(&self) -> &'static str;
+
+    /// As sheets and tables label it.
+    fn title(&self) -> String;
+
+    /// Everything of the method that decides the pixels, as images record it.
+    fn options(&self) -> Value {
+        Value::Null
+    }
+
+    /// Tokens of the prompt that the method takes for itself.
+    fn reserved_tokens(&self) -> usize {
+        0
+    }
+
+    /// The negative prompt of its images where the user gave `given`.
+    fn negative<'a>(&'a self, given: Option<&'a str>) -> Option<&'a str> {
+        given
+    }
+
+    /// `Error::Usage` where it cannot make a batch of so many images.
+    fn check(&self, _batch: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// Plans every program that batches of these prompts need.
+    fn plan<'p>(
+        &self,
+        pipeline: &'p Pipeline,
+        executor: &dyn Executor,
+        request: &Request<'_>,
+    ) -> Result<Box<dyn PlannedMethod + 'p>>;
+}
+
+/// A method's programs, planned but not loaded.
+pub trait PlannedMethod {
+    fn programs(&self) -> Vec<&Planned>;
+
+    fn footprint(&self) -> Footprint {
+        Footprint::of(&self.programs())
+    }
+
+    /// Steps and iterations of one batch: how often [`Progress::Step`] and [`Progress::Iteration`] come.
+    fn progress_units(&self) -> usize;
+
+    /// UNet calls of one batch, each on one image's latents.
+    fn nfe(&self) -> Nfe;
+
+    /// Loads weights and programs; after it nothing is planned or loaded.
+    fn load<'e>(self: Box<Self>, executor: &'e mut dyn Executor) -> Result<Box<dyn LoadedMethod + 'e>>
+    where
+        Self: 'e;
+}
+
+/// A method on an executor.
+pub trait LoadedMethod {
+    /// Makes one full batch of images.
+    fn run(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>>;
+
+    fn executor(&mut self) -> &mut dyn Executor;
+
+    /// [`LoadedMethod::run`]; what is not finite is made once more with a check of every op, for the error to name the first that
+    /// goes wrong.
+    fn run_checked(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
+        let made = self.run(jobs, observe);
+        let Err(Error::NotFinite(_)) = made else { return made };
+        self.executor().set_check_finite(true);
+        let again = self.run(jobs, &mut |_| observe(Progress::Again));
+        self.executor().set_check_finite(false);
+        again.and(made)
+    }
+
+    /// What the image of job `index` of the last batch was chosen by, where there was a choice.
+    fn chosen(&self, _index: usize) -> Option<Chosen> {
+        None
+    }
+
+    /// The token learned for job `index` of the last batch.
+    fn learned(&self, _index: usize, _word: &str) -> Result<LearnedToken> {
+        Err(Error::Usage("this method learns no token; leave --save-token out".into()))
+    }
+}
+
+/// An image that was chosen among several.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Chosen {
+    /// The seed that makes it alone.
+    pub seed: u64,
+    pub score: f64,
+}

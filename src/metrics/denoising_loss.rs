@@ -4,15 +4,15 @@
 //! (Ho et al. 2020, eq. 14) under the image's prompt: high where the model finds an image unlikely. Ours, and no likelihood; the
 //! minority objective raises one of its terms, so score its images with another model too.
 
-use crate::exec::{DataMut, Executor};
+use crate::exec::{Data, DataMut, Executor};
 use crate::optimize::objective::{
     self, At, Condition, Nfe, NoiseLevels, Objective, ObjectiveSpec, Objectives, StepContext, report_name,
 };
 use crate::pipeline::Pipeline;
-use crate::pipeline::generate::{self, Generator, Job};
+use crate::pipeline::generate::{self, Generator, Job, to_channels_last};
 use crate::plan::Planned;
 use crate::program::DType;
-use crate::sampler::{Level, draw, level_at_share};
+use crate::sampler::{LATENTS, Level, draw, level_at_share};
 use crate::{Error, Result};
 
 /// The score's program, planned but not loaded.
@@ -87,6 +87,21 @@ pub struct Loaded {
 }
 
 impl Loaded {
+    /// Of images made elsewhere, by their latents, `[C, H/f, W/f]` of every job in turn.
+    pub fn score_latents(
+        &self,
+        images: &mut generate::Loaded<'_, '_>,
+        jobs: &[Job],
+        latents: &[f32],
+    ) -> Result<Vec<f64>> {
+        images.begin(jobs)?;
+        let channels = images.pipeline.config.unet.in_channels;
+        let own = latents.chunks(latents.len() / jobs.len().max(1));
+        let latents: Vec<f32> = own.flat_map(|image| to_channels_last(image, channels)).collect();
+        images.executor.write(LATENTS, Data::F32(&latents))?;
+        self.score(images, jobs)
+    }
+
     /// Of the images the generator has just made.
     pub fn score(&self, images: &mut generate::Loaded<'_, '_>, jobs: &[Job]) -> Result<Vec<f64>> {
         self.objectives.constants(images, jobs)?;

@@ -9,9 +9,9 @@ use crate::weights::Component;
 const UNIT_EPS: f64 = 1e-12;
 
 /// `image [B, S, S, 3]`, normalised (see [`super::preprocess`]) → features `[B, projection]`, of any length.
-pub fn features(b: &mut Builder, config: &ClipImageConfig, image: ValueId) -> ValueId {
+pub fn features(b: &mut Builder, config: &ClipImageConfig, component: Component, image: ValueId) -> ValueId {
     let &ClipImageConfig { width, layer_norm_eps: eps, .. } = config;
-    let mut net = Layers::new(b, Component::Clip);
+    let mut net = Layers::new(b, component);
     let patches = net.patches("vision_model.embeddings.patch_embedding", image, width, config.patch_size);
     let class = net.vector("vision_model.embeddings.class_embedding", width);
     let positions = net.table("vision_model.embeddings.position_embedding", config.positions(), width);

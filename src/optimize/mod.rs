@@ -3,4 +3,5 @@
 pub mod chain;
 pub mod objective;
 pub mod optimizer;
+pub mod search;
 pub mod variable;

@@ -6,7 +6,7 @@ use super::{Observer, Progress};
 use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::pipeline::Pipeline;
 use crate::pipeline::conditioning::{Branch, Conditioning, States, Text};
-use crate::pipeline::programs::{Programs, Sizes, buffer, write_step};
+use crate::pipeline::programs::{Programs, Sizes, buffer, rows, write_step};
 use crate::plan::Footprint;
 use crate::program::DType;
 use crate::sampler::{self, Noise, Rng, Schedule};
@@ -69,7 +69,7 @@ impl<'p> Generator<'p> {
 
     /// Network function evaluations of one batch: UNet calls, each on one image's latents.
     pub fn nfe(&self) -> usize {
-        self.calls() * if self.schedule.needs.uncond { 2 } else { 1 } * self.sizes.batch
+        self.calls() * rows(self.sizes, &self.schedule)
     }
 
     pub fn programs(&self) -> &Programs {
@@ -140,7 +140,7 @@ impl Loaded<'_, '_> {
     }
 
     /// Encodes the prompts, computes what all steps share and draws the starting latents.
-    pub(crate) fn begin(&mut self, jobs: &[Job]) -> Result<()> {
+    pub fn begin(&mut self, jobs: &[Job]) -> Result<()> {
         if jobs.len() != self.sizes.batch {
             return Err(Error::Usage(format!("{} jobs for a batch of {}", jobs.len(), self.sizes.batch)));
         }
@@ -154,12 +154,23 @@ impl Loaded<'_, '_> {
         self.executor.write(sampler::LATENTS, Data::F32(&latents))
     }
 
+    /// Network function evaluations of one batch: UNet calls, each on one image's latents.
+    pub fn nfe(&self) -> usize {
+        self.schedule.steps.len() * rows(self.sizes, &self.schedule)
+    }
+
     /// What the run is on.
     pub fn executor(&mut self) -> &mut dyn Executor {
         &mut *self.executor
     }
 
-    pub(crate) fn guidance(&self) -> f64 {
+    /// The timestep of every sampling step.
+    pub fn timesteps(&self) -> Vec<f64> {
+        self.schedule.steps.iter().map(|step| step.timestep).collect()
+    }
+
+    /// The weight of classifier-free guidance that the settings ask for.
+    pub fn guidance(&self) -> f64 {
         self.settings.sampler.guidance
     }
 
@@ -168,7 +179,7 @@ impl Loaded<'_, '_> {
     }
 
     /// Gives one step another guidance weight, where there is guidance.
-    pub(crate) fn guide(&mut self, step: usize, weight: f64) {
+    pub fn guide(&mut self, step: usize, weight: f64) {
         if self.schedule.needs.uncond {
             self.schedule.steps[step] = self.schedule.steps[step].guided(weight);
         }
@@ -218,7 +229,7 @@ impl Loaded<'_, '_> {
     }
 
     /// One sampling step: latents in, latents out.
-    pub(crate) fn step(&mut self, index: usize, observe: &mut Observer<'_>) -> Result<()> {
+    pub fn step(&mut self, index: usize, observe: &mut Observer<'_>) -> Result<()> {
         write_step(&mut *self.executor, &self.schedule, index)?;
         if self.schedule.needs.noise {
             let noise = self.draw(index + 1);
@@ -238,7 +249,7 @@ impl Loaded<'_, '_> {
     }
 
     /// Decodes the batch image by image: the decoder needs more memory than the UNet.
-    pub(crate) fn finish(&mut self, observe: &mut Observer<'_>) -> Result<Vec<Image>> {
+    pub fn finish(&mut self, observe: &mut Observer<'_>) -> Result<Vec<Image>> {
         let batch = self.sizes.batch;
         let channels = self.pipeline.config.unet.in_channels;
         self.decode(0)?;

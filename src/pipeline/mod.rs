@@ -30,7 +30,7 @@ impl Pipeline {
     pub fn open(model: Model, prediction: Option<Prediction>) -> Result<Pipeline> {
         let config = detect::pipeline_config(&model, prediction)?;
         let tokenizers =
-            (0..config.text.len()).map(|tower| tokenizer(&model, &config, tower)).collect::<Result<Vec<_>>>()?;
+            (0..config.text.len()).map(|tower| tower_tokenizer(&model, &config, tower)).collect::<Result<Vec<_>>>()?;
         Ok(Pipeline { model, config, tokenizers, learned: vec![] })
     }
 
@@ -111,32 +111,30 @@ impl Pipeline {
     }
 }
 
-/// The tokenizer of one text tower: the model's own files, else CLIP's vocabulary.
-fn tokenizer(model: &Model, config: &PipelineConfig, tower: usize) -> Result<Tokenizer> {
-    let folder = ["tokenizer", "tokenizer_2"][tower.min(1)];
+/// The tokenizer of one text tower of a pipeline.
+fn tower_tokenizer(model: &Model, config: &PipelineConfig, tower: usize) -> Result<Tokenizer> {
+    // CLIP-L pads with the end token, the OpenCLIP towers of SD 2 and SDXL with token 0.
+    let open_clip = tower == 1 || config.family == Family::Sd2;
+    let pad = if open_clip { text::OPEN_CLIP_PAD } else { text::END };
+    tokenizer(model, ["tokenizer", "tokenizer_2"][tower.min(1)], pad, &config.text[tower])
+}
+
+/// The tokenizer of a text tower: the model's own files under `folder`, else CLIP's vocabulary, padded with `pad`.
+pub(crate) fn tokenizer(model: &Model, folder: &str, pad: &str, tower: &ClipTextConfig) -> Result<Tokenizer> {
     let file = |name: &str| model.tokenizer_file(folder, name);
     let (special, map) = (file("tokenizer_config.json"), file("special_tokens_map.json"));
     let tokenizer = match (file("vocab.json"), file("merges.txt"), file("tokenizer.json")) {
         (Some(vocab), Some(merges), _) => Tokenizer::from_bytes(vocab, merges, special, map),
         (_, _, Some(json)) => Tokenizer::from_tokenizer_json(json, special, map),
-        _ => {
-            // CLIP-L pads with the end token, the OpenCLIP towers of SD 2 and SDXL with token 0.
-            let open_clip = tower == 1 || config.family == Family::Sd2;
-            Tokenizer::clip(if open_clip { text::OPEN_CLIP_PAD } else { text::END })
-        }
+        _ => Tokenizer::clip(pad),
     }
     .and_then(|tokenizer| tokenizer.with_added_tokens(file("added_tokens.json"), special, file("tokenizer.json")))
     .map_err(|error| Error::file(model.path(), format!("{folder}: {error}")))?
-    .with_max_length(config.text[tower].max_positions);
-    if tokenizer.vocab_size() > config.text[tower].vocab_size {
-        return Err(Error::file(
-            model.path(),
-            format!(
-                "{folder} has {} tokens but the text encoder embeds {}",
-                tokenizer.vocab_size(),
-                config.text[tower].vocab_size
-            ),
-        ));
+    .with_max_length(tower.max_positions);
+    if tokenizer.vocab_size() > tower.vocab_size {
+        let (tokens, rows) = (tokenizer.vocab_size(), tower.vocab_size);
+        let what = format!("{folder} has {tokens} tokens but the text encoder embeds {rows}");
+        return Err(Error::file(model.path(), what));
     }
     Ok(tokenizer)
 }

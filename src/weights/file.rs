@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Element type of a tensor as the file stores it.
 pub use safetensors::Dtype as Stored;
@@ -114,8 +115,13 @@ enum Bytes {
     Embedded(&'static [u8]),
 }
 
+/// Tells opened files apart, for as long as the program runs: another one even where the same file is opened again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FileId(u64);
+
 /// A safetensors file whose header has been checked.
 pub struct File {
+    id: FileId,
     path: PathBuf,
     bytes: Bytes,
     header: Header,
@@ -141,7 +147,12 @@ impl File {
 
     fn new(path: PathBuf, bytes: Bytes) -> Result<File> {
         let header = parse_header(slice(&bytes)).map_err(|what| Error::file(&path, what))?;
-        Ok(File { path, bytes, header })
+        static OPENED: AtomicU64 = AtomicU64::new(0);
+        Ok(File { id: FileId(OPENED.fetch_add(1, Ordering::Relaxed)), path, bytes, header })
+    }
+
+    pub fn id(&self) -> FileId {
+        self.id
     }
 
     pub fn path(&self) -> &Path {

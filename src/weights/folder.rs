@@ -8,8 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Configuration files by the name they get in [`Model::config`].
-const CONFIGS: [(&str, &str); 13] = [
+const CONFIGS: [(&str, &str); 16] = [
     ("model_index", "model_index.json"),
+    ("recommended", "recommended.json"),
     ("unet", "unet/config.json"),
     ("vae", "vae/config.json"),
     ("text_encoder", "text_encoder/config.json"),
@@ -17,6 +18,8 @@ const CONFIGS: [(&str, &str); 13] = [
     ("reader", "reader/config.json"),
     ("clip", "clip/config.json"),
     ("clip_preprocessor", "clip/preprocessor_config.json"),
+    ("clip_held_out", "clip_held_out/config.json"),
+    ("clip_held_out_preprocessor", "clip_held_out/preprocessor_config.json"),
     ("aesthetic", "aesthetic/config.json"),
     ("prompt_policy", "prompt_policy/config.json"),
     ("scheduler", "scheduler/scheduler_config.json"),
@@ -103,7 +106,8 @@ pub(super) fn load(model: &mut Model, source: &Source) -> Result<()> {
             add_config(model, name, source.path(file), &bytes)?;
         }
     }
-    for folder in ["tokenizer", "tokenizer_2", Component::Clip.name(), Component::Policy.name()] {
+    let networks = [Component::Clip, Component::HeldOutClip, Component::Policy].map(Component::name);
+    for folder in ["tokenizer", "tokenizer_2"].into_iter().chain(networks) {
         load_tokenizer(model, source, folder, folder)?;
     }
     for component in Component::ALL {
@@ -305,7 +309,7 @@ fn canonical(c: Component, key: &str) -> Option<String> {
     match c {
         Component::TextEncoder | Component::TextEncoder2 => keys_text::from_transformers(key),
         Component::Vae => Some(keys_vae::from_diffusers(key)),
-        Component::Clip => keys_text::from_clip(key),
+        Component::Clip | Component::HeldOutClip => keys_text::from_clip(key),
         Component::Policy => keys_text::from_gpt2(key),
         Component::Unet | Component::Reader | Component::Aesthetic => Some(key.to_string()),
     }

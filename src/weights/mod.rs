@@ -9,7 +9,7 @@ mod keys_vae;
 mod pack;
 mod single_file;
 
-pub use file::{Header, Stored, fingerprint, parse_header, parse_json};
+pub use file::{FileId, Header, Stored, fingerprint, parse_header, parse_json};
 pub use pack::Rows;
 
 use crate::{Error, Result};
@@ -31,6 +31,8 @@ pub enum Component {
     Reader,
     /// `CLIPModel`, or its image tower alone.
     Clip,
+    /// A second one, which measures what was optimised by the first.
+    HeldOutClip,
     /// Scores a CLIP image embedding.
     Aesthetic,
     /// `GPT2LMHeadModel` that rewrites prompts.
@@ -38,13 +40,14 @@ pub enum Component {
 }
 
 impl Component {
-    pub const ALL: [Component; 8] = [
+    pub const ALL: [Component; 9] = [
         Component::TextEncoder,
         Component::TextEncoder2,
         Component::Unet,
         Component::Vae,
         Component::Reader,
         Component::Clip,
+        Component::HeldOutClip,
         Component::Aesthetic,
         Component::Policy,
     ];
@@ -52,6 +55,12 @@ impl Component {
     /// What makes images.
     pub const PIPELINE: [Component; 4] =
         [Component::TextEncoder, Component::TextEncoder2, Component::Unet, Component::Vae];
+
+    /// Whether a configuration or tokenizer file of this name is the component's.
+    fn owns(self, name: &str) -> bool {
+        let folder = name.split('/').next().unwrap_or(name);
+        folder.strip_suffix("_preprocessor").unwrap_or(folder) == self.name()
+    }
 
     /// The component's folder in a model; diffusers' name where it has one.
     pub fn name(self) -> &'static str {
@@ -62,6 +71,7 @@ impl Component {
             Component::Vae => "vae",
             Component::Reader => "reader",
             Component::Clip => "clip",
+            Component::HeldOutClip => "clip_held_out",
             Component::Aesthetic => "aesthetic",
             Component::Policy => "prompt_policy",
         }
@@ -186,14 +196,36 @@ impl Model {
     /// prompt policy. `path` is its folder or its `.safetensors` file. Of a file under a name transformers gives weights
     /// (`model.safetensors`), the `config.json` beside it counts too.
     pub fn add(&mut self, c: Component, path: &Path) -> Result<()> {
-        self.tensors[c as usize].clear();
-        let own = |name: &str| name.split('/').next() == Some(c.name()) || name == format!("{}_preprocessor", c.name());
-        self.configs.retain(|name, _| !own(name));
-        self.tokenizers.retain(|name, _| !own(name));
+        self.remove(c);
         if path.is_dir() {
             return folder::load_network(self, &folder::Source::Disk(path), c);
         }
         folder::load_file(self, path, c)
+    }
+
+    /// Forgets a network and what belongs to it.
+    fn remove(&mut self, c: Component) {
+        self.tensors[c as usize].clear();
+        self.configs.retain(|name, _| !c.owns(name));
+        self.tokenizers.retain(|name, _| !c.owns(name));
+    }
+
+    /// Moves a network with its configuration here from another model, into the place of the one there is.
+    ///
+    /// `Error::File` where the other model has none.
+    pub fn take(&mut self, c: Component, from: Model) -> Result<()> {
+        if !from.has(c) {
+            return Err(Error::file(from.path(), format!("has no {}", c.name())));
+        }
+        self.remove(c);
+        let Model { files, mut tensors, configs, tokenizers, .. } = from;
+        let before = self.files.len();
+        self.files.extend(files);
+        let moved = std::mem::take(&mut tensors[c as usize]).into_iter();
+        self.tensors[c as usize] = moved.map(|(key, t)| (key, Tensor { file: before + t.file, ..t })).collect();
+        self.configs.extend(configs.into_iter().filter(|(name, _)| c.owns(name)));
+        self.tokenizers.extend(tokenizers.into_iter().filter(|(name, _)| c.owns(name)));
+        Ok(())
     }
 
     fn empty(path: PathBuf) -> Model {
@@ -270,8 +302,8 @@ impl Model {
         &self.ignored
     }
 
-    /// A parsed configuration file: `model_index`, `scheduler`, `tokenizer`, `tokenizer_2`, `clip_preprocessor`, or a
-    /// component's by its name.
+    /// A parsed configuration file: `model_index`, `scheduler`, `tokenizer`, `tokenizer_2`, `clip_preprocessor` (and
+    /// `clip_held_out_preprocessor`), or a component's by its name.
     pub fn config(&self, name: &str) -> Option<&serde_json::Value> {
         self.configs.get(name).map(|(_, json)| json)
     }
@@ -281,7 +313,7 @@ impl Model {
         self.configs.get(name).map(|(path, _)| path.as_path())
     }
 
-    /// A file of `tokenizer`, `tokenizer_2`, `clip` or `prompt_policy`: `vocab.json`, `merges.txt`, `tokenizer.json`, `special_tokens_map.json`,
+    /// A file of `tokenizer`, `tokenizer_2`, `clip`, `clip_held_out` or `prompt_policy`: `vocab.json`, `merges.txt`, `tokenizer.json`, `special_tokens_map.json`,
     /// `tokenizer_config.json`, `added_tokens.json`.
     pub fn tokenizer_file(&self, folder: &str, file: &str) -> Option<&[u8]> {
         self.tokenizers.get(&format!("{folder}/{file}")).map(|bytes| bytes.as_ref())
@@ -298,6 +330,12 @@ impl Model {
     pub fn rows(&self, weight: &Weight) -> Result<Rows<'_>> {
         let found: Result<Vec<_>> = weight.keys.iter().map(|key| self.tensor(weight.component, key)).collect();
         Rows::new(self, weight, &found?)
+    }
+
+    /// The opened files a weight lies in, which tell it from a weight of the same name of another model, and of this one before it
+    /// got another network there.
+    pub fn sources(&self, weight: &Weight) -> Result<Vec<FileId>> {
+        weight.keys.iter().map(|key| Ok(self.files[self.tensor(weight.component, key)?.file].id())).collect()
     }
 
     /// Opens a weight and gives its value, row-major in the weight's shape: what a trainable copy of it starts from.

@@ -4,5 +4,7 @@
 mod common;
 
 mod bench;
+mod compare;
 mod generate;
 mod methods;
+mod recommended;

@@ -1,6 +1,7 @@
 //! The methods as a user meets them: `minority` and the rivals of `generate`, on the embedded model.
 
 use crate::common::command::{fails, files, path, rarebit, succeeds, text};
+use crate::common::sheet::{find, lines, named, pixels};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
@@ -9,24 +10,8 @@ use tempfile::TempDir;
 const PROMPT: &str = "a red star on a dark blue background";
 
 /// Two optimised steps of four, two iterations each: fast, and everything of the method happens.
-const FAST: [&str; 7] = ["--steps", "4", "--t-lo", "0.5", "--iterations", "2", "--quiet"];
-
-/// Width and `[H, W, 3]` of a PNG.
-#[track_caller]
-fn pixels(path: &str) -> (usize, Vec<u8>) {
-    let mut reader = png::Decoder::new(std::io::BufReader::new(fs::File::open(path).unwrap())).read_info().unwrap();
-    let mut buffer = vec![0; reader.output_buffer_size().unwrap()];
-    let info = reader.next_frame(&mut buffer).unwrap();
-    (info.width as usize, buffer)
-}
-
-fn lines(json: &str) -> Vec<Value> {
-    json.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-fn named<'a>(events: &'a [Value], name: &str) -> Vec<&'a Value> {
-    events.iter().filter(|event| event["event"] == name).collect()
-}
+const FAST: [&str; 11] =
+    ["--steps", "4", "--t-lo", "0.5", "--t-hi", "1", "--every", "1", "--iterations", "2", "--quiet"];
 
 /// The image that `command` with these flags makes.
 #[track_caller]
@@ -116,7 +101,7 @@ fn mistakes() {
     minority(&["--init", "word:extraordinarily"], &["'extraordinarily'", "must be one"]);
     minority(&["--init", "cool"], &["--init", "word:WORD"]);
     minority(&["--variable", "text", "--save-token", "t.safetensors"], &["--save-token", "--variable token"]);
-    minority(&["--lr-decay", "0.5", "--t-lo", "0", "--t-hi", "1"], &["--lr-decay 0.5", "step 3"]);
+    minority(&["--lr-decay", "0.5", "--t-lo", "0", "--t-hi", "1", "--every", "1"], &["--lr-decay 0.5", "step 3"]);
     minority(&["--lr", "-1"], &["--lr", "0 or more"]);
     minority(&["--every", "0"], &["--every"]);
     minority(&["--tokens", "0"], &["--tokens"]);
@@ -226,7 +211,8 @@ fn traces() {
 
 #[test]
 fn explains_without_running() {
-    let flags = ["--steps", "50", "--t-lo", "0.9", "--t-hi", "1", "--iterations", "10", "--guidance", "7.5"];
+    let flags =
+        ["--steps", "50", "--t-lo", "0.9", "--t-hi", "1", "--iterations", "10", "--every", "1", "--guidance", "7.5"];
     let told = succeeds(&[&["minority", PROMPT, "--explain"][..], &flags].concat());
     let line = |name: &str| told.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{told}"));
     assert!(line("optimised steps").contains(" 5: 0 (t 981"), "{told}");
@@ -252,18 +238,6 @@ fn images_say_how_they_were_optimised() {
     assert_eq!(options["schedule"]["iterations"], 2);
     assert_eq!(options["opt_seed"], 3);
     assert_eq!(options["variable"]["place"], "end");
-}
-
-/// Where the image stands in the sheet, doubled.
-fn find((width, sheet): &(usize, Vec<u8>), image: &str) -> Option<(usize, usize)> {
-    let (side, image) = pixels(image);
-    let row =
-        |y: usize| -> Vec<u8> { image[3 * side * y..][..3 * side].chunks(3).flat_map(|p| [p, p].concat()).collect() };
-    let (first, step) = (row(0), 3 * width);
-    let is_here = |at: &usize| (0..2 * side).all(|y| sheet[at + y * step..].starts_with(&row(y / 2)));
-    let room = sheet.len() - (2 * side - 1) * step - first.len();
-    let at = (0..=room).step_by(3).filter(|at| sheet[*at..].starts_with(&first)).find(is_here)?;
-    Some((at / 3 % width, at / 3 / width))
 }
 
 #[test]

@@ -62,7 +62,7 @@ impl Clip {
     }
 
     fn of(name: &str, model: Model) -> Clip {
-        Clip { golden: Golden::open(name), config: detect::clip_config(&model).unwrap(), model }
+        Clip { golden: Golden::open(name), config: detect::clip_config(&model, Component::Clip).unwrap(), model }
     }
 
     /// Puts a head in the place of the one there is: `laion` is that of a file, `aesthetic` the folder's.
@@ -87,7 +87,7 @@ impl Clip {
         let [batch, _, height, width] = pixels.shape[..] else { panic!("no images") };
         let pixels = b.input("pixels", &[batch, height, width, 3]);
         let input = self.preset(preset).append(&mut b, pixels);
-        let features = clip_image::features(&mut b, &self.config.image, input);
+        let features = clip_image::features(&mut b, &self.config.image, Component::Clip, input);
         let unit = clip_image::unit(&mut b, features);
         for (name, id) in [("input", input), ("features", features), ("unit", unit)] {
             b.output(name, id);

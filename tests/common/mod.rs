@@ -16,4 +16,5 @@ pub mod optimised;
 pub mod products;
 pub mod published;
 pub mod rounded;
+pub mod sheet;
 pub mod storage;

@@ -48,12 +48,12 @@ fn terms(pipeline: &Pipeline, steps: usize) -> Vec<Term<'_>> {
         let squares = s.squares(s.latents);
         s.b.affine(squares, 1.0 / len, 0.0)
     });
-    let clip = detect::clip_config(&pipeline.model).unwrap();
+    let clip = detect::clip_config(&pipeline.model, Component::Clip).unwrap();
     let image = Objective::new("clip", move |s: &mut StepContext<'_>| {
         let image = s.decode(s.latents);
         // Random decoders go far beyond [-1, 1], and central differences stumble over the clamp's kinks.
         let image = s.b.affine(image, 0.05, 0.0);
-        let unit = s.image_features(&clip.image, &clip.preprocess, image);
+        let unit = s.image_features(&clip.image, Component::Clip, &clip.preprocess, image);
         let shape = s.b.shape(unit);
         let target = s.b.constant(&shape, (shape[1] as f64).sqrt().recip());
         let cosine = s.b.dot(unit, target);

@@ -1,21 +1,23 @@
 //! A chain whose noise lives on the device: what crosses the host, objectives that predict, optimizers, and single networks beside it.
 
 use crate::common::feed;
-use crate::common::golden::Golden;
+use crate::common::golden::{Golden, data_folder};
 use crate::common::minority::relative;
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::{Data, DataMut, Executor, ProgramId};
+use rarebit::models::{clip_image, detect};
 use rarebit::optimize::chain::{Chain, Options, Term};
-use rarebit::optimize::objective::{At, Condition, Minority, Objective, StepContext, minority};
+use rarebit::optimize::objective::{At, Condition, Minority, Objective, RewardPrompts, StepContext, minority, reward};
 use rarebit::optimize::optimizer::{Clip, Optimizer, Rule};
 use rarebit::optimize::variable::{Entry, Parameter};
 use rarebit::pipeline::Pipeline;
 use rarebit::pipeline::networks::{Networks, Tensor};
 use rarebit::pipeline::programs::gradient_of;
-use rarebit::plan::Planned;
+use rarebit::plan::{Planned, plan};
 use rarebit::program::*;
+use rarebit::rewards::Clip as ClipReward;
 use rarebit::sampler::{Method, Settings};
-use rarebit::weights::Model;
+use rarebit::weights::{Component, Model};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
@@ -295,6 +297,47 @@ fn networks_beside_a_chain() {
     drop(chain);
     let mut alone = Cpu::<f32>::new();
     assert!(beside == Networks::new(&pipeline, &mut alone, DType::F32).encode(&image).unwrap());
+}
+
+/// The similarity of the embedded CLIP, raised through three steps on the device; another CLIP scores the images on the same executor.
+#[test]
+fn a_reward_is_an_objective() {
+    let mut pipeline = Pipeline::open(rarebit::assets::shapes().unwrap(), None).unwrap();
+    pipeline.model.add(Component::HeldOutClip, &data_folder("tiny-clip-h")).unwrap();
+    let clip = ClipReward::new(&pipeline.model, Component::Clip).unwrap();
+    let sampler = Settings { method: Method::Ddim, spacing: None, steps: 3, eta: 0.0, guidance: 1.0, cfg_pp: false };
+    let options = Options { width: 64, height: 64, batch: 1, dtype: DType::F32, sampler, budget: None };
+    let mut cpu = Cpu::<f32>::new();
+    let terms = vec![Term::at_end(reward(&clip))];
+    let chain = Chain::plan(&pipeline, &cpu, &options, &[Entry::Latents], terms).unwrap();
+    let adam = Optimizer::ADAM.plan(&cpu, DType::F32, &[chain.noise_parameter()], 1.0).unwrap();
+    let start = single(&noise("start", &chain));
+    let mut chain = chain.load::<f32>(&mut cpu).unwrap();
+    let mut adam = adam.load(chain.executor(), &pipeline.model).unwrap();
+    let prompts = RewardPrompts::load(&clip, chain.executor(), &pipeline.model, DType::F32, 1).unwrap();
+    prompts.set(chain.executor(), &[PROMPT]).unwrap();
+    chain.prompts(&[PROMPT], &[""]).unwrap();
+    chain.set_noise(&start).unwrap();
+    let mut similarity = vec![];
+    for _ in 0..5 {
+        similarity.push(-chain.gradient().unwrap()[0][0]);
+        adam.step(chain.executor(), 0.02).unwrap();
+    }
+    println!("{similarity:?}");
+    assert!(similarity[4] > similarity[0] + 0.01 && similarity.iter().all(|s| s.abs() <= 1.0), "{similarity:?}");
+
+    // What stands beside it does not change it: features of the held-out CLIP on the same executor.
+    let held_out = detect::clip_config(&pipeline.model, Component::HeldOutClip).unwrap();
+    let mut b = Builder::new("held out", DType::F32);
+    let image = b.wide_input("held out image", &[1, 64, 64, 3]);
+    let image = held_out.preprocess.append(&mut b, image);
+    let features = clip_image::features(&mut b, &held_out.image, Component::HeldOutClip, image);
+    b.output("held out features", features);
+    let planned = plan(b.finish().unwrap(), |program, node| Cpu::<f32>::new().workspace(program, node));
+    let program = chain.executor().load(planned, &pipeline.model).unwrap();
+    let before = chain.loss().unwrap();
+    chain.executor().run(program).unwrap();
+    assert_eq!(chain.loss().unwrap(), before);
 }
 
 /// `clip_grad_norm_` and `clip_grad_value_` before SGD with momentum 0, whose step is the gradient itself.

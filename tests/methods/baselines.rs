@@ -2,13 +2,15 @@
 
 use crate::common::golden::Golden;
 use crate::common::minority::{images, job, plain};
+use rarebit::Result;
 use rarebit::exec::cpu::Cpu;
-use rarebit::methods::baselines::Cads;
-use rarebit::methods::baselines::sgms::{Planner, Sgms};
-use rarebit::methods::baselines::{best_of, cads};
+use rarebit::methods::baselines::best_of;
+use rarebit::methods::baselines::cads::Cads;
+use rarebit::methods::baselines::sgms::Sgms;
+use rarebit::methods::{ImageMethod, PlannedMethod, Request};
 use rarebit::metrics::denoising_loss as elbo;
 use rarebit::pipeline::Pipeline;
-use rarebit::pipeline::generate::{Generator, Image, Job, Settings};
+use rarebit::pipeline::generate::{Generator, Image, Job, Loaded, Settings};
 use rarebit::program::DType;
 
 const PROMPT: &str = "a red star on a dark blue background";
@@ -21,17 +23,28 @@ fn settings(pipeline: &Pipeline, steps: usize) -> Settings {
     images(pipeline, steps, 3.0, DType::F32)
 }
 
+fn planned<'p>(
+    pipeline: &'p Pipeline,
+    settings: &Settings,
+    method: &dyn ImageMethod,
+    batch: usize,
+) -> Box<dyn PlannedMethod + 'p> {
+    let prompts = vec![PROMPT; batch];
+    let request = Request { settings, batch, prompts: &prompts, memory: None };
+    method.plan(pipeline, &Cpu::<f32>::new(), &request).unwrap()
+}
+
+fn with(pipeline: &Pipeline, settings: Settings, method: &dyn ImageMethod, jobs: &[Job]) -> Vec<Image> {
+    let planned = planned(pipeline, &settings, method, jobs.len());
+    planned.load(&mut Cpu::<f32>::new()).unwrap().run(jobs, &mut |_| Ok(())).unwrap()
+}
+
 fn with_cads(pipeline: &Pipeline, settings: Settings, cads: &Cads, jobs: &[Job]) -> Vec<Image> {
-    let mut cpu = Cpu::<f32>::new();
-    let generator = Generator::plan(pipeline, &cpu, settings, jobs.len()).unwrap();
-    let mut loaded = generator.load(&mut cpu).unwrap();
-    cads::run(&mut loaded, cads, jobs, &mut |_| Ok(())).unwrap()
+    with(pipeline, settings, cads, jobs)
 }
 
 fn with_sgms(pipeline: &Pipeline, settings: Settings, sgms: Sgms, jobs: &[Job]) -> Vec<Image> {
-    let mut cpu = Cpu::<f32>::new();
-    let planned = Planner::plan(pipeline, &cpu, settings, sgms, jobs.len()).unwrap();
-    planned.load(&mut cpu).unwrap().run(jobs, &mut |_| Ok(())).unwrap()
+    with(pipeline, settings, &sgms, jobs)
 }
 
 fn plainly(pipeline: &Pipeline, settings: Settings, jobs: &[Job]) -> Vec<Image> {
@@ -93,7 +106,7 @@ fn sgms_without_a_step_is_plain_sampling() {
     assert!(found[0].latents == expected[0].latents);
     let planned = |eta: f64, guided: bool| {
         let sgms = Sgms { eta, guided, ..Sgms::default() };
-        Planner::plan(&pipeline, &Cpu::<f32>::new(), settings(&pipeline, 10), sgms, 2).unwrap().nfe()
+        planned(&pipeline, &settings(&pipeline, 10), &sgms, 2).nfe()
     };
     assert_eq!((planned(0.0, false).forward, planned(0.0, false).backward), (40, 0));
     // Steps 0 and 5: two forwards and one backward each, per image.
@@ -134,18 +147,31 @@ fn sgms_guides_each_image_alone() {
     }
 }
 
+/// The sum of an image's latents.
+struct Sum;
+
+fn score_of(image: &Image) -> f64 {
+    f64::from(image.latents.iter().sum::<f32>())
+}
+
+impl best_of::Judge for Sum {
+    fn forwards(&self) -> usize {
+        0
+    }
+
+    fn score(&mut self, _images: &mut Loaded<'_, '_>, _jobs: &[Job], made: &[Image]) -> Result<Vec<f64>> {
+        Ok(made.iter().map(score_of).collect())
+    }
+}
+
 #[test]
 fn the_best_of_n_is_the_best_of_their_seeds() {
     let pipeline = open("tiny-sd1");
     let mut cpu = Cpu::<f32>::new();
     let generator = Generator::plan(&pipeline, &cpu, settings(&pipeline, 4), 2).unwrap();
     let mut loaded = generator.load(&mut cpu).unwrap();
-    fn score_of(image: &Image) -> f64 {
-        f64::from(image.latents.iter().sum::<f32>())
-    }
-    let mut judge: Box<best_of::Judge<'_>> = Box::new(|_, _, made| Ok(made.iter().map(score_of).collect()));
     let jobs = [job(PROMPT, 3), job("a blue ring", 8)];
-    let chosen = best_of::run(&mut loaded, 3, &jobs, &mut *judge, &mut |_| Ok(())).unwrap();
+    let chosen = best_of::run(&mut loaded, 3, &jobs, &mut Sum, &mut |_| Ok(())).unwrap();
     for (job_of, chosen) in jobs.iter().zip(&chosen) {
         let candidates: Vec<Image> = (0..3)
             .map(|index| {
@@ -155,10 +181,10 @@ fn the_best_of_n_is_the_best_of_their_seeds() {
             .collect();
         let best = candidates.iter().map(score_of).fold(f64::NEG_INFINITY, f64::max);
         assert_eq!(chosen.score, best);
-        let alone = plainly(&pipeline, settings(&pipeline, 4), &[job(&job_of.prompt, chosen.seed)]).remove(0);
-        assert!(chosen.image.latents == alone.latents, "its seed makes it alone");
+        let alone = plainly(&pipeline, settings(&pipeline, 4), std::slice::from_ref(&chosen.candidate)).remove(0);
+        assert!(chosen.outcome.latents == alone.latents, "its seed makes it alone");
     }
-    assert!(best_of::run(&mut loaded, 0, &jobs, &mut *judge, &mut |_| Ok(())).is_err());
+    assert!(best_of::run(&mut loaded, 0, &jobs, &mut Sum, &mut |_| Ok(())).is_err());
 }
 
 #[test]

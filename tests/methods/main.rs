@@ -4,6 +4,8 @@
 mod common;
 
 mod baselines;
+mod example_method;
 mod minority;
 mod minority_gradients;
 mod minority_reference;
+mod planning;

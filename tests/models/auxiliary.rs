@@ -203,11 +203,11 @@ fn what_files_say_is_found() {
     // A file named as transformers names it brings the configuration beside it; under another name it has none.
     let file = data_folder("tiny-clip-h").join("model.safetensors");
     let model = Model::network(Component::Clip, &file).unwrap();
-    assert_eq!(detect::clip_config(&model).unwrap(), h.config);
+    assert_eq!(detect::clip_config(&model, Component::Clip).unwrap(), h.config);
     let folder = tempfile::tempdir().unwrap();
     let bare = folder.path().join("clip_vision_h.safetensors");
     std::fs::copy(&file, &bare).unwrap();
-    let bare = detect::clip_config(&Model::network(Component::Clip, &bare).unwrap()).unwrap();
+    let bare = detect::clip_config(&Model::network(Component::Clip, &bare).unwrap(), Component::Clip).unwrap();
     assert_eq!((bare.image.heads, bare.image.activation), (1, Activation::QuickGelu));
     assert_eq!(bare.text.unwrap().activation, Activation::QuickGelu);
 
@@ -252,14 +252,14 @@ fn embedded_clip_and_aesthetic() {
         values.chunks(world.attributes.len()).map(|cell| cell.iter().map(|v| *v as usize).collect()).collect();
 
     let pipeline = Pipeline::open(rarebit::assets::shapes().unwrap(), None).unwrap();
-    let clip = detect::clip_config(&pipeline.model).unwrap();
+    let clip = detect::clip_config(&pipeline.model, Component::Clip).unwrap();
     let head = detect::head_config(&pipeline.model).unwrap();
     assert_eq!(detect::policy_config(&pipeline.model).unwrap().vocab_size, clip.text.as_ref().unwrap().vocab_size);
     let n = cells.len();
     let mut b = Builder::new("image", DType::F32);
     let pixels = b.input("pixels", scenes.shape());
     let image = clip.preprocess.append(&mut b, pixels);
-    let features = clip_image::features(&mut b, &clip.image, image);
+    let features = clip_image::features(&mut b, &clip.image, Component::Clip, image);
     let unit = clip_image::unit(&mut b, features);
     let score = heads::aesthetic(&mut b, &head, unit);
     b.output("unit", unit);

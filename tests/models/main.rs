@@ -1,4 +1,4 @@
-//! Whole models on the CPU against diffusers, transformers and torch, the `shapes` world, and images that users hand in.
+//! Whole models on the CPU against diffusers, transformers and torch, the `shapes` world, rewards, and images that users hand in.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -9,6 +9,7 @@ mod golden;
 mod images;
 mod layouts;
 mod noise;
+mod rewards;
 mod sampler;
 mod shapes;
 mod text;

@@ -38,12 +38,12 @@ fn turned(image: &[f32], [rows, columns]: [usize; 2]) -> Vec<f32> {
 
 pub fn clip(folder: &Path, dump: &Dump<'_>) -> Result<Named> {
     let model = Model::network(Component::Clip, folder)?;
-    let config = detect::clip_config(&model)?.image;
+    let config = detect::clip_config(&model, Component::Clip)?.image;
     let (pixels, cotangent) = (dump.floats("in/pixels")?, dump.floats("in/d_features")?);
     let side = config.image_size;
     let mut b = Builder::new("clip", DType::F32);
     let image = b.input("pixels", &[1, side, side, 3]);
-    let features = clip_image::features(&mut b, &config, image);
+    let features = clip_image::features(&mut b, &config, Component::Clip, image);
     b.output("out/features", features);
     let request = Request {
         objectives: vec![(features, Cotangent::Input("cotangent".into()))],

@@ -1,8 +1,8 @@
 //! Whole images: how long one takes or how many a second gives, and where the time goes.
 
-use super::measure::{Row, Times};
+use super::measure::{Plan, Row, Times};
 use super::report::Case;
-use super::{PROMPT, Setup};
+use super::setup::{PROMPT, Setup};
 use crate::exec::cuda::{AHEAD, Board};
 use crate::pipeline::Progress;
 use crate::pipeline::generate::{Generator, Image, Job};
@@ -47,7 +47,7 @@ pub fn run(setup: &mut Setup<'_>, board: &Board, batch: usize) -> Result<Case> {
     (1..runs.warmup).try_for_each(|_| make(0))?;
     let energy = board.energy();
     let wall = Instant::now();
-    let times = super::Plan { warmup: 0, ..runs }.time(|| {
+    let times = Plan { warmup: 0, ..runs }.time(|| {
         number += 1;
         make(number - 1)
     })?;

@@ -1,10 +1,10 @@
 //! Every kind of op of a sampling step alone: what it takes, and how much of the step it is.
 
-use super::Setup;
 use super::measure::{Row, Times, wave};
 use super::report::Case;
+use super::setup::Setup;
 use crate::Result;
-use crate::cli::flags::Device;
+use crate::cli::flags::device::Device;
 use crate::exec::Data;
 use crate::pipeline::generate::Generator;
 use crate::plan::plan;

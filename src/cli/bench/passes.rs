@@ -2,7 +2,7 @@
 
 use super::measure::{Plan, Row, Times, wave};
 use super::report::Case;
-use super::{PROMPT, Setup};
+use super::setup::{PROMPT, Setup};
 use crate::Result;
 use crate::autodiff::{Cotangent, Request};
 use crate::exec::Data;

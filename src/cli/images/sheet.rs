@@ -23,8 +23,8 @@ pub struct Tile {
 pub enum Grid<'a> {
     /// About as many rows as columns.
     Square,
-    /// Under a title, with labels above the columns and left of the rows.
-    Table { title: &'a str, columns: &'a [String], rows: &'a [String] },
+    /// Under a title, with labels above the columns and left of the rows, and lines under each column where there are any.
+    Table { title: &'a str, columns: &'a [String], rows: &'a [String], feet: &'a [Vec<String>] },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,8 +100,20 @@ fn draw([width, height]: [usize; 2], tiles: &[Tile], grid: &Grid<'_>) -> Sheet {
         Grid::Table { .. } => title.len() * LINE + MARGIN + LINE,
     };
     let rows = tiles.len().div_ceil(columns.max(1));
-    let mut sheet = Sheet { width: full, rgb: vec![PAPER; 3 * full * (top + down * rows + MARGIN)] };
+    let feet: Vec<Vec<Line>> = match grid {
+        Grid::Square => vec![],
+        Grid::Table { feet, .. } => {
+            let foot =
+                |foot: &Vec<String>| foot.iter().flat_map(|line| wrap(&words(line, Ink::Plain), letters)).collect();
+            feet.iter().map(foot).collect()
+        }
+    };
+    let bottom = feet.iter().map(Vec::len).max().map_or(0, |lines| lines * LINE + MARGIN);
+    let mut sheet = Sheet { width: full, rgb: vec![PAPER; 3 * full * (top + down * rows + bottom + MARGIN)] };
     sheet.lines(MARGIN, MARGIN, &title);
+    for (index, foot) in feet.iter().enumerate() {
+        sheet.lines(MARGIN + left + index * across, MARGIN + top + rows * down, foot);
+    }
     if let Grid::Table { columns, rows, .. } = grid {
         for (index, label) in columns.iter().enumerate() {
             let label: String = label.chars().take(letters).collect();
@@ -223,7 +235,14 @@ mod tests {
         let tiles: Vec<Tile> = (1..=6).map(tile).collect();
         let labels = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
         let (columns, rows) = (labels(&["a", "b", "c"]), labels(&["seed 7", "seed 18446744073709551615"]));
-        let sheet = draw([width, height], &tiles, &Grid::Table { title: "x ☆", columns: &columns, rows: &rows });
+        let table = |feet| Grid::Table { title: "x ☆", columns: &columns, rows: &rows, feet };
+        let sheet = draw([width, height], &tiles, &table(&[]));
+        let feet = [vec!["one line".to_string()], vec!["two".to_string(), "lines".to_string()]];
+        let footed = draw([width, height], &tiles, &table(&feet));
+        assert_eq!(footed.height(), sheet.height() + 2 * LINE + MARGIN);
+        let end = sheet.rgb.len() - 3 * MARGIN * sheet.width;
+        assert!(footed.rgb[..end] == sheet.rgb[..end], "what stands above the feet stays");
+        assert!(footed.rgb[end..].chunks(3).any(|pixel| pixel == Ink::Plain.rgb()));
         let (across, down, left) = (width + MARGIN, height + LINE + 2 * MARGIN, 25 * GLYPH + MARGIN);
         assert_eq!((sheet.width, sheet.height()), (left + 3 * across + MARGIN, 2 * LINE + MARGIN + 2 * down + MARGIN));
         let at = |x: usize, y: usize| sheet.rgb[3 * (y * sheet.width + x)];

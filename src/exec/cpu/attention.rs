@@ -6,11 +6,11 @@
 //! scores never leave the cache. Key blocks depend on the number of keys only and a row never sees another row, so bits depend
 //! neither on the batch nor on the tile height.
 
+use super::context::{Cx, Machine, Outputs};
 use super::microkernel::{Blocks, Dense, Target, multiply};
 use super::pack::{Columns, Packed, Tiling};
-use super::real::Real;
+use super::real::Float;
 use super::reduce::{LANES, largest};
-use super::{Cx, Machine, Outputs};
 use crate::program::{Attention, Program};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
@@ -96,7 +96,7 @@ pub fn scratch(op: &Attention, program: &Program, tiling: Tiling) -> usize {
     MOST_ROWS * (sizes.block_width() + sizes.dim + 2)
 }
 
-pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Attention, outputs: Outputs<'_, T>) {
+pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Attention, outputs: Outputs<'_, T>) {
     let Outputs { values: [out, lse, _], workspace, .. } = outputs;
     let sizes = Sizes::new(op, cx.program, cx.machine.tiling, cx.machine.threads);
     let Sizes { heads, dim, queries, keys, .. } = sizes;
@@ -150,7 +150,7 @@ struct Tile<'a, T> {
     scratch: &'a mut [T],
 }
 
-impl<T: Real> WithSimd for Tile<'_, T> {
+impl<T: Float> WithSimd for Tile<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -193,7 +193,7 @@ struct State<'a, T> {
 }
 
 #[inline(always)]
-fn over_keys<T: Real, S: Simd>(
+fn over_keys<T: Float, S: Simd>(
     simd: S,
     sizes: &Sizes,
     q: Dense<'_, T>,
@@ -239,7 +239,7 @@ fn over_keys<T: Real, S: Simd>(
 
 /// Replaces values by e^(value - top) and returns their sum.
 #[inline(always)]
-fn exponentials<T: Real, S: Simd>(values: &mut [T], top: T) -> T {
+fn exponentials<T: Float, S: Simd>(values: &mut [T], top: T) -> T {
     let mut lanes = [T::ZERO; LANES];
     let (chunks, rest) = values.as_chunks_mut::<LANES>();
     for chunk in chunks {

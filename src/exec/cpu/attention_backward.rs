@@ -11,12 +11,12 @@
 //! of the other runs, in order, at the end. Chunks and runs depend on heads and keys only: bits depend on neither batch nor threads.
 
 use super::attention::DEPTH_BLOCK;
+use super::context::{Cx, Outputs};
 use super::microkernel::{Blocks, Dense, Target, multiply};
 use super::pack::{Columns, Packed, Tiling};
-use super::real::Real;
+use super::real::Float;
 use super::reduce::dot;
-use super::transpose::Transpose;
-use super::{Cx, Outputs};
+use super::transpose::{ROWS_OF_TILE, Transpose};
 use crate::program::{AttentionBackward, Program};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
@@ -25,8 +25,6 @@ use std::ops::Range;
 /// Most keys of a chunk: a query tile's transposes and reloads are spread over this many, and with head dimensions up to 80
 /// all that belongs to a chunk fits half a MiB.
 const CHUNK: usize = 512;
-/// Query rows of a tile; a multiple of every register tile's height.
-pub const ROWS_OF_TILE: usize = 96;
 /// Tasks that a sample is cut into, where it has as many heads and chunks: enough for a processor with as many cores.
 const TASKS: usize = 16;
 
@@ -122,7 +120,7 @@ pub fn scratch(op: &AttentionBackward, program: &Program, tiling: Tiling) -> usi
     chunk + ROWS_OF_TILE * (2 * sizes.dim + 2 * panel + sizes.chunk + 1)
 }
 
-pub fn run<T: Real>(cx: &Cx<'_, T>, op: &AttentionBackward, outputs: Outputs<'_, T>) {
+pub fn run<T: Float>(cx: &Cx<'_, T>, op: &AttentionBackward, outputs: Outputs<'_, T>) {
     let Outputs { values: [a, b, c], workspace, .. } = outputs;
     // Outputs that are not asked for are empty.
     let (d_q, d_k, d_v) = if op.to_q { (a, b, c) } else { (c, a, b) };
@@ -192,7 +190,7 @@ struct Rows<'a, T> {
     stride: usize,
 }
 
-impl<'a, T: Real> Rows<'a, T> {
+impl<'a, T: Float> Rows<'a, T> {
     fn from(&self, row: usize) -> &'a [T] {
         &self.values[row * self.stride..]
     }
@@ -228,7 +226,7 @@ struct Run<'a, T> {
     scratch: &'a mut [T],
 }
 
-impl<T: Real> WithSimd for Run<'_, T> {
+impl<T: Float> WithSimd for Run<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -265,7 +263,7 @@ struct TileScratch<'a, T> {
     delta: &'a mut [T],
 }
 
-impl<'a, T: Real> TileScratch<'a, T> {
+impl<'a, T: Float> TileScratch<'a, T> {
     fn new(sizes: &Sizes, scratch: &'a mut [T]) -> TileScratch<'a, T> {
         let panel = ROWS_OF_TILE * sizes.tiling.widest * sizes.tiling.lanes;
         let (qt, scratch) = scratch.split_at_mut(ROWS_OF_TILE * sizes.dim);
@@ -286,7 +284,7 @@ struct Chunk<'a, T> {
     k: Packed<'a, T>,
 }
 
-impl<'a, T: Real> Chunk<'a, T> {
+impl<'a, T: Float> Chunk<'a, T> {
     #[inline(always)]
     fn pack<S: Simd>(simd: S, task: &Task<'_, T>, keys: Range<usize>, scratch: &'a mut [T]) -> Chunk<'a, T> {
         let Sizes { dim, tiling, to_q, .. } = task.sizes;
@@ -376,7 +374,7 @@ impl<'a, T: Real> Chunk<'a, T> {
 
 /// Scores to probabilities and their gradients to the scores' gradients, in one row of a tile; keys from `visible` on are hidden.
 #[inline(always)]
-fn differentiate<T: Real, S: Simd>(p: &mut [T], d_s: &mut [T], visible: usize, lse: T, delta: T) {
+fn differentiate<T: Float, S: Simd>(p: &mut [T], d_s: &mut [T], visible: usize, lse: T, delta: T) {
     for (p, d_s) in p[..visible].iter_mut().zip(&mut d_s[..visible]) {
         *p = (*p - lse).exp::<S>();
         *d_s = *p * (*d_s - delta);

@@ -1,13 +1,14 @@
 //! A check between ops: that its outputs are finite.
 
-use super::real::Real;
-use super::{Loaded, Place, Store};
+use super::context::{Loaded, Place};
+use super::real::Float;
+use super::store::Store;
 use crate::Result;
 use crate::exec::guard;
 use crate::program::ValueId;
 
 /// Fails when an output of op `index` holds an infinity or a NaN.
-pub fn finite<T: Real>(loaded: &Loaded, index: usize, arena: &[T], store: &Store<T>) -> Result<()> {
+pub fn finite<T: Float>(loaded: &Loaded, index: usize, arena: &[T], store: &Store<T>) -> Result<()> {
     let Loaded { planned, places, .. } = loaded;
     let program = &planned.program;
     for &id in &program.nodes[index].outputs {

@@ -2,12 +2,12 @@
 //!
 //! Contract: see `program::Elementwise`. A task is a chunk of output rows; every element is a copy or a sum in a fixed order.
 
-use super::elementwise::{add, last, transform_rows};
-use super::real::Real;
+use super::chunks::{add, last, transform_rows};
+use super::real::Float;
 use rayon::prelude::*;
 
 /// Rows `a_s + b_b`.
-pub fn outer_add<T: Real>(out: &mut [T], a: &[T], b: &[T], width: usize) {
+pub fn outer_add<T: Float>(out: &mut [T], a: &[T], b: &[T], width: usize) {
     out.par_chunks_mut(b.len()).zip(a.par_chunks(width)).for_each(|(out, a)| {
         for (out, b) in out.chunks_exact_mut(width).zip(b.chunks_exact(width)) {
             out.iter_mut().zip(a).zip(b).for_each(|((out, &a), &b)| *out = a + b);
@@ -16,7 +16,7 @@ pub fn outer_add<T: Real>(out: &mut [T], a: &[T], b: &[T], width: usize) {
 }
 
 /// Sums of `d_y [S, B, C]` over `B` and over `S`, taken in f64.
-pub fn outer_add_backward<T: Real>(d_a: &mut [T], d_b: &mut [T], d_y: &[T], shape: &[usize]) {
+pub fn outer_add_backward<T: Float>(d_a: &mut [T], d_b: &mut [T], d_y: &[T], shape: &[usize]) {
     let (samples, width) = (shape[1], shape[2]);
     let plane = samples * width;
     d_a.par_chunks_mut(width).zip(d_y.par_chunks(plane)).for_each(|(d_a, d_y)| sum_rows(d_a, d_y, width));
@@ -24,7 +24,7 @@ pub fn outer_add_backward<T: Real>(d_a: &mut [T], d_b: &mut [T], d_y: &[T], shap
 }
 
 /// Sums, in f64, of the rows of `values` that start `stride` apart.
-pub fn sum_rows<T: Real>(out: &mut [T], values: &[T], stride: usize) {
+pub fn sum_rows<T: Float>(out: &mut [T], values: &[T], stride: usize) {
     for (column, out) in out.iter_mut().enumerate() {
         let sum: f64 = values[column..].iter().step_by(stride).map(|x| x.to_f64()).sum();
         *out = T::from_f64(sum);
@@ -32,7 +32,7 @@ pub fn sum_rows<T: Real>(out: &mut [T], values: &[T], stride: usize) {
 }
 
 /// Rows of `x`, one per sample of `shape` or one for all, over all rows of `shape`.
-pub fn spread<T: Real>(out: &mut [T], x: &[T], shape: &[usize]) {
+pub fn spread<T: Float>(out: &mut [T], x: &[T], shape: &[usize]) {
     let width = last(shape);
     // Rows of `out` for each row of `x`.
     let rows = out.len() / x.len();
@@ -44,7 +44,7 @@ pub fn spread<T: Real>(out: &mut [T], x: &[T], shape: &[usize]) {
 }
 
 /// Two values, each with its width, side by side.
-pub fn concat<T: Real>(out: &mut [T], [(a, left), (b, right)]: [(&[T], usize); 2]) {
+pub fn concat<T: Float>(out: &mut [T], [(a, left), (b, right)]: [(&[T], usize); 2]) {
     let width = left + right;
     transform_rows(out, width, None, |at, out| {
         let row = at / width;
@@ -57,7 +57,7 @@ pub fn concat<T: Real>(out: &mut [T], [(a, left), (b, right)]: [(&[T], usize); 2
 }
 
 /// `len` columns of `x` from column `at` on.
-pub fn columns<T: Real>(out: &mut [T], len: usize, x: &[T], width: usize, at: usize) {
+pub fn columns<T: Float>(out: &mut [T], len: usize, x: &[T], width: usize, at: usize) {
     transform_rows(out, len, None, |first, out| {
         let rows = x[first / len * width..].chunks_exact(width);
         out.chunks_exact_mut(len).zip(rows).for_each(|(out, x)| out.copy_from_slice(&x[at..][..len]));
@@ -65,7 +65,7 @@ pub fn columns<T: Real>(out: &mut [T], len: usize, x: &[T], width: usize, at: us
 }
 
 /// Zeros, and each part, given with its width, added at its columns from some on, in their order.
-pub fn scatter<'a, T: Real>(
+pub fn scatter<'a, T: Float>(
     out: &mut [T],
     width: usize,
     parts: impl Iterator<Item = (&'a [T], usize, usize)> + Clone + Sync,

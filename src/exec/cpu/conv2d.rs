@@ -6,12 +6,14 @@
 //! the blocks would be too short, and a chunk's patches are gathered into thread scratch instead. Cut and bits: see `product`;
 //! the K blocks depend on the kernel's shape only.
 
-use super::gemm::{K_BLOCK, Matrix};
+use super::context::{Cx, Machine, Outputs};
+use super::gemm::Matrix;
 use super::microkernel::{Block, Blocks, Dense, Left};
 use super::pack::Tiling;
+use super::product::K_BLOCK;
 use super::product::{Cut, MOST_ROWS, Operand, Product, Shift};
-use super::real::Real;
-use super::{Cx, Machine, Outputs, factor, store};
+use super::real::Float;
+use super::{factor, store};
 use crate::program::{Activation, Conv2d, Program};
 use std::ops::Range;
 
@@ -111,7 +113,7 @@ struct PixelRows<'a, T> {
     pixels: [Pixel; MOST_ROWS],
 }
 
-impl<T: Real> Operand<T> for Pixels<'_, T> {
+impl<T: Float> Operand<T> for Pixels<'_, T> {
     type Chunk<'c>
         = PixelRows<'c, T>
     where
@@ -130,7 +132,7 @@ impl<T: Real> Operand<T> for Pixels<'_, T> {
     }
 }
 
-impl<T: Real> Left<T> for PixelRows<'_, T> {
+impl<T: Float> Left<T> for PixelRows<'_, T> {
     #[inline(always)]
     fn rows<'s>(&'s self, block: Block) -> impl Fn(usize) -> &'s [T]
     where
@@ -147,7 +149,7 @@ impl<T: Real> Left<T> for PixelRows<'_, T> {
 /// Output pixels whose patches are gathered chunk by chunk.
 struct Patches<'a, T>(Pixels<'a, T>);
 
-impl<T: Real> Operand<T> for Patches<'_, T> {
+impl<T: Float> Operand<T> for Patches<'_, T> {
     type Chunk<'c>
         = Dense<'c, T>
     where
@@ -185,7 +187,7 @@ pub fn scratch(op: &Conv2d, program: &Program, tiling: Tiling) -> usize {
     patches + factor::scratch(store::columns(program, op.w, 1, tiling), tiling)
 }
 
-pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Conv2d, outputs: Outputs<'_, T>) {
+pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Conv2d, outputs: Outputs<'_, T>) {
     let Outputs { values: [out, ..], workspace, in_place } = outputs;
     let geometry = Geometry::of(op, cx.program);
     let Geometry { taps, channels, .. } = geometry;

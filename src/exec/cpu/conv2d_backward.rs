@@ -11,14 +11,15 @@
 //! would be mostly padding, and all taps are multiplied at once, `d_y wᵀ [B·Ho·Wo, kh·kw·I]` in the workspace; each input pixel
 //! then sums its own in order. Cut and bits: see `product`; the K blocks depend on the kernel's shape only.
 
+use super::context::{Cx, Machine, Outputs};
 use super::conv2d::{FEW_CHANNELS, Geometry};
 use super::factor::{self, Transposed};
-use super::gemm::{K_BLOCK, K_STEP, Matrix};
+use super::gemm::{K_STEP, Matrix};
 use super::microkernel::{Block, Blocks, Dense, Left};
 use super::pack::{Columns, Tiling};
+use super::product::K_BLOCK;
 use super::product::{Cut, MOST_ROWS_TURNED, Operand, Product, Residual};
-use super::real::Real;
-use super::{Cx, Machine, Outputs};
+use super::real::Float;
 use crate::program::{Conv2dBackward, Program};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -86,7 +87,7 @@ pub fn scratch(op: &Conv2dBackward, program: &Program, tiling: Tiling) -> usize 
     patches + factor::scratch(sizes.columns, tiling)
 }
 
-pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Conv2dBackward, outputs: Outputs<'_, T>) {
+pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Conv2dBackward, outputs: Outputs<'_, T>) {
     let Outputs { values: [out, ..], workspace, in_place } = outputs;
     let Sizes { geometry, depth, way, rows, columns } = Sizes::new(op, cx.program, cx.machine.tiling);
     let right = [Transposed::new(cx.factor(op.w, 1), columns)];
@@ -174,7 +175,7 @@ struct PixelRows<'a, T> {
     pixels: [Pixel; MOST_ROWS_TURNED],
 }
 
-impl<T: Real> Operand<T> for Pixels<'_, T> {
+impl<T: Float> Operand<T> for Pixels<'_, T> {
     type Chunk<'c>
         = PixelRows<'c, T>
     where
@@ -195,7 +196,7 @@ impl<T: Real> Operand<T> for Pixels<'_, T> {
     }
 }
 
-impl<T: Real> Left<T> for PixelRows<'_, T> {
+impl<T: Float> Left<T> for PixelRows<'_, T> {
     const SPARSE: bool = true;
 
     #[inline(always)]
@@ -226,7 +227,7 @@ impl<T: Real> Left<T> for PixelRows<'_, T> {
 /// Input pixels whose patches of `d_y` are gathered chunk by chunk.
 struct Patches<'a, T>(Pixels<'a, T>);
 
-impl<T: Real> Operand<T> for Patches<'_, T> {
+impl<T: Float> Operand<T> for Patches<'_, T> {
     type Chunk<'c>
         = Dense<'c, T>
     where
@@ -253,7 +254,7 @@ impl<T: Real> Operand<T> for Patches<'_, T> {
 }
 
 /// Each input pixel: the residual, plus what each tap of its class carried to it, `taps [B·Ho·Wo, kh·kw, I]`.
-fn fold<T: Real>(geometry: Geometry, taps: &[T], residual: Residual<'_, T>, out: &mut [T]) {
+fn fold<T: Float>(geometry: Geometry, taps: &[T], residual: Residual<'_, T>, out: &mut [T]) {
     let Geometry { width, channels, kernel_width, stride, .. } = geometry;
     out.par_chunks_mut(width * channels).enumerate().for_each(|(line, out)| {
         for (x, out) in out.chunks_exact_mut(channels).enumerate() {

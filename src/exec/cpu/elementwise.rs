@@ -1,49 +1,22 @@
 //! Elementwise ops: activations, GEGLU, sums, products and the functions of losses, with their gradients.
 //!
 //! Contract: every output element is a function of the input elements at its place (GEGLU: of two columns of its row), so no cut
-//! of the work can change bits. Work is cut into chunks of [`CHUNK`] elements or of whole rows. An op that may overwrite its
+//! of the work can change bits. Work is cut into chunks of [`super::chunks::CHUNK`] elements or of whole rows. An op that may overwrite its
 //! input copies each chunk first when it does not (the copy is still in the first-level cache) and then works in place: one
 //! loop serves both. What moves or adds up whole rows and columns is in `columns`.
 
-use super::real::Real;
-use super::{Cx, Outputs, columns};
+use super::chunks::{add, copy, fill, last, transform, transform_rows};
+use super::columns;
+use super::context::{Cx, Outputs};
+use super::real::Float;
 use crate::program::{Activation, Elementwise, Scalar};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Elements of a task: small enough for the first-level cache, large enough to outweigh handing it to a thread.
-pub const CHUNK: usize = 4096;
-
 /// The cosine of an angle close to π beyond which [`Scalar::Spherical`] keeps its slope, so that it stays finite.
 const OPPOSITE: f64 = 1e-7 - 1.0;
 
-/// Copies `source` (unless the op runs in place) and transforms, chunk by chunk in parallel.
-pub fn transform<T: Real>(out: &mut [T], source: Option<&[T]>, f: impl Fn(usize, &mut [T]) + Sync) {
-    transform_rows(out, 1, source, f);
-}
-
-/// The same in chunks of whole rows.
-pub fn transform_rows<T: Real>(out: &mut [T], width: usize, source: Option<&[T]>, f: impl Fn(usize, &mut [T]) + Sync) {
-    let chunk = (CHUNK / width).max(1) * width;
-    out.par_chunks_mut(chunk).enumerate().for_each(|(i, out)| {
-        if let Some(source) = source {
-            out.copy_from_slice(&source[i * chunk..][..out.len()]);
-        }
-        f(i * chunk, out);
-    });
-}
-
-/// Copies in parallel.
-pub fn copy<T: Real>(out: &mut [T], source: &[T]) {
-    transform(out, Some(source), |_, _| {});
-}
-
-/// Fills in parallel.
-pub fn fill<T: Real>(out: &mut [T], value: T) {
-    transform(out, None, |_, out| out.fill(value));
-}
-
-pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Elementwise, outputs: Outputs<'_, T>) {
+pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Elementwise, outputs: Outputs<'_, T>) {
     use Elementwise::*;
     let Outputs { values: [out, second, _], in_place, .. } = outputs;
     let arch = cx.machine.arch;
@@ -161,16 +134,6 @@ pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Elementwise, outputs: Outputs<'_, T>) {
     }
 }
 
-pub fn last(shape: &[usize]) -> usize {
-    shape[shape.len() - 1]
-}
-
-/// `out += values`, as far as `out` goes.
-#[inline(always)]
-pub fn add<T: Real>(out: &mut [T], values: &[T]) {
-    out.iter_mut().zip(values).for_each(|(out, &value)| *out += value);
-}
-
 /// Losses are small: their functions are taken in f64 and rounded once.
 fn map(f: Scalar, x: f64) -> f64 {
     match f {
@@ -202,7 +165,7 @@ fn slope(f: Scalar, x: f64) -> f64 {
 
 /// Applies an activation in place. GEGLU is not elementwise; gemm takes it apart.
 #[inline(always)]
-pub fn activate<T: Real, S: Simd>(values: &mut [T], activation: Activation) {
+pub fn activate<T: Float, S: Simd>(values: &mut [T], activation: Activation) {
     match activation {
         Activation::None => {}
         Activation::Silu => values.iter_mut().for_each(|x| *x = x.silu::<S>()),
@@ -215,7 +178,7 @@ pub fn activate<T: Real, S: Simd>(values: &mut [T], activation: Activation) {
 
 /// Multiplies `d` with the slopes of an activation at `x`.
 #[inline(always)]
-pub fn activate_backward<T: Real, S: Simd>(d: &mut [T], x: &[T], activation: Activation) {
+pub fn activate_backward<T: Float, S: Simd>(d: &mut [T], x: &[T], activation: Activation) {
     let pairs = d.iter_mut().zip(x);
     match activation {
         Activation::None => {}
@@ -232,7 +195,7 @@ struct ActivateChunk<'a, T> {
     activation: Activation,
 }
 
-impl<T: Real> WithSimd for ActivateChunk<'_, T> {
+impl<T: Float> WithSimd for ActivateChunk<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -247,7 +210,7 @@ struct ActivateBackwardChunk<'a, T> {
     activation: Activation,
 }
 
-impl<T: Real> WithSimd for ActivateBackwardChunk<'_, T> {
+impl<T: Float> WithSimd for ActivateBackwardChunk<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -263,7 +226,7 @@ struct GegluChunk<'a, T> {
     width: usize,
 }
 
-impl<T: Real> WithSimd for GegluChunk<'_, T> {
+impl<T: Float> WithSimd for GegluChunk<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -284,7 +247,7 @@ struct GegluBackwardChunk<'a, T> {
     width: usize,
 }
 
-impl<T: Real> WithSimd for GegluBackwardChunk<'_, T> {
+impl<T: Float> WithSimd for GegluBackwardChunk<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -305,7 +268,7 @@ struct AffineChunk<'a, T> {
     shift: T,
 }
 
-impl<T: Real> WithSimd for AffineChunk<'_, T> {
+impl<T: Float> WithSimd for AffineChunk<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -320,7 +283,7 @@ struct ChannelAffineChunk<'a, T> {
     shift: &'a [f64],
 }
 
-impl<T: Real> WithSimd for ChannelAffineChunk<'_, T> {
+impl<T: Float> WithSimd for ChannelAffineChunk<'_, T> {
     type Output = ();
 
     #[inline(always)]

@@ -4,10 +4,10 @@
 //! cut into rows. Sums run over positions or samples in their order. Indices come from memory and are checked before use: a bad
 //! one is an error that names it, not a panic.
 
+use super::chunks::{add, fill};
 use super::columns::sum_rows;
-use super::elementwise::{add, fill};
-use super::real::Real;
-use super::{Cx, Outputs};
+use super::context::{Cx, Outputs};
+use super::real::Float;
 use crate::program::{Embedding, ValueId};
 use rayon::prelude::*;
 
@@ -17,7 +17,7 @@ const PERIOD: f64 = 10_000.0;
 const ROWS: usize = 256;
 
 /// Returns what is wrong with an index, if anything.
-pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Embedding, outputs: Outputs<'_, T>) -> Result<(), String> {
+pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Embedding, outputs: Outputs<'_, T>) -> Result<(), String> {
     use Embedding::*;
     let Outputs { values: [out, ..], .. } = outputs;
     match *op {
@@ -126,7 +126,7 @@ pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Embedding, outputs: Outputs<'_, T>) -> 
     Ok(())
 }
 
-fn tokens<T: Real>(
+fn tokens<T: Float>(
     cx: &Cx<'_, T>,
     out: &mut [T],
     ids: ValueId,
@@ -147,7 +147,7 @@ fn tokens<T: Real>(
 }
 
 /// Each task owns some rows and adds to them what their ids got, in the order of the positions.
-fn tokens_backward<T: Real>(out: &mut [T], ids: &[i32], d_y: &[T], first: usize, width: usize) {
+fn tokens_backward<T: Float>(out: &mut [T], ids: &[i32], d_y: &[T], first: usize, width: usize) {
     out.par_chunks_mut(ROWS * width).enumerate().for_each(|(i, out)| {
         out.fill(T::ZERO);
         let first = first + i * ROWS;
@@ -161,22 +161,22 @@ fn tokens_backward<T: Real>(out: &mut [T], ids: &[i32], d_y: &[T], first: usize,
 }
 
 /// Zeros with `values` at entry `at`.
-fn put<T: Real>(out: &mut [T], at: usize, values: &[T]) {
+fn put<T: Float>(out: &mut [T], at: usize, values: &[T]) {
     out.fill(T::ZERO);
     out[at * values.len()..][..values.len()].copy_from_slice(values);
 }
 
-fn dot<T: Real>(a: &[T], b: &[T]) -> T {
+fn dot<T: Float>(a: &[T], b: &[T]) -> T {
     T::from_f64(a.iter().zip(b).map(|(a, b)| a.to_f64() * b.to_f64()).sum())
 }
 
 /// Frequency `i` of a sinusoidal embedding, and so the angle, rounded to the element type as the reference's are.
-fn frequency<T: Real>(i: usize, dim: usize, shift: f64) -> T {
+fn frequency<T: Float>(i: usize, dim: usize, shift: f64) -> T {
     T::from_f64((-PERIOD.ln() * i as f64 / ((dim / 2) as f64 - shift)).exp())
 }
 
 /// A row of a table.
-fn row<'a, T: Real>(cx: &Cx<'a, T>, what: &str, id: i32, table: ValueId) -> Result<&'a [T], String> {
+fn row<'a, T: Float>(cx: &Cx<'a, T>, what: &str, id: i32, table: ValueId) -> Result<&'a [T], String> {
     let [rows, width] = *cx.shape(table) else { unreachable!("tables are matrices") };
     Ok(&cx.value(table)[index(what, id, rows)? * width..][..width])
 }

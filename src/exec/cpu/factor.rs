@@ -3,12 +3,14 @@
 //! A weight is held once, in panels; what a product reads of it transposed is turned block by block in thread scratch, right
 //! before all rows of a task pass by. Matrices that are no weights lie row by row and are copied to panels the same way.
 
-use super::gemm::K_BLOCK;
+use super::context::Cx;
 use super::microkernel::{Block, Right};
 use super::pack::{Columns, Packed, Panel, Tiling};
-use super::product::{MOST_ROWS, MOST_ROWS_TURNED, RightOperand};
-use super::real::Real;
+use super::product::{K_BLOCK, MOST_ROWS, MOST_ROWS_TURNED, RightOperand};
+use super::real::Float;
+use super::store;
 use super::transpose::Transpose;
+use crate::program::{Origin, ValueId};
 use pulp::Simd;
 
 /// Elements of thread scratch for the blocks of a right operand of these columns, of either kind.
@@ -28,7 +30,7 @@ pub enum Factor<'a, T> {
     },
 }
 
-impl<'a, T: Real> Factor<'a, T> {
+impl<'a, T: Float> Factor<'a, T> {
     /// A whole row-major matrix.
     pub fn rows(values: &'a [T], columns: Columns) -> Factor<'a, T> {
         Factor::Rows { values, stride: columns.n, columns }
@@ -66,7 +68,7 @@ pub struct Straight<'c, T> {
     scratch: &'c mut [T],
 }
 
-impl<'a, T: Real> RightOperand<T> for Factor<'a, T> {
+impl<'a, T: Float> RightOperand<T> for Factor<'a, T> {
     type Chunk<'c>
         = Straight<'c, T>
     where
@@ -95,7 +97,7 @@ impl<'a, T: Real> RightOperand<T> for Factor<'a, T> {
     }
 }
 
-impl<T: Real> Right<T> for Straight<'_, T> {
+impl<T: Float> Right<T> for Straight<'_, T> {
     fn columns(&self) -> Columns {
         self.factor.columns()
     }
@@ -125,7 +127,7 @@ pub struct Transposed<'a, T> {
     columns: Columns,
 }
 
-impl<'a, T: Real> Transposed<'a, T> {
+impl<'a, T: Float> Transposed<'a, T> {
     /// `columns` of `I`: all rows of the factor, or those of one tap.
     pub fn new(factor: Factor<'a, T>, columns: Columns) -> Transposed<'a, T> {
         Transposed { factor, columns }
@@ -138,7 +140,7 @@ pub struct Turned<'c, T> {
     scratch: &'c mut [T],
 }
 
-impl<'a, T: Real> RightOperand<T> for Transposed<'a, T> {
+impl<'a, T: Float> RightOperand<T> for Transposed<'a, T> {
     type Chunk<'c>
         = Turned<'c, T>
     where
@@ -161,7 +163,7 @@ impl<'a, T: Real> RightOperand<T> for Transposed<'a, T> {
     }
 }
 
-impl<T: Real> Right<T> for Turned<'_, T> {
+impl<T: Float> Right<T> for Turned<'_, T> {
     fn columns(&self) -> Columns {
         self.from.columns
     }
@@ -192,5 +194,20 @@ impl<T: Real> Right<T> for Turned<'_, T> {
             at += count;
         }
         out
+    }
+}
+
+impl<'a, T: Float> Cx<'a, T> {
+    /// The right operand of a product, its columns in `parts` parts where that is not settled by how it is held.
+    pub fn factor(&self, id: ValueId, parts: usize) -> Factor<'a, T> {
+        let columns = store::columns(self.program, id, parts, self.machine.tiling);
+        let values = self.value(id);
+        match &self.program.value(id).origin {
+            Origin::Weight(weight) if weight.pack.is_factor() => {
+                let k = self.program.value(id).len() / columns.n;
+                Factor::Panels(Packed { columns, k, data: values })
+            }
+            Origin::Weight(_) | Origin::Input(_) | Origin::Op(_) => Factor::rows(values, columns),
+        }
     }
 }

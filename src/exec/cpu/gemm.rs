@@ -8,24 +8,20 @@
 //! Gradients: `d_x = d_y wᵀ + residual` is the same product with the same `w` read transposed. `d_w = xᵀ d_y` is a sum over
 //! passes over rows, in order, of products whose left operand is `x` of these rows transposed chunk by chunk.
 
+use super::context::{Cx, Machine, Outputs};
 use super::factor::{self, Factor, Transposed};
 use super::microkernel::{Blocks, Dense};
 use super::pack::{Columns, Tiling};
-use super::product::{Cut, MOST_ROWS, MOST_ROWS_TURNED, Operand, Product, Residual, tile_scratch};
-use super::real::Real;
-use super::transpose::Transpose;
-use super::{Cx, Machine, Outputs, store};
+use super::product::{Cut, K_BLOCK, MOST_ROWS, MOST_ROWS_TURNED, Operand, Product, Residual, tile_scratch};
+use super::real::Float;
+use super::store;
+use super::transpose::{ROWS_OF_PASS, Transpose};
 use crate::program::{Activation, Gemm, GemmBackward, Program, ValueId};
 use pulp::Arch;
 use std::ops::Range;
 
-/// Longest K block: its rows of a panel stay close to the core while all rows of a chunk pass by.
-pub const K_BLOCK: usize = 384;
 /// K blocks of transposed operands begin at multiples of this: whole vectors, and mostly whole panels, are turned.
 pub const K_STEP: usize = 64;
-
-/// Rows that one pass of a gradient to a weight sums: `d_w` goes to memory and back once per pass.
-pub const ROWS_OF_PASS: usize = 4 * K_BLOCK;
 
 /// Rows of a matrix, as the left operand of a product.
 pub struct Matrix<'a, T> {
@@ -33,7 +29,7 @@ pub struct Matrix<'a, T> {
     pub width: usize,
 }
 
-impl<T: Real> Operand<T> for Matrix<'_, T> {
+impl<T: Float> Operand<T> for Matrix<'_, T> {
     type Chunk<'c>
         = Dense<'c, T>
     where
@@ -76,7 +72,7 @@ pub fn scratch(op: &Gemm, program: &Program, tiling: Tiling) -> usize {
     factor::scratch(columns, tiling) + tile_scratch(columns, op.activation, MOST_ROWS)
 }
 
-pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Gemm, outputs: Outputs<'_, T>) {
+pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Gemm, outputs: Outputs<'_, T>) {
     let Outputs { values: [out, ..], workspace, in_place } = outputs;
     let w = cx.factor(op.w, parts(op));
     let k = cx.shape(op.w)[0];
@@ -120,7 +116,7 @@ pub fn backward_scratch(op: &GemmBackward, program: &Program, tiling: Tiling) ->
     }
 }
 
-pub fn backward<T: Real>(cx: &Cx<'_, T>, op: &GemmBackward, outputs: Outputs<'_, T>) {
+pub fn backward<T: Float>(cx: &Cx<'_, T>, op: &GemmBackward, outputs: Outputs<'_, T>) {
     let Outputs { values: [out, ..], workspace, in_place } = outputs;
     let columns = backward_columns(op, cx.program, cx.machine.tiling);
     match *op {
@@ -159,7 +155,7 @@ struct Upright<'a, T> {
     arch: Arch,
 }
 
-impl<T: Real> Operand<T> for Upright<'_, T> {
+impl<T: Float> Operand<T> for Upright<'_, T> {
     type Chunk<'c>
         = Dense<'c, T>
     where

@@ -5,7 +5,7 @@
 //! fused multiply-adds: it does not depend on the tile, row chunk, column group or thread that computed it.
 
 use super::pack::{Columns, Packed, Panel, Tiling};
-use super::real::Real;
+use super::real::Float;
 use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
@@ -97,7 +97,7 @@ pub trait Right<T> {
     fn block<S: Simd>(&mut self, simd: S, panel: Panel, block: Block) -> &[T];
 }
 
-impl<T: Real> Right<T> for Packed<'_, T> {
+impl<T: Float> Right<T> for Packed<'_, T> {
     fn columns(&self) -> Columns {
         self.columns
     }
@@ -127,7 +127,7 @@ impl<T> Left<T> for Dense<'_, T> {
 /// The tiling of the instruction set at hand.
 pub struct Detect<T>(pub std::marker::PhantomData<T>);
 
-impl<T: Real> WithSimd for Detect<T> {
+impl<T: Float> WithSimd for Detect<T> {
     type Output = Tiling;
 
     fn with_simd<S: Simd>(self, _: S) -> Tiling {
@@ -148,7 +148,7 @@ pub struct Target<'a, T> {
 
 /// `out[rows, columns of panels] (+)= left · right`.
 #[inline(always)]
-pub fn multiply<T: Real, S: Simd, L: Left<T>, R: Right<T>>(
+pub fn multiply<T: Float, S: Simd, L: Left<T>, R: Right<T>>(
     simd: S,
     left: &L,
     rows: usize,
@@ -199,7 +199,7 @@ struct Strip<'a, T, L> {
 /// The last tile repeats its last row and keeps only what exists.
 struct Tiles<P, const ROWS: usize, const VECTORS: usize>(P);
 
-impl<T: Real, L: Left<T>, const ROWS: usize, const VECTORS: usize> WithSimd for Tiles<Strip<'_, T, L>, ROWS, VECTORS> {
+impl<T: Float, L: Left<T>, const ROWS: usize, const VECTORS: usize> WithSimd for Tiles<Strip<'_, T, L>, ROWS, VECTORS> {
     type Output = ();
 
     #[inline(always)]
@@ -238,7 +238,7 @@ impl<T: Real, L: Left<T>, const ROWS: usize, const VECTORS: usize> WithSimd for 
 
 /// The innermost loop: `ROWS × VECTORS` accumulators over one K block.
 #[inline(always)]
-fn accumulate<T: Real, S: Simd, const ROWS: usize, const VECTORS: usize>(
+fn accumulate<T: Float, S: Simd, const ROWS: usize, const VECTORS: usize>(
     simd: S,
     len: usize,
     left: [&[T]; ROWS],

@@ -7,7 +7,9 @@
 mod attention;
 mod attention_backward;
 mod check;
+mod chunks;
 mod columns;
+mod context;
 mod conv2d;
 mod conv2d_backward;
 mod elementwise;
@@ -28,30 +30,18 @@ mod store;
 mod transpose;
 mod update;
 
-pub use real::Real;
+pub use real::Float;
 
 use super::guard::{Guard, describe};
 use super::{Data, DataMut, Executor, ProgramId, held};
 use crate::plan::{Planned, Region};
-use crate::program::{Node, Op, Origin, Program, ValueId};
+use crate::program::{Node, Op, Origin, Program};
 use crate::weights::Model;
 use crate::{Error, Result};
-use factor::Factor;
-use pack::{Aligned, Packed, Tiling};
-use product::Residual;
+use context::{Cx, Loaded, MOST_RANGES, Machine, Outputs, Place, Scratch, carve};
+use pack::Aligned;
 use pulp::Arch;
-use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 use store::{Buffer, Store};
-
-/// The processor at hand.
-#[derive(Clone, Copy)]
-struct Machine {
-    arch: Arch,
-    tiling: Tiling,
-    /// Threads that cuts of work are made for; any other number runs them too, with the same bits.
-    threads: usize,
-}
 
 /// Runs programs of type f32 (`Cpu<f32>`) or f64 (`Cpu<f64>`).
 pub struct Cpu<T> {
@@ -64,24 +54,7 @@ pub struct Cpu<T> {
     check_finite: bool,
 }
 
-/// A program with everything looked up.
-struct Loaded {
-    planned: Planned,
-    /// Per value.
-    places: Vec<Place>,
-    /// Buffer and value of each output.
-    outputs: Vec<(usize, ValueId)>,
-}
-
-/// Where a value lies.
-#[derive(Clone, Copy, Debug)]
-enum Place {
-    Arena(usize, usize),
-    Weight(usize),
-    Buffer(usize),
-}
-
-impl<T: Real> Cpu<T> {
+impl<T: Float> Cpu<T> {
     /// An executor for the rayon pool it is made in.
     pub fn new() -> Cpu<T> {
         Cpu::on(Arch::new())
@@ -223,15 +196,16 @@ impl<T: Real> Cpu<T> {
             if let (Place::Arena(offset, len), Buffer::Float(values)) =
                 (places[id.index()], &mut self.store.buffers[buffer].values)
             {
-                elementwise::copy(values, &self.arena.as_slice()[offset..offset + len]);
+                chunks::copy(values, &self.arena.as_slice()[offset..offset + len]);
             }
         }
         Ok(())
     }
 }
 
-/// What runs the kernels of a type, compiled once, here: generic code would be compiled again by every crate that runs a program.
-pub trait Kernels: Sized {
+/// f32 or f64, with what runs its kernels compiled once, here: generic code would be compiled again by every crate that runs a
+/// program.
+pub trait Real: Float {
     fn workspace(cpu: &Cpu<Self>, program: &Program, node: &Node) -> usize;
     fn load(cpu: &mut Cpu<Self>, planned: Planned, weights: &Model) -> Result<ProgramId>;
     fn run(cpu: &mut Cpu<Self>, program: ProgramId) -> Result<()>;
@@ -239,7 +213,7 @@ pub trait Kernels: Sized {
 
 macro_rules! kernels {
     ($($real:ty),*) => {$(
-        impl Kernels for $real {
+        impl Real for $real {
             fn workspace(cpu: &Cpu<$real>, program: &Program, node: &Node) -> usize {
                 cpu.workspace_of(program, node)
             }
@@ -294,144 +268,8 @@ impl<T: Real> Executor for Cpu<T> {
     }
 }
 
-impl<T: Real> Default for Cpu<T> {
+impl<T: Float> Default for Cpu<T> {
     fn default() -> Cpu<T> {
         Cpu::new()
-    }
-}
-
-/// What an op writes: its outputs (empty where it has fewer) and its workspace.
-struct Outputs<'a, T> {
-    values: [&'a mut [T]; MOST_RANGES - 1],
-    workspace: &'a mut [T],
-    /// Output 0 holds the value the op may overwrite.
-    in_place: bool,
-}
-
-/// What an op reads.
-struct Cx<'a, T> {
-    program: &'a Program,
-    places: &'a [Place],
-    store: &'a Store<T>,
-    arena: Rest<'a, T>,
-    machine: Machine,
-    scratch: &'a Scratch<T>,
-}
-
-impl<'a, T: Real> Cx<'a, T> {
-    fn shape(&self, id: ValueId) -> &'a [usize] {
-        self.program.shape(id)
-    }
-
-    /// A float value, row by row; of a weight in panels what is held.
-    fn value(&self, id: ValueId) -> &'a [T] {
-        match self.places[id.index()] {
-            Place::Arena(offset, len) => self.arena.get(offset, len),
-            Place::Weight(index) => self.store.weights[index].as_slice(),
-            Place::Buffer(index) => match &self.store.buffers[index].values {
-                Buffer::Float(values) => values,
-                Buffer::Int(_) => unreachable!("the program's types are checked"),
-            },
-        }
-    }
-
-    /// The right operand of a product, its columns in `parts` parts where that is not settled by how it is held.
-    fn factor(&self, id: ValueId, parts: usize) -> Factor<'a, T> {
-        let columns = store::columns(self.program, id, parts, self.machine.tiling);
-        let values = self.value(id);
-        match &self.program.value(id).origin {
-            Origin::Weight(weight) if weight.pack.is_factor() => {
-                let k = self.program.value(id).len() / columns.n;
-                Factor::Panels(Packed { columns, k, data: values })
-            }
-            Origin::Weight(_) | Origin::Input(_) | Origin::Op(_) => Factor::rows(values, columns),
-        }
-    }
-
-    /// What a product adds to: `in_place`, the output holds it already.
-    fn residual(&self, id: Option<ValueId>, in_place: bool) -> Residual<'a, T> {
-        match id {
-            _ if in_place => Residual::InPlace,
-            Some(id) => Residual::Of(self.value(id)),
-            None => Residual::None,
-        }
-    }
-
-    fn ints(&self, id: ValueId) -> &'a [i32] {
-        match self.places[id.index()] {
-            Place::Buffer(index) => match &self.store.buffers[index].values {
-                Buffer::Int(values) => values,
-                Buffer::Float(_) => unreachable!("the program's types are checked"),
-            },
-            Place::Arena(..) | Place::Weight(_) => unreachable!("ops make no integers"),
-        }
-    }
-}
-
-/// Outputs and workspace of an op.
-const MOST_RANGES: usize = 4;
-
-/// The arena around an op's own ranges, to be read: at most one piece more than there are ranges.
-struct Rest<'a, T> {
-    pieces: [(usize, &'a [T]); MOST_RANGES + 1],
-}
-
-impl<'a, T> Rest<'a, T> {
-    fn get(&self, offset: usize, len: usize) -> &'a [T] {
-        let (start, piece) = self
-            .pieces
-            .iter()
-            .find(|(start, piece)| *start <= offset && offset + len <= start + piece.len())
-            .expect("the plan keeps an op's inputs apart from what it writes");
-        &piece[offset - start..][..len]
-    }
-}
-
-/// Cuts `ranges` out of the arena to be written and leaves the rest to be read.
-fn carve<'a, T>(
-    mut arena: &'a mut [T],
-    ranges: &[Range<usize>; MOST_RANGES],
-) -> ([&'a mut [T]; MOST_RANGES], Rest<'a, T>) {
-    let mut order = [0, 1, 2, 3];
-    order.sort_unstable_by_key(|&i| ranges[i].start);
-    let mut cut: [&mut [T]; MOST_RANGES] = Default::default();
-    let mut pieces: [(usize, &[T]); MOST_RANGES + 1] = Default::default();
-    let mut at = 0;
-    for (piece, i) in order.into_iter().enumerate().filter(|&(_, i)| !ranges[i].is_empty()) {
-        let (before, rest) = arena.split_at_mut(ranges[i].start - at);
-        let (own, rest) = rest.split_at_mut(ranges[i].len());
-        pieces[piece] = (at, before);
-        cut[i] = own;
-        at = ranges[i].end;
-        arena = rest;
-    }
-    pieces[MOST_RANGES] = (at, arena);
-    (cut, Rest { pieces })
-}
-
-/// One stretch of memory per thread, for gathered rows, scores and tiles.
-struct Scratch<T> {
-    slots: Vec<Mutex<Aligned<T>>>,
-    len: usize,
-}
-
-impl<T: Real> Scratch<T> {
-    fn new(threads: usize) -> Scratch<T> {
-        Scratch { slots: (0..threads).map(|_| Mutex::new(Aligned::zeroed(0))).collect(), len: 0 }
-    }
-
-    fn grow(&mut self, len: usize) {
-        if len > self.len {
-            self.len = len;
-            self.slots.iter_mut().for_each(|slot| *slot = Mutex::new(Aligned::zeroed(len)));
-        }
-    }
-
-    /// Lends this thread's stretch; its content is whatever was left there. `f` must not wait for other threads.
-    fn with<R>(&self, f: impl FnOnce(&mut [T]) -> R) -> R {
-        // More threads than slots (a larger pool than the one at `new`) take turns.
-        let slot = rayon::current_thread_index().unwrap_or(0) % self.slots.len();
-        let mut slot = self.slots[slot].lock().unwrap_or_else(PoisonError::into_inner);
-        f(slot.as_mut_slice())
     }
 }

@@ -5,18 +5,17 @@
 //! taken in f64. Group norm sums per channel over chunks of pixels whose number depends on the sample's shape only, then adds
 //! the chunks in order; layer norm sums a row in fixed lanes: bits depend on neither batch nor threads. `y` may be `x`.
 
+use super::context::{Cx, Outputs};
 use super::elementwise::activate;
-use super::real::Real;
+use super::norm_backward::ROWS;
+use super::real::Float;
 use super::reduce::{self, Chunks, sum};
-use super::{Cx, Outputs, norm_backward, rows};
+use super::{norm_backward, rows};
 use crate::program::{Activation, Norm, Program, ValueId};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Rows of a layer norm task.
-pub const ROWS: usize = 16;
-
-pub fn workspace<T: Real>(op: &Norm, program: &Program) -> usize {
+pub fn workspace<T: Float>(op: &Norm, program: &Program) -> usize {
     match *op {
         // Per chunk and channel a sum and a sum of squares, per sample and channel a scale and a shift.
         Norm::Group { x, .. } => {
@@ -34,7 +33,7 @@ pub fn workspace<T: Real>(op: &Norm, program: &Program) -> usize {
 }
 
 /// Returns what is wrong with an index, if anything.
-pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Norm, outputs: Outputs<'_, T>) -> Result<(), String> {
+pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Norm, outputs: Outputs<'_, T>) -> Result<(), String> {
     match *op {
         Norm::Group { x, gamma, beta, groups, eps, silu } => {
             let affine = (cx.value(gamma), cx.value(beta));
@@ -65,7 +64,7 @@ pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Norm, outputs: Outputs<'_, T>) -> Resul
     Ok(())
 }
 
-fn layer<T: Real>(cx: &Cx<'_, T>, x: ValueId, gamma: ValueId, beta: ValueId, eps: f64, outputs: Outputs<'_, T>) {
+fn layer<T: Float>(cx: &Cx<'_, T>, x: ValueId, gamma: ValueId, beta: ValueId, eps: f64, outputs: Outputs<'_, T>) {
     let Outputs { values: [y, mean, rstd], in_place, .. } = outputs;
     let (gamma, beta) = (cx.value(gamma), cx.value(beta));
     let x = if in_place { None } else { Some(cx.value(x)) };
@@ -88,7 +87,7 @@ struct Layer<'a, T> {
     eps: f64,
 }
 
-impl<T: Real> WithSimd for Layer<'_, T> {
+impl<T: Float> WithSimd for Layer<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -108,7 +107,7 @@ impl<T: Real> WithSimd for Layer<'_, T> {
 }
 
 #[allow(clippy::too_many_arguments)]
-fn group<T: Real>(
+fn group<T: Float>(
     cx: &Cx<'_, T>,
     shape: &[usize],
     x: Option<&[T]>,
@@ -169,7 +168,7 @@ struct ChannelSums<'a, T> {
     partial: &'a mut [f64],
 }
 
-impl<T: Real> WithSimd for ChannelSums<'_, T> {
+impl<T: Float> WithSimd for ChannelSums<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -208,7 +207,7 @@ struct Apply<'a, T> {
     silu: bool,
 }
 
-impl<T: Real> WithSimd for Apply<'_, T> {
+impl<T: Float> WithSimd for Apply<'_, T> {
     type Output = ();
 
     #[inline(always)]

@@ -5,22 +5,24 @@
 //! f64, in the chunks and lanes of the forward. Group norm reads its operands twice, once for the sums and once for `d_x`, and
 //! writes once. `d_x` may be `d_y`.
 
-use super::norm::ROWS;
-use super::real::Real;
+use super::context::{Cx, Outputs};
+use super::real::Float;
 use super::reduce::{Chunks, dot, sum};
-use super::{Cx, Outputs};
 use crate::program::ValueId;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
+/// Rows of a layer norm task, forward and backward.
+pub const ROWS: usize = 16;
+
 /// Per sample and channel the forward's scale and shift and a slope and an offset, per chunk the sums of each channel.
-pub fn group_workspace<T: Real>(shape: &[usize]) -> usize {
+pub fn group_workspace<T: Float>(shape: &[usize]) -> usize {
     let pixels = Chunks::of_samples(shape);
     pixels.sets * 4 * pixels.width + pixels.workspace::<T>(2 * pixels.width)
 }
 
 /// `d_x = d_z scale + x slope + offset` per channel.
-pub fn group<T: Real>(
+pub fn group<T: Float>(
     cx: &Cx<'_, T>,
     [x, d_y, gamma, beta, mean, rstd]: [ValueId; 6],
     groups: usize,
@@ -86,7 +88,7 @@ pub fn group<T: Real>(
 
 /// `d_y`, or through SiLU at `z = x scale + shift`: `silu'(z) = s + z s (1 - s)` with `s` the sigmoid of `z`.
 #[inline(always)]
-fn d_z<T: Real, S: Simd, const SILU: bool>(x: T, d_y: T, scale: T, shift: T) -> T {
+fn d_z<T: Float, S: Simd, const SILU: bool>(x: T, d_y: T, scale: T, shift: T) -> T {
     if !SILU {
         return d_y;
     }
@@ -105,7 +107,7 @@ struct ChannelSums<'a, T> {
     sums: &'a mut [f64],
 }
 
-impl<T: Real> ChannelSums<'_, T> {
+impl<T: Float> ChannelSums<'_, T> {
     #[inline(always)]
     fn add<S: Simd, const SILU: bool>(self) {
         let channels = self.scale.len();
@@ -123,7 +125,7 @@ impl<T: Real> ChannelSums<'_, T> {
     }
 }
 
-impl<T: Real> WithSimd for ChannelSums<'_, T> {
+impl<T: Float> WithSimd for ChannelSums<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -143,7 +145,7 @@ struct Apply<'a, T> {
     silu: bool,
 }
 
-impl<T: Real> Apply<'_, T> {
+impl<T: Float> Apply<'_, T> {
     #[inline(always)]
     fn apply<S: Simd, const SILU: bool>(self) {
         let channels = self.scale.len();
@@ -158,7 +160,7 @@ impl<T: Real> Apply<'_, T> {
     }
 }
 
-impl<T: Real> WithSimd for Apply<'_, T> {
+impl<T: Float> WithSimd for Apply<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -167,7 +169,7 @@ impl<T: Real> WithSimd for Apply<'_, T> {
     }
 }
 
-pub fn layer<T: Real>(cx: &Cx<'_, T>, [x, d_y, gamma, mean, rstd]: [ValueId; 5], outputs: Outputs<'_, T>) {
+pub fn layer<T: Float>(cx: &Cx<'_, T>, [x, d_y, gamma, mean, rstd]: [ValueId; 5], outputs: Outputs<'_, T>) {
     let Outputs { values: [d_x, ..], in_place, .. } = outputs;
     let d_y = if in_place { None } else { Some(cx.value(d_y)) };
     let [x, gamma, mean, rstd] = [x, gamma, mean, rstd].map(|id| cx.value(id));
@@ -190,7 +192,7 @@ struct Layer<'a, T> {
     rstd: &'a [T],
 }
 
-impl<T: Real> WithSimd for Layer<'_, T> {
+impl<T: Float> WithSimd for Layer<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -212,12 +214,12 @@ impl<T: Real> WithSimd for Layer<'_, T> {
 }
 
 /// Per chunk the sums of each channel.
-pub fn affine_workspace<T: Real>(shape: &[usize]) -> usize {
+pub fn affine_workspace<T: Float>(shape: &[usize]) -> usize {
     let rows = Chunks::of_rows(shape);
     rows.workspace::<T>(2 * rows.width)
 }
 
-pub fn affine<T: Real>(cx: &Cx<'_, T>, [x, d_y, mean, rstd]: [ValueId; 4], outputs: Outputs<'_, T>) {
+pub fn affine<T: Float>(cx: &Cx<'_, T>, [x, d_y, mean, rstd]: [ValueId; 4], outputs: Outputs<'_, T>) {
     let Outputs { values: [d_gamma, d_beta, _], workspace, .. } = outputs;
     let rows = Chunks::of_rows(cx.shape(x));
     let [x, d_y, mean, rstd] = [x, d_y, mean, rstd].map(|id| cx.value(id));
@@ -242,7 +244,7 @@ struct AffineSums<'a, T> {
     sums: &'a mut [f64],
 }
 
-impl<T: Real> WithSimd for AffineSums<'_, T> {
+impl<T: Float> WithSimd for AffineSums<'_, T> {
     type Output = ();
 
     #[inline(always)]

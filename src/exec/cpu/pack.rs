@@ -4,7 +4,7 @@
 //! is a multiple of the vector length wastes nothing. A matrix in equal parts (value and gate of GEGLU) is packed part by part:
 //! read as a whole or by parts, its panels are the same.
 
-use super::real::Real;
+use super::real::Float;
 use rayon::prelude::*;
 
 /// What the instruction set wants: lanes of a vector and vectors of the widest panel.
@@ -101,7 +101,7 @@ impl Columns {
     }
 
     /// Fills `data`, the packed form of a matrix of `k` rows, panel by panel in parallel.
-    pub fn fill<T: Real>(&self, k: usize, data: &mut [T], write: impl Fn(Panel, &mut [T]) + Sync) {
+    pub fn fill<T: Float>(&self, k: usize, data: &mut [T], write: impl Fn(Panel, &mut [T]) + Sync) {
         let size = |vectors: usize| vectors * self.lanes * k;
         for (part, data) in data[..self.padded() * k].chunks_exact_mut(self.padded_part() * k).enumerate() {
             let panel = |index: usize| self.panel(part * self.part_panels + index);
@@ -123,12 +123,12 @@ impl Columns {
     }
 
     /// Packs a row-major `[k, n]` matrix whose rows are `stride` apart.
-    pub fn pack<T: Real>(&self, source: &[T], stride: usize, k: usize, data: &mut [T]) {
+    pub fn pack<T: Float>(&self, source: &[T], stride: usize, k: usize, data: &mut [T]) {
         self.fill(k, data, |panel, out| self.pack_panel(panel, source, stride, out));
     }
 
     /// One panel of `pack`.
-    pub fn pack_panel<T: Real>(&self, panel: Panel, source: &[T], stride: usize, out: &mut [T]) {
+    pub fn pack_panel<T: Float>(&self, panel: Panel, source: &[T], stride: usize, out: &mut [T]) {
         for (row, out) in out.chunks_exact_mut(panel.vectors * self.lanes).enumerate() {
             let (values, padding) = out.split_at_mut(panel.width);
             values.copy_from_slice(&source[row * stride + panel.start..][..panel.width]);
@@ -137,7 +137,7 @@ impl Columns {
     }
 
     /// Packs the transpose, times `scale`, of `n` rows of `k` values that are `stride` apart.
-    pub fn pack_transposed<T: Real>(&self, source: &[T], stride: usize, k: usize, scale: T, data: &mut [T]) {
+    pub fn pack_transposed<T: Float>(&self, source: &[T], stride: usize, k: usize, scale: T, data: &mut [T]) {
         self.fill(k, data, |panel, out| {
             let width = panel.vectors * self.lanes;
             for column in 0..width {
@@ -185,7 +185,7 @@ pub struct Aligned<T> {
     len: usize,
 }
 
-impl<T: Real> Aligned<T> {
+impl<T: Float> Aligned<T> {
     pub fn zeroed(len: usize) -> Aligned<T> {
         const LINE: usize = 64;
         // Whole pages of zeros come from the system untouched; the margin is for moving the start to a line.

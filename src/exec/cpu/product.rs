@@ -5,15 +5,18 @@
 //! tiles into `out` (rows of `out` interleave the panels of different tasks). Bits depend on neither cut: each element is
 //! `bias + shift + residual`, plus its K blocks in order (see `microkernel`), the residual last where there is an activation.
 
+use super::context::{Cx, Machine, Scratch};
 use super::elementwise::activate;
 use super::microkernel::{Blocks, Left, Right, Target, multiply};
 use super::pack::Columns;
-use super::real::Real;
-use super::{Machine, Scratch};
-use crate::program::Activation;
+use super::real::Float;
+use crate::program::{Activation, ValueId};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 use std::ops::Range;
+
+/// Longest K block: its rows of a panel stay close to the core while all rows of a chunk pass by.
+pub const K_BLOCK: usize = 384;
 
 /// Most rows of a task.
 pub const MOST_ROWS: usize = 192;
@@ -25,7 +28,7 @@ const ROW_STEP: usize = 12;
 const TASKS_PER_THREAD: usize = 4;
 
 /// The left operand of a whole product: makes the row slices of a chunk, with `scratch` to gather them into.
-pub trait Operand<T: Real>: Sync {
+pub trait Operand<T: Float>: Sync {
     type Chunk<'c>: Left<T>
     where
         Self: 'c;
@@ -35,7 +38,7 @@ pub trait Operand<T: Real>: Sync {
 }
 
 /// The right operand of a whole product: what a task reads, with `scratch` to prepare blocks in.
-pub trait RightOperand<T: Real>: Copy + Sync {
+pub trait RightOperand<T: Float>: Copy + Sync {
     type Chunk<'c>: Right<T>
     where
         Self: 'c;
@@ -64,6 +67,17 @@ pub enum Residual<'a, T> {
     Of(&'a [T]),
     /// `out` holds it already.
     InPlace,
+}
+
+impl<'a, T: Float> Cx<'a, T> {
+    /// What a product adds to: `in_place`, the output holds it already.
+    pub fn residual(&self, id: Option<ValueId>, in_place: bool) -> Residual<'a, T> {
+        match id {
+            _ if in_place => Residual::InPlace,
+            Some(id) => Residual::Of(self.value(id)),
+            None => Residual::None,
+        }
+    }
 }
 
 /// One product. `right` has two column halves of `n` columns for GEGLU, else one.
@@ -127,7 +141,7 @@ impl<'a, T, R> Product<'a, T, (), R> {
     }
 }
 
-impl<'a, T: Real, O: Operand<T>, R: RightOperand<T>> Product<'a, T, O, R> {
+impl<'a, T: Float, O: Operand<T>, R: RightOperand<T>> Product<'a, T, O, R> {
     pub fn run(&self, machine: &Machine, scratch: &Scratch<T>, out: &mut [T], workspace: &mut [T]) {
         let columns = self.right[0].columns();
         let cut = Cut::new(self.rows, columns.panels, machine.threads, R::MOST_ROWS);
@@ -232,7 +246,7 @@ impl<'a, T: Real, O: Operand<T>, R: RightOperand<T>> Product<'a, T, O, R> {
 }
 
 #[inline(always)]
-fn add<T: Real>(out: &mut [T], values: Option<&[T]>) {
+fn add<T: Float>(out: &mut [T], values: Option<&[T]>) {
     if let Some(values) = values {
         for (out, &value) in out.iter_mut().zip(values) {
             *out += value;
@@ -249,7 +263,7 @@ impl<'a, T> Shift<'a, T> {
     }
 }
 
-struct Task<'t, 'a, T: Real, O: Operand<T> + 't, R> {
+struct Task<'t, 'a, T: Float, O: Operand<T> + 't, R> {
     product: &'t Product<'a, T, O, R>,
     left: O::Chunk<'t>,
     rows: Range<usize>,
@@ -262,7 +276,7 @@ struct Task<'t, 'a, T: Real, O: Operand<T> + 't, R> {
     scratch: &'t mut [T],
 }
 
-impl<T: Real, O: Operand<T>, R: RightOperand<T>> WithSimd for Task<'_, '_, T, O, R> {
+impl<T: Float, O: Operand<T>, R: RightOperand<T>> WithSimd for Task<'_, '_, T, O, R> {
     type Output = ();
 
     #[inline(always)]
@@ -271,7 +285,7 @@ impl<T: Real, O: Operand<T>, R: RightOperand<T>> WithSimd for Task<'_, '_, T, O,
     }
 }
 
-impl<T: Real, O: Operand<T>, R: RightOperand<T>> Task<'_, '_, T, O, R> {
+impl<T: Float, O: Operand<T>, R: RightOperand<T>> Task<'_, '_, T, O, R> {
     /// Starts `out` with everything that is added, then multiplies into it.
     #[inline(always)]
     fn plain<S: Simd>(self, simd: S) {

@@ -14,9 +14,8 @@ use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Sub};
 pub const LONGEST_BLOCK: usize = 512;
 
 /// f32 or f64.
-pub trait Real:
-    super::Kernels
-    + Pod
+pub trait Float:
+    Pod
     + Send
     + Sync
     + Debug
@@ -139,7 +138,7 @@ const TANH: [f64; 2] = [1.595_769_121_605_730_7, 0.044_715 * 1.595_769_121_605_7
 /// `1 / √(2π)`, the normal density at 0.
 const DENSITY: f64 = 0.398_942_280_401_432_7;
 
-impl Real for f32 {
+impl Float for f32 {
     const DTYPE: DType = DType::F32;
     const ZERO: f32 = 0.0;
     const ONE: f32 = 1.0;
@@ -214,7 +213,7 @@ impl Real for f32 {
         let h = h.fma::<S>(t, 0.099_637_3);
         let h = h.fma::<S>(t, 0.120_798_39);
         let h = h.fma::<S>(t, 0.119_626_39);
-        let (e, h) = (Real::exp::<S>(-0.5 * self * self), h * t);
+        let (e, h) = (Float::exp::<S>(-0.5 * self * self), h * t);
         let positive = if self > 0.0 { self } else { 0.0 };
         // Φ(-|x|) - |x| φ(x), what the slope lacks of 1 on the right and is on the left.
         let tail = e * a.fma::<S>(-DENSITY as f32, h);
@@ -226,7 +225,7 @@ impl Real for f32 {
     }
 }
 
-impl Real for f64 {
+impl Float for f64 {
     const DTYPE: DType = DType::F64;
     const ZERO: f64 = 0.0;
     const ONE: f64 = 1.0;
@@ -309,7 +308,7 @@ mod tests {
                     x.quick_gelu_slope::<S>(),
                     x.gelu_tanh_slope::<S>(),
                 ];
-                let relative = Real::exp::<S>(x) as f64 / (x as f64).exp() - 1.0;
+                let relative = Float::exp::<S>(x) as f64 / (x as f64).exp() - 1.0;
                 worst[8] = worst[8].max(relative.abs());
                 for ((worst, found), exact) in worst.iter_mut().zip(found).zip(exact(x as f64)) {
                     *worst = worst.max((found as f64 - exact).abs() / exact.abs().max(1.0));
@@ -348,7 +347,7 @@ mod tests {
             );
             assert!(worst[1] < 1.5e-7 && worst[8] < 1.5e-7, "gelu {:e} exp {:e}", worst[1], worst[8]);
         }
-        let up = |x: f32| Real::exp::<pulp::Scalar>(x);
+        let up = |x: f32| Float::exp::<pulp::Scalar>(x);
         assert!(up(f32::NAN).is_nan() && up(-1e9) < 1e-37 && up(1e9) > 1e38);
     }
 

@@ -4,8 +4,8 @@
 //! taken in f64. Chunks depend on the shape of what is summed only, a sample's or all rows', and are added in order: bits do
 //! not depend on threads, nor on the batch where a sample has its own result.
 
-use super::real::Real;
-use super::{Cx, Outputs};
+use super::context::{Cx, Outputs};
+use super::real::Float;
 use crate::program::{Over, ValueId};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
@@ -18,7 +18,7 @@ const CHUNK: usize = 32 * 1024;
 
 /// Σ f(x) in f64.
 #[inline(always)]
-pub fn sum<T: Real>(values: &[T], f: impl Fn(T) -> f64) -> f64 {
+pub fn sum<T: Float>(values: &[T], f: impl Fn(T) -> f64) -> f64 {
     let mut lanes = [0.0; LANES];
     let (chunks, rest) = values.as_chunks::<LANES>();
     for chunk in chunks {
@@ -34,7 +34,7 @@ pub fn sum<T: Real>(values: &[T], f: impl Fn(T) -> f64) -> f64 {
 
 /// Σ a b in f64.
 #[inline(always)]
-pub fn dot<T: Real>(a: &[T], b: &[T]) -> f64 {
+pub fn dot<T: Float>(a: &[T], b: &[T]) -> f64 {
     let mut lanes = [0.0; LANES];
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     for (a, b) in a.iter().zip(b) {
@@ -49,7 +49,7 @@ pub fn dot<T: Real>(a: &[T], b: &[T]) -> f64 {
 }
 
 #[inline(always)]
-pub fn largest<T: Real>(values: &[T]) -> T {
+pub fn largest<T: Float>(values: &[T]) -> T {
     let mut lanes = [T::LOWEST; LANES];
     let (chunks, rest) = values.as_chunks::<LANES>();
     for chunk in chunks {
@@ -96,7 +96,7 @@ impl Chunks {
     }
 
     /// So many sums of each set, in order. `partial` adds the elements in a range to the zeros it gets.
-    pub fn sums<'w, T: Real>(
+    pub fn sums<'w, T: Float>(
         &self,
         numbers: usize,
         workspace: &'w mut [T],
@@ -146,7 +146,7 @@ pub fn dot_workspace<T>(shape: &[usize]) -> usize {
     multiplied(shape).workspace::<T>(1)
 }
 
-pub fn run_sum<T: Real>(cx: &Cx<'_, T>, x: ValueId, over: Over, outputs: Outputs<'_, T>) {
+pub fn run_sum<T: Float>(cx: &Cx<'_, T>, x: ValueId, over: Over, outputs: Outputs<'_, T>) {
     let Outputs { values: [out, ..], workspace, .. } = outputs;
     let chunks = summed(cx.shape(x), over);
     let x = cx.value(x);
@@ -164,7 +164,7 @@ struct ChannelSums<'a, T> {
     sums: &'a mut [f64],
 }
 
-impl<T: Real> WithSimd for ChannelSums<'_, T> {
+impl<T: Float> WithSimd for ChannelSums<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -175,7 +175,7 @@ impl<T: Real> WithSimd for ChannelSums<'_, T> {
     }
 }
 
-pub fn run_dot<T: Real>(cx: &Cx<'_, T>, a: ValueId, b: ValueId, outputs: Outputs<'_, T>) {
+pub fn run_dot<T: Float>(cx: &Cx<'_, T>, a: ValueId, b: ValueId, outputs: Outputs<'_, T>) {
     let Outputs { values: [out, ..], workspace, .. } = outputs;
     let chunks = multiplied(cx.shape(a));
     let (a, b) = (cx.value(a), cx.value(b));
@@ -190,7 +190,7 @@ struct Dot<'a, T> {
     b: &'a [T],
 }
 
-impl<T: Real> WithSimd for Dot<'_, T> {
+impl<T: Float> WithSimd for Dot<'_, T> {
     type Output = f64;
 
     #[inline(always)]

@@ -4,10 +4,10 @@
 //! every output element is a sum in a fixed order, also in the gradients, which gather what each input pixel became. Resizing is
 //! separable, by tables of weights in the workspace (see `resize`).
 
-use super::elementwise::add;
-use super::real::Real;
+use super::chunks::add;
+use super::context::{Cx, Outputs};
+use super::real::Float;
 use super::resize::{Resize, resize};
-use super::{Cx, Outputs};
 use crate::program::{Program, Resample, ValueId};
 use rayon::prelude::*;
 
@@ -25,7 +25,7 @@ fn resizing(op: &Resample, program: &Program) -> Option<Resize> {
 }
 
 /// Elements of workspace: the tables of weights.
-pub fn workspace<T: Real>(op: &Resample, program: &Program) -> usize {
+pub fn workspace<T: Float>(op: &Resample, program: &Program) -> usize {
     resizing(op, program).map_or(0, |resize| resize.workspace::<T>())
 }
 
@@ -34,7 +34,7 @@ pub fn scratch(op: &Resample, program: &Program) -> usize {
     resizing(op, program).map_or(0, |resize| resize.scratch())
 }
 
-pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Resample, outputs: Outputs<'_, T>) {
+pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Resample, outputs: Outputs<'_, T>) {
     let Outputs { values: [out, ..], workspace, .. } = outputs;
     if let Some(how) = resizing(op, cx.program) {
         let (Resample::Resize { x, .. } | Resample::ResizeBackward { d_y: x, .. }) = *op else { unreachable!() };
@@ -68,7 +68,7 @@ pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Resample, outputs: Outputs<'_, T>) {
 }
 
 /// Each pixel twice in both directions, as far as `height` and `width` go.
-fn double<T: Real>(out: &mut [T], [height, width]: [usize; 2], x: &[T], shape: &[usize]) {
+fn double<T: Float>(out: &mut [T], [height, width]: [usize; 2], x: &[T], shape: &[usize]) {
     let [_, h, w, channels] = *shape else { unreachable!("images have four dims") };
     out.par_chunks_mut(height * width * channels).zip(x.par_chunks(h * w * channels)).for_each(|(out, image)| {
         let rows = image.par_chunks(w * channels);
@@ -83,7 +83,7 @@ fn double<T: Real>(out: &mut [T], [height, width]: [usize; 2], x: &[T], shape: &
 }
 
 /// Each pixel the sum of the up to four it became.
-fn halve<T: Real>(out: &mut [T], [height, width]: [usize; 2], d_y: &[T], shape: &[usize]) {
+fn halve<T: Float>(out: &mut [T], [height, width]: [usize; 2], d_y: &[T], shape: &[usize]) {
     let [_, h, w, channels] = *shape else { unreachable!("images have four dims") };
     let images = d_y.par_chunks(h * w * channels);
     out.par_chunks_mut(height * width * channels).zip(images).for_each(|(out, image)| {

@@ -5,8 +5,8 @@
 //! weights: f64, rounded once. The transposed map is the same two passes with transposed tables. A task is one target row: the
 //! source rows it reads are added up into one row of scratch (vertical pass), and that row's pixels into the target's.
 
-use super::Cx;
-use super::real::Real;
+use super::context::Cx;
+use super::real::Float;
 use crate::program::{Filter, Interpolation};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
@@ -109,7 +109,7 @@ impl Resize {
     }
 
     /// Both tables: spans, then weights.
-    pub fn workspace<T: Real>(self) -> usize {
+    pub fn workspace<T: Float>(self) -> usize {
         let table = |side| {
             let targets = self.pixels(side)[1];
             targets * (span_size::<T>() + self.spans(side, &mut vec![[0; 2]; targets]))
@@ -135,7 +135,7 @@ struct Table<'a, T> {
     most: usize,
 }
 
-impl<'a, T: Real> Table<'a, T> {
+impl<'a, T: Float> Table<'a, T> {
     /// Fills a table at the start of `workspace`; gives back the rest.
     fn new(resize: Resize, side: usize, workspace: &'a mut [T]) -> (Table<'a, T>, &'a mut [T]) {
         let targets = resize.pixels(side)[1];
@@ -158,7 +158,7 @@ impl<'a, T: Real> Table<'a, T> {
     }
 }
 
-pub fn resize<T: Real>(cx: &Cx<'_, T>, how: Resize, x: &[T], out: &mut [T], workspace: &mut [T]) {
+pub fn resize<T: Float>(cx: &Cx<'_, T>, how: Resize, x: &[T], out: &mut [T], workspace: &mut [T]) {
     let (vertical, workspace) = Table::new(how, 0, workspace);
     let (horizontal, _) = Table::new(how, 1, workspace);
     let ([from, to], channels) = (how.pixels(0), how.channels);
@@ -183,7 +183,7 @@ struct Row<'a, T> {
     out: &'a mut [T],
 }
 
-impl<T: Real> WithSimd for Row<'_, T> {
+impl<T: Float> WithSimd for Row<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -199,7 +199,7 @@ impl<T: Real> WithSimd for Row<'_, T> {
 
 /// `out = Σ weights[i] · x[i]`, rows of `x` as wide as `out`.
 #[inline(always)]
-fn weighted_sum<T: Real, S: Simd>(out: &mut [T], x: &[T], weights: &[T]) {
+fn weighted_sum<T: Float, S: Simd>(out: &mut [T], x: &[T], weights: &[T]) {
     out.fill(T::ZERO);
     for (x, &weight) in x.chunks_exact(out.len()).zip(weights) {
         out.iter_mut().zip(x).for_each(|(out, &x)| *out = x.fma::<S>(weight, *out));

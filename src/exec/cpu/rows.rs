@@ -5,10 +5,10 @@
 //! come from memory and are checked before use: one beyond the vocabulary is an error that names it. Softmax, unit and all
 //! gradients may overwrite their first operand.
 
+use super::context::{Cx, Outputs};
 use super::embedding::index;
-use super::real::Real;
+use super::real::Float;
 use super::reduce::{dot, largest, sum};
-use super::{Cx, Outputs};
 use crate::program::ValueId;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
@@ -17,7 +17,7 @@ use rayon::prelude::*;
 const STRETCH: usize = 1024;
 
 /// The rows of `out`, each holding what it may overwrite, in parallel.
-fn rows<'a, T: Real>(
+fn rows<'a, T: Float>(
     cx: &Cx<'_, T>,
     overwritten: ValueId,
     out: &'a mut [T],
@@ -34,7 +34,7 @@ fn rows<'a, T: Real>(
     })
 }
 
-pub fn softmax<T: Real>(cx: &Cx<'_, T>, x: ValueId, outputs: Outputs<'_, T>) {
+pub fn softmax<T: Float>(cx: &Cx<'_, T>, x: ValueId, outputs: Outputs<'_, T>) {
     let Outputs { values: [y, ..], in_place, .. } = outputs;
     rows(cx, x, y, in_place).for_each(|row| cx.machine.arch.dispatch(Softmax { row }));
 }
@@ -43,7 +43,7 @@ struct Softmax<'a, T> {
     row: &'a mut [T],
 }
 
-impl<T: Real> WithSimd for Softmax<'_, T> {
+impl<T: Float> WithSimd for Softmax<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -59,7 +59,7 @@ struct LogSumExp<'a, T> {
     row: &'a [T],
 }
 
-impl<T: Real> WithSimd for LogSumExp<'_, T> {
+impl<T: Float> WithSimd for LogSumExp<'_, T> {
     type Output = (T, f64);
 
     #[inline(always)]
@@ -75,7 +75,7 @@ impl<T: Real> WithSimd for LogSumExp<'_, T> {
     }
 }
 
-pub fn softmax_backward<T: Real>(cx: &Cx<'_, T>, y: ValueId, d_y: ValueId, outputs: Outputs<'_, T>) {
+pub fn softmax_backward<T: Float>(cx: &Cx<'_, T>, y: ValueId, d_y: ValueId, outputs: Outputs<'_, T>) {
     let Outputs { values: [d_x, ..], in_place, .. } = outputs;
     rows(cx, d_y, d_x, in_place).enumerate().for_each(|(i, d)| {
         let y = &cx.value(y)[i * d.len()..][..d.len()];
@@ -84,7 +84,7 @@ pub fn softmax_backward<T: Real>(cx: &Cx<'_, T>, y: ValueId, d_y: ValueId, outpu
     });
 }
 
-pub fn unit<T: Real>(cx: &Cx<'_, T>, x: ValueId, eps: f64, outputs: Outputs<'_, T>) {
+pub fn unit<T: Float>(cx: &Cx<'_, T>, x: ValueId, eps: f64, outputs: Outputs<'_, T>) {
     let Outputs { values: [y, norm, _], in_place, .. } = outputs;
     rows(cx, x, y, in_place).zip(norm).for_each(|(row, norm)| {
         let length = dot(row, row).sqrt();
@@ -95,7 +95,7 @@ pub fn unit<T: Real>(cx: &Cx<'_, T>, x: ValueId, eps: f64, outputs: Outputs<'_, 
 }
 
 /// `(d_y - y Σ y d_y) / ‖x‖`.
-pub fn unit_backward<T: Real>(cx: &Cx<'_, T>, [y, norm, d_y]: [ValueId; 3], eps: f64, outputs: Outputs<'_, T>) {
+pub fn unit_backward<T: Float>(cx: &Cx<'_, T>, [y, norm, d_y]: [ValueId; 3], eps: f64, outputs: Outputs<'_, T>) {
     let Outputs { values: [d_x, ..], in_place, .. } = outputs;
     rows(cx, d_y, d_x, in_place).zip(cx.value(norm)).enumerate().for_each(|(i, (d, norm))| {
         let y = &cx.value(y)[i * d.len()..][..d.len()];
@@ -107,7 +107,7 @@ pub fn unit_backward<T: Real>(cx: &Cx<'_, T>, [y, norm, d_y]: [ValueId; 3], eps:
 }
 
 /// The target of each row, if it has one.
-fn targets<'a, T: Real>(cx: &Cx<'a, T>, logits: ValueId, targets: ValueId) -> Result<Targets<'a>, String> {
+fn targets<'a, T: Float>(cx: &Cx<'a, T>, logits: ValueId, targets: ValueId) -> Result<Targets<'a>, String> {
     let shape = cx.shape(logits);
     let targets = cx.ints(targets);
     for &target in targets.iter().filter(|target| **target >= 0) {
@@ -124,7 +124,7 @@ impl Targets<'_> {
     }
 }
 
-pub fn cross_entropy<T: Real>(
+pub fn cross_entropy<T: Float>(
     cx: &Cx<'_, T>,
     logits: ValueId,
     ids: ValueId,
@@ -143,7 +143,7 @@ pub fn cross_entropy<T: Real>(
     Ok(())
 }
 
-pub fn cross_entropy_backward<T: Real>(
+pub fn cross_entropy_backward<T: Float>(
     cx: &Cx<'_, T>,
     [logits, ids, lse, d_loss]: [ValueId; 4],
     outputs: Outputs<'_, T>,
@@ -168,7 +168,7 @@ struct Probabilities<'a, T> {
     times: T,
 }
 
-impl<T: Real> WithSimd for Probabilities<'_, T> {
+impl<T: Float> WithSimd for Probabilities<'_, T> {
     type Output = ();
 
     #[inline(always)]

@@ -1,11 +1,10 @@
 //! What outlives a run: packed weights, each held once, and named buffers.
 
 use super::pack::{Aligned, Columns, Tiling};
-use super::real::Real;
-use super::{Data, DataMut};
-use crate::exec::buffer;
+use super::real::Float;
+use crate::exec::{Data, DataMut, buffer};
 use crate::program::{DType, Origin, Program, Shape, Value, ValueId};
-use crate::weights::{Model, Pack, Rows, Weight};
+use crate::weights::{FileId, Model, Pack, Rows, Weight};
 use crate::{Error, Result};
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -24,7 +23,7 @@ pub enum Buffer<T> {
 
 pub struct Store<T> {
     pub weights: Vec<Aligned<T>>,
-    by_weight: HashMap<Weight, usize>,
+    by_weight: HashMap<(Weight, Vec<FileId>), usize>,
     pub buffers: Vec<Named<T>>,
     by_name: HashMap<String, usize>,
 }
@@ -51,10 +50,11 @@ fn weight_columns(weight: &Weight, tiling: Tiling) -> Columns {
     Columns::in_parts(weight.shape[weight.shape.len() - 1], parts, tiling)
 }
 
-impl<T: Real> Store<T> {
+impl<T: Float> Store<T> {
     /// The index of a weight, fetched and packed if it is not held yet.
     pub fn weight(&mut self, weight: &Weight, tiling: Tiling, model: &Model) -> Result<usize> {
-        if let Some(&index) = self.by_weight.get(weight) {
+        let key = (weight.clone(), model.sources(weight)?);
+        if let Some(&index) = self.by_weight.get(&key) {
             return Ok(index);
         }
         let rows = model.rows(weight)?;
@@ -65,7 +65,7 @@ impl<T: Real> Store<T> {
         };
         model.release();
         self.weights.push(held);
-        self.by_weight.insert(weight.clone(), self.weights.len() - 1);
+        self.by_weight.insert(key, self.weights.len() - 1);
         Ok(self.weights.len() - 1)
     }
 
@@ -151,7 +151,7 @@ fn fill<A: Copy, B>(out: &mut [B], values: &[A], convert: impl Fn(A) -> B) {
 }
 
 /// Row after row, in parallel.
-fn plain<T: Real>(rows: &Rows<'_>) -> Aligned<T> {
+fn plain<T: Float>(rows: &Rows<'_>) -> Aligned<T> {
     let width = rows.columns();
     let mut held = Aligned::zeroed(rows.rows() * width);
     held.as_mut_slice().par_chunks_mut(width).enumerate().for_each(|(n, out)| T::fetch(rows, n, out));
@@ -159,7 +159,7 @@ fn plain<T: Real>(rows: &Rows<'_>) -> Aligned<T> {
 }
 
 /// The rows of a weight are the columns of the product: a vector's worth of them is fetched and transposed into its panel.
-fn panels<T: Real>(rows: &Rows<'_>, columns: Columns, lanes: usize) -> Aligned<T> {
+fn panels<T: Float>(rows: &Rows<'_>, columns: Columns, lanes: usize) -> Aligned<T> {
     let k = rows.columns();
     let mut held = Aligned::zeroed(k * columns.padded());
     columns.fill(k, held.as_mut_slice(), |panel, out| {

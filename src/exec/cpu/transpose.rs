@@ -1,9 +1,13 @@
 //! Transposition of small blocks, at the speed of the first-level cache.
 
-use super::attention_backward::ROWS_OF_TILE;
-use super::gemm::ROWS_OF_PASS;
-use super::real::Real;
+use super::product::K_BLOCK;
+use super::real::Float;
 use pulp::{Simd, WithSimd};
+
+/// Query rows of a tile of the gradient of attention; a multiple of every register tile's height.
+pub const ROWS_OF_TILE: usize = 96;
+/// Rows that one pass of a gradient to a weight sums: `d_w` goes to memory and back once per pass.
+pub const ROWS_OF_PASS: usize = 4 * K_BLOCK;
 
 /// `out[c][r] = source[r][c]` for `rows` × `columns` values; rows of `source` are `stride` apart, rows of `out` `width`.
 pub struct Transpose<'a, T> {
@@ -15,7 +19,7 @@ pub struct Transpose<'a, T> {
     pub width: usize,
 }
 
-impl<T: Real> WithSimd for Transpose<'_, T> {
+impl<T: Float> WithSimd for Transpose<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -86,7 +90,7 @@ mod tests {
     use super::*;
     use pulp::Arch;
 
-    fn check<T: Real>(arch: Arch) {
+    fn check<T: Float>(arch: Arch) {
         for (rows, columns, width) in [
             (1, 1, 1),
             (3, 40, 8),

@@ -4,15 +4,15 @@
 //! be the first term. Optimisers compute each element in f64 and round what they write once; formulas at `program::Update`.
 //! Elementwise, cut into chunks.
 
-use super::elementwise::{CHUNK, fill, transform};
-use super::real::Real;
-use super::{Cx, Outputs};
+use super::chunks::{CHUNK, fill, transform};
+use super::context::{Cx, Outputs};
+use super::real::Float;
 use crate::exec::philox;
 use crate::program::{Rows, Update, ValueId};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Update, outputs: Outputs<'_, T>) {
+pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Update, outputs: Outputs<'_, T>) {
     match *op {
         Update::Combine { ref terms, coefficients } => combine(cx, terms, cx.value(coefficients), outputs),
         Update::Scale { x, coefficients, index } => {
@@ -63,7 +63,7 @@ pub fn run<T: Real>(cx: &Cx<'_, T>, op: &Update, outputs: Outputs<'_, T>) {
 }
 
 /// Each sample's draw, from channels first to channels last.
-fn noise<T: Real>(out: &mut [T], counter: &[i32], shape: &[usize]) {
+fn noise<T: Float>(out: &mut [T], counter: &[i32], shape: &[usize]) {
     let (sample, channels) = (out.len() / shape[0], shape[shape.len() - 1]);
     out.par_chunks_mut(sample).zip(counter.par_chunks_exact(4)).for_each(|(out, words)| {
         let [seed_low, seed_high, draw_low, draw_high] = std::array::from_fn(|i| words[i] as u32);
@@ -77,12 +77,12 @@ fn noise<T: Real>(out: &mut [T], counter: &[i32], shape: &[usize]) {
     });
 }
 
-fn scalars<T: Real, const N: usize>(cx: &Cx<'_, T>, id: ValueId) -> [f64; N] {
+fn scalars<T: Float, const N: usize>(cx: &Cx<'_, T>, id: ValueId) -> [f64; N] {
     std::array::from_fn(|i| cx.value(id)[i].to_f64())
 }
 
 /// Element by element from parameter, gradient and two states to parameter and states.
-fn step<T: Real>(
+fn step<T: Float>(
     cx: &Cx<'_, T>,
     inputs: [ValueId; 4],
     outputs: Outputs<'_, T>,
@@ -100,7 +100,7 @@ fn step<T: Real>(
     });
 }
 
-fn combine<T: Real>(cx: &Cx<'_, T>, terms: &[Rows], coefficients: &[T], outputs: Outputs<'_, T>) {
+fn combine<T: Float>(cx: &Cx<'_, T>, terms: &[Rows], coefficients: &[T], outputs: Outputs<'_, T>) {
     let Outputs { values: [out, ..], in_place, .. } = outputs;
     let row = out.len() / cx.shape(terms[0].value)[0];
     transform(out, None, |at, out| {
@@ -130,7 +130,7 @@ struct AddTerm<'a, T> {
     coefficient: T,
 }
 
-impl<T: Real> WithSimd for AddTerm<'_, T> {
+impl<T: Float> WithSimd for AddTerm<'_, T> {
     type Output = ();
 
     #[inline(always)]

@@ -1,12 +1,13 @@
 //! Launches of attention. Contracts: kernels/attention_forward.cu and kernels/attention_backward.cu.
 
+use super::cx::Cx;
 use super::gemm::{aligned, pitch};
 use super::kernels::constants::{
     BACKWARD_HALF, BACKWARD_SINGLE, DELTA_ROWS, FORWARD_HALF, FORWARD_HOPPER, FORWARD_SINGLE, HOPPER_ATTENTION_THREADS,
     HOPPER_QUERIES, HOPPER_SLOTS, STREAMED_COLUMNS, STREAMED_OTHER, STREAMED_OWN, STREAMED_THREADS,
 };
-use super::launch::{Address, Cx, Divisor, Launch, TensorMap};
-use super::tiles::Hopper;
+use super::launch::{Address, Divisor, Launch, TensorMap};
+use super::shape::Hopper;
 use crate::program::{Attention, AttentionBackward, Cols, DType, Op, Program, ValueId};
 use crate::{Error, Result};
 use bytemuck::{Pod, Zeroable};

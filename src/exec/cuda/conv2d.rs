@@ -1,11 +1,12 @@
 //! Launches of convolutions: products that gather one operand; a 1x1 kernel that touches every pixel once is a plain one.
 //! Contract: kernels/conv2d.cu.
 
+use super::cx::{Cx, is_factor};
 use super::epilogue::{Epilogue, Split, finish};
-use super::gemm::{Lines, Operand, Product, aligned, ring_bytes, threads};
+use super::gemm::{Operand, Product, aligned, ring_bytes, threads};
 use super::hopper::{HopperProduct, HopperRight};
-use super::launch::{Address, Cx, Divisor, Launch, TensorMap, is_factor};
-use super::tiles::{Hopper, Shape};
+use super::launch::{Address, Divisor, Launch, TensorMap};
+use super::shape::{Hopper, Lines, Shape};
 use crate::program::{Cols, Conv2d, Conv2dBackward, Program, ValueId};
 use bytemuck::{Pod, Zeroable};
 

@@ -84,3 +84,13 @@ pub trait Driver {
     /// Waits until all that was started is done; an error of a launch may only show here, or at the next `read`.
     fn synchronize(&self) -> Result<()>;
 }
+
+impl Launch {
+    /// Puts the tensor maps where the kernel looks for them.
+    pub fn encode_maps(&mut self, driver: &dyn Driver) -> Result<()> {
+        for (map, place) in self.maps.iter().zip(self.params.chunks_exact_mut(TensorMap::BYTES)) {
+            place.copy_from_slice(&driver.tensor_map(map)?);
+        }
+        Ok(())
+    }
+}

@@ -1,7 +1,8 @@
 //! Launches of elementwise ops. Contract: kernels/elementwise.cu.
 
+use super::cx::{Cx, activation};
 use super::kernels::constants::{self, MOST_CHANNELS, MOST_PARTS};
-use super::launch::{Address, Cx, Divisor, Launch, activation};
+use super::launch::{Address, Divisor, Launch};
 use crate::program::{Activation, Cols, DType, Elementwise, Scalar, ValueId};
 use bytemuck::{Pod, Zeroable};
 

@@ -1,7 +1,8 @@
 //! Launches of embeddings. Contract: kernels/embedding.cu.
 
+use super::cx::Cx;
 use super::elementwise::{Part, Pieces, THREADS, fill, strided_sum};
-use super::launch::{Address, Cx, Divisor, Launch};
+use super::launch::{Address, Divisor, Launch};
 use crate::program::{Embedding, ValueId};
 use bytemuck::{Pod, Zeroable};
 

@@ -1,9 +1,10 @@
 //! What happens to the sums of a product: the epilogue, and where a product is split the launch that makes outputs of its parts.
 //! Contracts: kernels/epilogue.cuh and kernels/finish.cu.
 
+use super::cx::{Cx, activation};
 use super::elementwise::{Pieces, THREADS};
-use super::launch::{Address, Cx, Divisor, Launch, activation};
-use super::tiles::{Cut, Shape};
+use super::launch::{Address, Divisor, Launch};
+use super::shape::{Cut, Shape};
 use crate::program::{Activation, DType, ValueId};
 use bytemuck::{Pod, Zeroable};
 

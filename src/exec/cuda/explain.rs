@@ -1,8 +1,10 @@
 //! What a program will do on a GPU, op by op, before it runs there: kernels, grids, memory, and the time that peak rates allow.
 
-use super::launch::{Address, Cx, Launch};
-use super::tiles::Hopper;
-use super::{HOPPER, attention, kernels, launches_of, workspace};
+use super::cx::Cx;
+use super::kernels::HOPPER;
+use super::launch::{Address, Launch};
+use super::shape::Hopper;
+use super::{attention, kernels, launches_of, workspace};
 use crate::exec::guard::describe;
 use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::plan::Planned;

@@ -1,10 +1,11 @@
 //! Launches of matrix products. Contract: kernels/gemm.cu.
 
+use super::cx::{Cx, activation, is_factor};
 use super::epilogue::{Epilogue, Split, finish};
 use super::hopper::{HopperProduct, HopperRight};
 use super::kernels::constants::{PRODUCT_TILES, STAGE_DEPTH_BYTES, STAGES};
-use super::launch::{Address, Cx, Launch, activation, is_factor};
-use super::tiles::{Hopper, Shape, Tile};
+use super::launch::{Address, Launch};
+use super::shape::{Hopper, Lines, Shape, Tile};
 use crate::program::{Activation, DType, Gemm, GemmBackward, Program};
 use bytemuck::{Pod, Zeroable};
 
@@ -30,13 +31,6 @@ const _: () = assert!(size_of::<GemmParams>() == 136);
 /// Bytes from one line of a tile in shared memory to the next (`pitch` in kernels/tile.cuh).
 pub fn pitch(dtype: DType, elements: usize) -> usize {
     ((elements * dtype.bytes() / 16) | 1) * 16
-}
-
-/// What the lines of an operand run along (`Lines` in kernels/tile.cuh).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Lines {
-    Reduced,
-    Across,
 }
 
 /// Bytes of a block's ring of stages (`stage_bytes` in kernels/product.cuh).

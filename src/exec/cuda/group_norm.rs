@@ -1,7 +1,8 @@
 //! Launches of group normalisation. Contract: kernels/group_norm.cu.
 
+use super::cx::Cx;
 use super::kernels::constants::{GROUP_THREADS as THREADS, PARTS};
-use super::launch::{Address, Cx, Divisor, Launch};
+use super::launch::{Address, Divisor, Launch};
 use crate::program::{DType, Program, ValueId};
 use bytemuck::{Pod, Zeroable};
 

@@ -1,10 +1,9 @@
 //! Launches of products and convolutions on Hopper. Contract: kernels/product_hopper.cu.
 
 use super::epilogue::{Epilogue, Split, finish};
-use super::gemm::Lines;
 use super::kernels::constants::{HOPPER_ROWS as ROWS, HOPPER_THREADS};
 use super::launch::{Address, Divisor, Launch, TensorMap};
-use super::tiles::Shape;
+use super::shape::{Lines, Shape, ring_bytes};
 use bytemuck::{Pod, Zeroable};
 
 /// Matches what is behind the tensor maps of `HopperParams` in kernels/product_hopper.cu.
@@ -34,18 +33,6 @@ const _: () = assert!(size_of::<HopperParams>() + 2 * TensorMap::BYTES == 512);
 
 /// Reduced elements of a stage.
 const DEPTH: usize = TensorMap::LINE;
-/// Slots of the ring that stages go through, as far as shared memory allows; with 2 it would be right too, and slower.
-pub const RINGS: [usize; 4] = [3, 4, 5, 6];
-
-/// Bytes of a ring for tiles of so many columns, with two barriers for each of its slots.
-pub fn ring_bytes(columns: usize, right: Lines, stages: usize) -> usize {
-    let lines = match right {
-        Lines::Reduced => columns,
-        Lines::Across => columns.next_multiple_of(TensorMap::LINE),
-    };
-    stages * ((ROWS + lines) * TensorMap::LINE_BYTES + 2 * 8)
-}
-
 /// A product over images; a plain one is a 1x1 convolution of one image of one row.
 pub struct HopperProduct {
     /// Which [`Shape::hopper`] says the kernel can make.

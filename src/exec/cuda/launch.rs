@@ -1,9 +1,7 @@
 //! A launch is a value: which kernel, how many blocks and threads, how much shared memory, and the bytes of its parameters.
 
-use super::driver::Driver;
 use super::kernels::constants;
-use super::tiles::Hopper;
-use crate::program::{Activation, Cols, DType, Node, Origin, Program, ValueId};
+use crate::program::DType;
 use crate::{Error, Result};
 use bytemuck::Pod;
 use std::ops::RangeInclusive;
@@ -161,14 +159,6 @@ impl Launch {
         }
         self.maps.iter().try_for_each(|map| map.check().or_else(|error| refuse(error.to_string())))
     }
-
-    /// Puts the tensor maps where the kernel looks for them.
-    pub fn encode_maps(&mut self, driver: &dyn Driver) -> Result<()> {
-        for (map, place) in self.maps.iter().zip(self.params.chunks_exact_mut(TensorMap::BYTES)) {
-            place.copy_from_slice(&driver.tensor_map(map)?);
-        }
-        Ok(())
-    }
 }
 
 impl std::fmt::Display for Launch {
@@ -202,82 +192,6 @@ impl Divisor {
         let multiplier = (1u64 << (31 + s)).div_ceil(divisor as u64) as u32;
         Divisor { divisor, multiplier, shift: s - 1 }
     }
-}
-
-/// An op at its place: what the launch code of a family sees.
-pub struct Cx<'a> {
-    pub program: &'a Program,
-    pub node: &'a Node,
-    /// Per value.
-    pub addresses: &'a [Address],
-    pub workspace: Address,
-    pub hopper: Hopper,
-}
-
-impl Cx<'_> {
-    pub fn shape(&self, id: ValueId) -> &[usize] {
-        self.program.shape(id)
-    }
-
-    pub fn dtype(&self, id: ValueId) -> DType {
-        self.program.value(id).dtype
-    }
-
-    pub fn address(&self, id: ValueId) -> Address {
-        self.addresses[id.index()]
-    }
-
-    /// Null for what is not there.
-    pub fn optional(&self, id: Option<ValueId>) -> Address {
-        id.map_or(Address::NULL, |id| self.address(id))
-    }
-
-    /// Element `cols.at` of the first row.
-    pub fn columns(&self, cols: Cols) -> Address {
-        self.address(cols.value).offset(cols.at * self.dtype(cols.value).bytes())
-    }
-
-    /// The op's output of this number.
-    pub fn output(&self, index: usize) -> ValueId {
-        self.node.outputs[index]
-    }
-
-    /// Elements of a value.
-    pub fn len(&self, id: ValueId) -> usize {
-        self.program.value(id).len()
-    }
-
-    /// The last dimension.
-    pub fn width(&self, id: ValueId) -> usize {
-        let shape = self.shape(id);
-        shape[shape.len() - 1]
-    }
-
-    /// Whether a weight is held as the right operand of products, `[N, K]`, and not in the order of its shape.
-    pub fn is_factor(&self, id: ValueId) -> bool {
-        is_factor(self.program, id)
-    }
-}
-
-/// As [`Cx::is_factor`].
-pub fn is_factor(program: &Program, id: ValueId) -> bool {
-    match &program.value(id).origin {
-        Origin::Weight(weight) => weight.pack.is_factor(),
-        Origin::Input(_) | Origin::Op(_) => false,
-    }
-}
-
-/// An activation's number.
-pub fn activation(activation: Activation) -> i32 {
-    let number = match activation {
-        Activation::None => constants::NONE,
-        Activation::Silu => constants::SILU,
-        Activation::Gelu => constants::GELU,
-        Activation::QuickGelu => constants::QUICK_GELU,
-        Activation::GeluTanh => constants::GELU_TANH,
-        Activation::Geglu => constants::GEGLU,
-    };
-    number as i32
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 mod attention;
 mod board;
 mod conv2d;
+mod cx;
 mod device;
 mod driver;
 mod elementwise;
@@ -18,11 +19,13 @@ mod explain;
 mod gemm;
 mod group_norm;
 mod hopper;
+pub mod kernels;
 mod launch;
 mod norm;
 mod rates;
 mod reduce;
 mod resample;
+mod shape;
 mod store;
 mod tiles;
 mod update;
@@ -32,15 +35,9 @@ pub use device::{AHEAD, Gpu, Resources};
 pub use driver::{Driver, Function, Graph, Work};
 pub use emulated::{Copies, Emulated, Order, Settings};
 pub use explain::{Explained, PEAKS, Peak, Planner, Row, explain};
-pub use gemm::Lines;
 pub use launch::{Address, Divisor, Launch, TensorMap};
-pub use rates::{MULTIPROCESSORS, Rates, TABLE, Table};
-pub use tiles::{Cut, Hopper, Shape, Tile};
-
-/// What build.rs made of kernels/.
-pub mod kernels {
-    include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
-}
+pub use rates::{MULTIPROCESSORS, TABLE, Table};
+pub use shape::{Cut, Hopper, Lines, Rates, Shape, Tile};
 
 use super::guard::{self, Guard, describe};
 use super::{Data, DataMut, Executor, ProgramId, held};
@@ -48,11 +45,8 @@ use crate::plan::Planned;
 use crate::program::{DType, Node, Op, Origin, Program, ValueId};
 use crate::weights::Model;
 use crate::{Error, Result};
-use launch::Cx;
+use cx::Cx;
 use store::Store;
-
-/// What the kernels are compiled for that use Hopper's own instructions, as nvcc names it.
-const HOPPER: &str = "90a";
 
 /// Weights that are read from disk while one is converted and copied.
 const WEIGHTS_AHEAD: usize = 8;

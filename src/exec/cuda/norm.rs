@@ -1,8 +1,9 @@
 //! Launches of normalisations and of what else turns rows into rows. Contracts: kernels/layer_norm.cu,
 //! kernels/reduce.cu.
 
+use super::cx::Cx;
 use super::kernels::constants::{HELD, PLAIN_THREADS as ELEMENTS, TEAM};
-use super::launch::{Address, Cx, Launch};
+use super::launch::{Address, Launch};
 use super::{group_norm, reduce};
 use crate::program::{Norm, Program, ValueId};
 use bytemuck::{Pod, Zeroable};

@@ -5,21 +5,8 @@
 //! what was measured (`gpu_check sweep`), by this same model.
 
 use super::kernels::constants::{LINE_BYTES, STAGE_DEPTH_BYTES, STAGES};
-use super::tiles::{Cut, Shape, Tile};
+use super::shape::{Cut, Rates, Shape, Tile};
 use crate::program::DType;
-
-/// What the model knows of a tile.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Rates {
-    /// Blocks that a multiprocessor runs at once, by their registers and shared memory.
-    pub resident: usize,
-    /// Products of one output and one reduced element that a multiprocessor makes in a clock, fully occupied.
-    pub rate: f64,
-    /// Clocks from asking for a stage of the ring to having it.
-    pub latency: f64,
-    /// Clocks of a block before its first and after its last stage.
-    pub ends: f64,
-}
 
 /// The table.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -1,8 +1,9 @@
 //! Launches of sums: of columns, of products, of a layer norm's affine gradients. Contracts: kernels/reduce.cu,
 //! kernels/layer_norm.cu.
 
+use super::cx::Cx;
 use super::kernels::constants::{COLUMN_THREADS, PLAIN_THREADS};
-use super::launch::{Address, Cx, Launch};
+use super::launch::{Address, Launch};
 use crate::program::{DType, Over, Program, ValueId};
 use bytemuck::{Pod, Zeroable};
 

@@ -1,8 +1,9 @@
 //! Launches of resampling. Contract: kernels/resample.cu.
 
+use super::cx::Cx;
 use super::elementwise::{Part, Pieces, THREADS, grid_of, strided_sum};
 use super::kernels::constants::TABLE_THREADS;
-use super::launch::{Address, Cx, Divisor, Launch};
+use super::launch::{Address, Divisor, Launch};
 use crate::program::{Filter, Interpolation, Program, Resample, ValueId};
 use bytemuck::{Pod, Zeroable};
 

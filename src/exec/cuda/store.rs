@@ -5,7 +5,7 @@ use super::launch::Address;
 use crate::exec::guard::describe;
 use crate::exec::{Data, DataMut, buffer};
 use crate::program::{DType, Embedding, Norm, Op, Origin, Program, Shape, Value, ValueId};
-use crate::weights::{Model, Weight};
+use crate::weights::{FileId, Model, Weight};
 use crate::{Error, Result};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
@@ -23,7 +23,7 @@ struct Named {
 
 #[derive(Default)]
 pub struct Store {
-    weights: HashMap<(Weight, DType), Address>,
+    weights: HashMap<(Weight, Vec<FileId>, DType), Address>,
     buffers: HashMap<String, Named>,
 }
 
@@ -84,14 +84,18 @@ fn embedding_bound(program: &Program, op: &Embedding) -> Option<(ValueId, &'stat
 impl Store {
     /// Asks for the bytes of weights that are not held yet, as many as are uploaded while a disk reads.
     pub fn prefetch<'w>(&self, weights: impl Iterator<Item = (&'w Weight, DType)>, model: &Model) {
-        let missing = weights.filter(|(weight, dtype)| !self.weights.contains_key(&((*weight).clone(), *dtype)));
-        missing.for_each(|(weight, _)| model.prefetch(weight));
+        for (weight, dtype) in weights {
+            let sources = model.sources(weight);
+            if !sources.is_ok_and(|sources| self.weights.contains_key(&(weight.clone(), sources, dtype))) {
+                model.prefetch(weight);
+            }
+        }
     }
 
     /// The address of a weight, fetched and uploaded if it is not held yet: row by row, of a product's right operand `[N, K]`.
     /// All cores convert some rows while those before them are on their way.
     pub fn weight(&mut self, driver: &mut dyn Driver, weight: &Weight, dtype: DType, model: &Model) -> Result<Address> {
-        let key = (weight.clone(), dtype);
+        let key = (weight.clone(), model.sources(weight)?, dtype);
         if let Some(&address) = self.weights.get(&key) {
             return Ok(address);
         }

@@ -1,27 +1,10 @@
 //! How a product is cut over the multiprocessors: the tile of outputs that a block computes, the parts its reduced dimension is
 //! split into, the depth of its ring. A pure function of the shape, fed by one table (`rates`); the same on every GPU.
 
-use super::gemm::Lines;
-use super::hopper::{RINGS, ring_bytes};
 use super::launch::SHARED;
-use super::rates::{Rates, TABLE, Table};
+use super::rates::{TABLE, Table};
+use super::shape::{Cut, Hopper, Lines, RINGS, Shape, Tile, ring_bytes};
 use crate::program::DType;
-
-/// A block of outputs as kernels/gemm.cu and kernels/conv2d.cu have it, or kernels/product_hopper.cu.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Tile {
-    /// In the kernels' names.
-    pub name: &'static str,
-    /// Of kernels/product_hopper.cu.
-    pub hopper: bool,
-    pub rows: usize,
-    pub columns: usize,
-    /// Of the ring in shared memory, if so many fit.
-    pub stages: usize,
-    /// Bytes of depth of one.
-    pub stage_bytes: usize,
-    pub rates: Rates,
-}
 
 /// Bytes of depth that parts are made of: whole stages of every kernel, so that all tiles split alike.
 const GRAIN: usize = 128;
@@ -32,66 +15,6 @@ const SPLITS: [usize; 12] = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32];
 const CLOSE: f64 = 1.25;
 /// Samples that splits are chosen for, whatever the batch: those of guidance.
 const NOMINAL_BATCH: usize = 2;
-
-/// Which products are for kernels/product_hopper.cu.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Hopper {
-    /// None: the kernels for any GPU do all.
-    Off,
-    /// Those that it is expected to be faster at.
-    Auto,
-    /// All that it can make.
-    Always,
-    /// For measurements: every product is cut like this, and a program with one that cannot be is refused when it is loaded.
-    Forced(Cut),
-}
-
-impl std::str::FromStr for Hopper {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Hopper, String> {
-        match name {
-            "off" => Ok(Hopper::Off),
-            "auto" => Ok(Hopper::Auto),
-            "always" => Ok(Hopper::Always),
-            _ => Err("one of auto, off, always".into()),
-        }
-    }
-}
-
-impl Hopper {
-    /// The same on a GPU that can run it, else off. What is forced stays: nothing else is measured in its place.
-    pub fn where_it_can(self, can: bool) -> Hopper {
-        if can || matches!(self, Hopper::Forced(_)) { self } else { Hopper::Off }
-    }
-}
-
-/// A product of `[rows, depth]` and `[depth, columns]`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Shape {
-    pub dtype: DType,
-    pub rows: usize,
-    /// What splits are chosen for instead of `rows`.
-    pub nominal_rows: usize,
-    /// Of the right operand: 2 H for a GEGLU.
-    pub columns: usize,
-    pub depth: usize,
-    pub hopper: Hopper,
-    /// How kernels/product_hopper.cu would hold the right operand; none where it cannot make the product.
-    pub boxes: Option<Lines>,
-}
-
-/// How a product is cut.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Cut {
-    pub tile: Tile,
-    /// At least 1; none is empty.
-    pub splits: usize,
-    /// Of the ring in shared memory.
-    pub stages: usize,
-    /// Reduced elements of a part, the last one's excepted.
-    pub depth: usize,
-}
 
 impl Shape {
     /// Of rows that belong to samples: `[B, .., C]`.
@@ -191,11 +114,6 @@ impl Shape {
             return refuse(format!("its ring can have {rings:?} stages in a block's {SHARED} bytes of shared memory"));
         }
         Ok(())
-    }
-
-    /// Bytes of the parts of a split product, f32 `[splits, rows, columns]`.
-    pub fn partial_bytes(&self, splits: usize) -> usize {
-        splits * self.rows * self.columns * size_of::<f32>()
     }
 
     /// Scratch of the product.

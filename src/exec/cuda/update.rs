@@ -1,8 +1,9 @@
 //! Launches of updates. Contract: kernels/update.cu.
 
+use super::cx::Cx;
 use super::elementwise::{Pieces, THREADS, flat};
 use super::kernels::constants::MOST_TERMS;
-use super::launch::{Address, Cx, Divisor, Launch};
+use super::launch::{Address, Divisor, Launch};
 use crate::program::{Rows, Update, ValueId};
 use bytemuck::{Pod, Zeroable};
 

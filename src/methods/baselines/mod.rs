@@ -2,7 +2,6 @@
 
 pub mod best_of;
 pub mod cads;
-mod cads_schedule;
+pub mod ddim;
+pub mod null_prompt;
 pub mod sgms;
-
-pub use cads_schedule::Cads;

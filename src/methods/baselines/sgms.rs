@@ -6,15 +6,16 @@
 //! variance an ancestral step would have.
 
 use crate::exec::{Data, DataMut, Executor};
+use crate::methods::{ImageMethod, LoadedMethod, PlannedMethod, Request};
 use crate::optimize::objective::{self, Minority, Nfe, NoiseLevels, ObjectiveSpec, Objectives, minority};
 use crate::optimize::variable::Variable;
-use crate::pipeline::Pipeline;
 use crate::pipeline::generate::{self, Generator, Image, Job};
 use crate::pipeline::programs::gradient_of;
-use crate::pipeline::{Observer, Progress};
-use crate::plan::{Footprint, Planned};
+use crate::pipeline::{Observer, Pipeline, Progress};
+use crate::plan::Planned;
 use crate::sampler::{LATENTS, Level, draw, level_at_share};
 use crate::{Error, Result};
+use serde_json::{Value, json};
 
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Sgms {
@@ -42,8 +43,31 @@ impl Default for Sgms {
     }
 }
 
+impl ImageMethod for Sgms {
+    fn name(&self) -> &'static str {
+        "sgms"
+    }
+
+    fn title(&self) -> String {
+        "SGMS".into()
+    }
+
+    fn options(&self) -> Value {
+        json!(self)
+    }
+
+    fn plan<'p>(
+        &self,
+        pipeline: &'p Pipeline,
+        executor: &dyn Executor,
+        request: &Request<'_>,
+    ) -> Result<Box<dyn PlannedMethod + 'p>> {
+        Ok(Box::new(Planner::plan(pipeline, executor, request.settings.clone(), *self, request.batch)?))
+    }
+}
+
 /// A run, planned but not loaded.
-pub struct Planner<'p> {
+struct Planner<'p> {
     pipeline: &'p Pipeline,
     generator: Generator<'p>,
     objectives: Objectives,
@@ -54,7 +78,7 @@ pub struct Planner<'p> {
 }
 
 impl<'p> Planner<'p> {
-    pub fn plan(
+    fn plan(
         pipeline: &'p Pipeline,
         executor: &dyn Executor,
         settings: generate::Settings,
@@ -79,36 +103,33 @@ impl<'p> Planner<'p> {
         let guided = guided(pipeline, &generator, &sgms)?;
         Ok(Planner { pipeline, generator, objectives, sgms, loss_scale, guided })
     }
+}
 
-    pub fn footprint(&self) -> Footprint {
-        Footprint::of(&self.programs())
-    }
-
-    /// Every planned program.
-    pub fn programs(&self) -> Vec<&Planned> {
+impl PlannedMethod for Planner<'_> {
+    fn programs(&self) -> Vec<&Planned> {
         let mut all = self.generator.programs().all().to_vec();
         all.extend(self.objectives.all());
         all
     }
 
-    /// Sampling steps and looks of one batch.
-    pub fn progress_units(&self) -> usize {
+    fn progress_units(&self) -> usize {
         self.generator.calls() + self.guided.iter().flatten().count()
     }
 
-    /// UNet calls of one batch, sampling included.
-    pub fn nfe(&self) -> Nfe {
+    fn nfe(&self) -> Nfe {
         let looks = self.guided.iter().flatten().count();
         let Nfe { forward, backward } = self.objectives.nfe();
         Nfe { forward: self.generator.nfe() + looks * forward, backward: looks * backward }
     }
 
-    /// Loads weights and programs.
-    pub fn load<'e>(self, executor: &'e mut dyn Executor) -> Result<Loaded<'p, 'e>> {
+    fn load<'e>(self: Box<Self>, executor: &'e mut dyn Executor) -> Result<Box<dyn LoadedMethod + 'e>>
+    where
+        Self: 'e,
+    {
         let images = self.generator.load(executor)?;
         let objectives = self.objectives.load(&mut *images.executor, &self.pipeline.model)?;
-        let Planner { sgms, loss_scale, guided, .. } = self;
-        Ok(Loaded { images, objectives, sgms, loss_scale, guided })
+        let Planner { sgms, loss_scale, guided, .. } = *self;
+        Ok(Box::new(Loaded { images, objectives, sgms, loss_scale, guided }))
     }
 }
 
@@ -136,7 +157,7 @@ fn guided(pipeline: &Pipeline, generator: &Generator<'_>, sgms: &Sgms) -> Result
 }
 
 /// A run with its programs on an executor.
-pub struct Loaded<'p, 'e> {
+struct Loaded<'p, 'e> {
     images: generate::Loaded<'p, 'e>,
     objectives: objective::Loaded,
     sgms: Sgms,
@@ -144,14 +165,8 @@ pub struct Loaded<'p, 'e> {
     guided: Vec<Option<(NoiseLevels, f64)>>,
 }
 
-impl<'p, 'e> Loaded<'p, 'e> {
-    /// What samples.
-    pub fn images(&mut self) -> &mut generate::Loaded<'p, 'e> {
-        &mut self.images
-    }
-
-    /// Makes one full batch of images.
-    pub fn run(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
+impl LoadedMethod for Loaded<'_, '_> {
+    fn run(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
         self.images.begin(jobs)?;
         self.objectives.constants(&mut self.images, jobs)?;
         let seeds: Vec<u64> = jobs.iter().map(|job| job.seed).collect();
@@ -173,6 +188,12 @@ impl<'p, 'e> Loaded<'p, 'e> {
         self.images.finish(observe)
     }
 
+    fn executor(&mut self) -> &mut dyn Executor {
+        self.images.executor()
+    }
+}
+
+impl Loaded<'_, '_> {
     /// Where the distance grows, per image with largest number 1 if normalised.
     fn direction(&self) -> Result<Vec<f32>> {
         let mut gradient = self.images.latents()?;

@@ -4,10 +4,14 @@
 //! The variable (a learnable token, all text states, the unconditional ones) and the objective (minority, repulsion, or one of your
 //! own) are chosen apart. The default mode follows the paper where the released code differs from it; see [`Schedule`].
 
+mod method;
 mod programs;
+mod recommended;
 mod released;
 mod settings;
 
+pub use method::{MinorityPrompt, Raised, show_init};
+pub use recommended::{Recommended, parse_init};
 pub use released::{Convention, Renoise, released, renoise};
 pub use settings::{Schedule, Settings, token};
 
@@ -26,7 +30,7 @@ use crate::plan::{Footprint, Planned};
 use crate::sampler::{Level, draw};
 use crate::{Error, Result};
 use programs::OfPrefix;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 /// An optimized sampling step: the noise levels of its objectives, and Adam's learning rate.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -41,29 +45,39 @@ pub struct Minority<'p> {
     settings: Settings,
     steps: Vec<Option<OptimizedStep>>,
     optimizer: PlannedOptimizer,
-    of_prefix: OfPrefix,
-    prefix: usize,
+    /// Programs by the number of tokens before the first learnable one: those that some batch of the run needs.
+    prefixes: BTreeMap<usize, OfPrefix>,
 }
 
 impl<'p> Minority<'p> {
-    /// Plans for batches of as many prompts as `prompts`, which may be the first of them.
+    /// Plans for one batch: these prompts, or others with as many tokens before the learnable one.
     pub fn plan(
         pipeline: &'p Pipeline,
         executor: &dyn Executor,
         settings: Settings,
         prompts: &[&str],
     ) -> Result<Minority<'p>> {
-        let generator = programs::generator(pipeline, executor, &settings, prompts.len())?;
+        Minority::plan_batches(pipeline, executor, settings, prompts, prompts.len())
+    }
+
+    /// Plans for a run over all these prompts, so many in a batch; whole batches.
+    pub fn plan_batches(
+        pipeline: &'p Pipeline,
+        executor: &dyn Executor,
+        settings: Settings,
+        prompts: &[&str],
+        batch: usize,
+    ) -> Result<Minority<'p>> {
+        let generator = programs::generator(pipeline, executor, &settings, batch)?;
         let steps = optimized_steps(pipeline, &settings, &generator)?;
-        let prefix = match &settings.variable {
-            Variable::Token(token) => token.place(pipeline, prompts)?.prefix,
-            Variable::TextStates(_) | Variable::Latents => 0,
-        };
-        let variable = programs::variable(pipeline, generator.sizes(), &settings, prefix);
-        let dtype = settings.images.dtype;
-        let optimizer = Optimizer::ADAM.plan(executor, dtype, &variable.parameters(), settings.loss_scale)?;
-        let of_prefix = OfPrefix::plan(&variable, executor, &settings)?;
-        Ok(Minority { generator, settings, steps, optimizer, of_prefix, prefix })
+        let variable = |prefix| programs::variable(pipeline, generator.sizes(), &settings, prefix);
+        let (dtype, parameters) = (settings.images.dtype, variable(0).parameters());
+        let optimizer = Optimizer::ADAM.plan(executor, dtype, &parameters, settings.loss_scale)?;
+        let mut prefixes = BTreeMap::new();
+        for prefix in programs::prefixes(pipeline, &settings.variable, prompts, batch)? {
+            prefixes.insert(prefix, OfPrefix::plan(&variable(prefix), executor, &settings)?);
+        }
+        Ok(Minority { generator, settings, steps, optimizer, prefixes })
     }
 
     pub fn footprint(&self) -> Footprint {
@@ -74,7 +88,7 @@ impl<'p> Minority<'p> {
     pub fn programs(&self) -> Vec<&Planned> {
         let mut all = self.generator.programs().all().to_vec();
         all.extend(self.optimizer.all());
-        all.extend(self.of_prefix.all());
+        all.extend(self.prefixes.values().flat_map(OfPrefix::all));
         all
     }
 
@@ -88,7 +102,9 @@ impl<'p> Minority<'p> {
     pub fn nfe(&self) -> Nfe {
         let sampling = self.generator.nfe();
         let iterations = self.optimized().len() * self.settings.schedule.iterations;
-        let Nfe { forward, backward } = self.of_prefix.objectives.nfe();
+        // Of any prefix: they differ in the text towers alone.
+        let evaluations = self.prefixes.values().next().map(|of_prefix| of_prefix.objectives.nfe());
+        let Nfe { forward, backward } = evaluations.unwrap_or_default();
         Nfe { forward: sampling + iterations * forward, backward: iterations * backward }
     }
 
@@ -105,10 +121,13 @@ impl<'p> Minority<'p> {
     /// Loads weights and programs.
     pub fn load<'e>(self, executor: &'e mut dyn Executor) -> Result<Loaded<'p, 'e>> {
         let pipeline = self.generator.pipeline();
-        let parameters = programs::variable(pipeline, self.generator.sizes(), &self.settings, self.prefix).parameters();
+        let parameters = programs::variable(pipeline, self.generator.sizes(), &self.settings, 0).parameters();
         let images = self.generator.load(executor)?;
         let optimizer = self.optimizer.load(&mut *images.executor, &pipeline.model)?;
-        let of_prefix = self.of_prefix.load(&mut *images.executor, &pipeline.model)?;
+        let mut prefixes = BTreeMap::new();
+        for (prefix, planned) in self.prefixes {
+            prefixes.insert(prefix, planned.load(&mut *images.executor, &pipeline.model)?);
+        }
         Ok(Loaded {
             rows: parameters.iter().map(|p| vec![0.0; p.len()]).collect(),
             images,
@@ -116,8 +135,8 @@ impl<'p> Minority<'p> {
             steps: self.steps,
             optimizer,
             parameters,
-            prefix: self.prefix,
-            prefixes: HashMap::from([(self.prefix, of_prefix)]),
+            prefix: prefixes.keys().next().copied().unwrap_or_default(),
+            prefixes,
             seeds: vec![],
             drawn: 0,
         })
@@ -170,9 +189,9 @@ pub struct Loaded<'p, 'e> {
     steps: Vec<Option<OptimizedStep>>,
     optimizer: LoadedOptimizer,
     parameters: Vec<Parameter>,
+    /// Of the batch that is made.
     prefix: usize,
-    /// Programs by the number of tokens before the first learnable one.
-    prefixes: HashMap<usize, programs::LoadedOfPrefix>,
+    prefixes: BTreeMap<usize, programs::LoadedOfPrefix>,
     /// What the parameters begin as.
     rows: Vec<Vec<f32>>,
     /// Per image, of the optimizer.
@@ -274,13 +293,15 @@ impl<'p, 'e> Loaded<'p, 'e> {
 
     /// Enters the prompts' ids, and computes what their first tokens hand on to the learnable ones.
     fn place(&mut self, placed: &Placed) -> Result<()> {
-        self.prefix = placed.prefix;
         if !self.prefixes.contains_key(&placed.prefix) {
-            let variable = programs::variable(self.images.pipeline, self.images.sizes, &self.settings, placed.prefix);
-            let planned = OfPrefix::plan(&variable, &*self.images.executor, &self.settings)?;
-            let loaded = planned.load(&mut *self.images.executor, &self.images.pipeline.model)?;
-            self.prefixes.insert(placed.prefix, loaded);
+            let planned = self.prefixes.keys().map(usize::to_string).collect::<Vec<_>>().join(", ");
+            return Err(Error::Usage(format!(
+                "prompts with {} tokens before the learnable one where programs are planned for {planned}; plan the run \
+                 with the prompts of all its batches",
+                placed.prefix
+            )));
         }
+        self.prefix = placed.prefix;
         let (names, tokens) = (Names::of(placed.prefix), self.images.sizes.tokens);
         for (tower, ids) in placed.ids.iter().enumerate() {
             let [first, rest] = names.ids(tower);

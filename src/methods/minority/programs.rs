@@ -2,16 +2,17 @@
 
 use super::Settings;
 use super::{Convention, released};
-use crate::Result;
 use crate::exec::{Executor, ProgramId};
 use crate::optimize::objective::{self, ObjectiveSpec, Objectives};
-use crate::optimize::variable::VariableSpec;
+use crate::optimize::variable::{Variable, VariableSpec};
 use crate::pipeline::Pipeline;
 use crate::pipeline::generate::Generator;
 use crate::pipeline::programs::Sizes;
 use crate::plan::{Planned, plan};
 use crate::program::Program;
 use crate::weights::Model;
+use crate::{Error, Result};
+use std::collections::BTreeSet;
 
 /// The part that makes images, with the tables of the convention.
 pub fn generator<'p>(
@@ -33,6 +34,18 @@ pub fn generator<'p>(
 /// The variable beside prompts with so many tokens before the first learnable one.
 pub fn variable<'a>(pipeline: &'a Pipeline, sizes: Sizes, settings: &'a Settings, prefix: usize) -> VariableSpec<'a> {
     VariableSpec { pipeline, dtype: settings.images.dtype, sizes, variable: &settings.variable, prefix }
+}
+
+/// The numbers of tokens before the first learnable one that batches of these prompts have.
+pub fn prefixes(pipeline: &Pipeline, variable: &Variable, prompts: &[&str], batch: usize) -> Result<BTreeSet<usize>> {
+    if batch == 0 || prompts.is_empty() || !prompts.len().is_multiple_of(batch) {
+        return Err(Error::Usage(format!("{} prompts are no whole batches of {batch}", prompts.len())));
+    }
+    let Variable::Token(token) = variable else { return Ok(BTreeSet::from([0])) };
+    let mut batches: Vec<&[&str]> = prompts.chunks(batch).collect();
+    // Several images of one prompt follow each other.
+    batches.dedup();
+    batches.into_iter().map(|batch| Ok(token.place(pipeline, batch)?.prefix)).collect()
 }
 
 /// The programs for prompts with this many tokens before the first learnable one.

@@ -7,10 +7,10 @@ use crate::models::preprocess::Preprocess;
 use crate::weights::{Component, Model, Pack, Weight};
 use crate::{Error, Result};
 
-/// CLIP's configuration: `clip/config.json` and `clip/preprocessor_config.json`, checked against the weights, or else the weights
-/// alone. Where the weights are alone, activation and heads are those of the published tower of that width.
-pub fn clip_config(model: &Model) -> Result<ClipConfig> {
-    let c = Component::Clip;
+/// A CLIP's configuration (of [`Component::Clip`] or [`Component::HeldOutClip`]): `config.json` and `preprocessor_config.json` of its
+/// folder, checked against the weights, or else the weights alone. Where the weights are alone, activation and heads are those of
+/// the published tower of that width.
+pub fn clip_config(model: &Model, c: Component) -> Result<ClipConfig> {
     let (text_fields, image_fields) = match fields(model, c.name())? {
         Some(fields) => {
             let (text, image) = parse::clip(fields)?;
@@ -18,7 +18,7 @@ pub fn clip_config(model: &Model) -> Result<ClipConfig> {
         }
         None => (None, None),
     };
-    let seen = structure::clip_image(model)?;
+    let seen = structure::clip_image(model, c)?;
     let image = match image_fields {
         None => seen,
         Some(fields) => {
@@ -47,19 +47,19 @@ pub fn clip_config(model: &Model) -> Result<ClipConfig> {
         let what = format!("the towers project to {:?} and {} numbers", text.projection, image.projection);
         return Err(Error::file(model.source(c), what));
     }
-    let preprocess = match fields(model, "clip_preprocessor")? {
+    let preprocess = match fields(model, &format!("{}_preprocessor", c.name()))? {
         Some(fields) => parse::preprocess(&fields, image.image_size)?,
         None => Preprocess::clip(image.image_size),
     };
-    Ok(ClipConfig { logit_scale: logit_scale(model)?, image, text, preprocess })
+    Ok(ClipConfig { logit_scale: logit_scale(model, c)?, image, text, preprocess })
 }
 
-fn logit_scale(model: &Model) -> Result<Option<f64>> {
+fn logit_scale(model: &Model, component: Component) -> Result<Option<f64>> {
     const KEY: &str = "logit_scale";
-    if model.shape(Component::Clip, KEY).is_none() {
+    if model.shape(component, KEY).is_none() {
         return Ok(None);
     }
-    let weight = Weight { component: Component::Clip, keys: vec![KEY.to_string()], pack: Pack::Vector, shape: vec![1] };
+    let weight = Weight { component, keys: vec![KEY.to_string()], pack: Pack::Vector, shape: vec![1] };
     Ok(model.value(&weight)?.first().map(|&scale| f64::from(scale)))
 }
 

@@ -181,8 +181,8 @@ pub(super) fn text(model: &Model, component: Component) -> Result<ClipTextConfig
 
 /// A CLIP image tower by its tensors. Published towers from width 1024 on have 16 heads; those up to 1024 are OpenAI's, with the
 /// quick GELU, wider ones OpenCLIP's, with the exact one.
-pub(super) fn clip_image(model: &Model) -> Result<ClipImageConfig> {
-    let t = Tensors { model, component: Component::Clip };
+pub(super) fn clip_image(model: &Model, component: Component) -> Result<ClipImageConfig> {
+    let t = Tensors { model, component };
     let [width, _, patch_size, _] = t.dims("vision_model.embeddings.patch_embedding.weight")?;
     let [positions, _] = t.dims::<2>("vision_model.embeddings.position_embedding.weight")?;
     let [mlp_width, _] = t.dims::<2>("vision_model.encoder.layers.0.mlp.fc1.weight")?;

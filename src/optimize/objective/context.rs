@@ -12,6 +12,7 @@ use crate::pipeline::conditioning::Branch;
 use crate::pipeline::programs::{self, Sizes, pooled_width};
 use crate::program::{Builder, Scalar, ValueId};
 use crate::sampler::{LATENTS, Level};
+use crate::weights::Component;
 
 /// The two noise levels at which an objective may ask the network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -254,10 +255,16 @@ impl<'s> StepContext<'s> {
         vae::decode(self.b, &self.pipeline.config.vae, latents)
     }
 
-    /// CLIP features `[B, projection]` of images as [`StepContext::decode`] gives them, of length 1.
-    pub fn image_features(&mut self, config: &ClipImageConfig, preprocess: &Preprocess, image: ValueId) -> ValueId {
+    /// Features `[B, projection]` by a CLIP of images as [`StepContext::decode`] gives them, of length 1.
+    pub fn image_features(
+        &mut self,
+        config: &ClipImageConfig,
+        component: Component,
+        preprocess: &Preprocess,
+        image: ValueId,
+    ) -> ValueId {
         let image = preprocess.append(self.b, image);
-        let features = clip_image::features(self.b, config, image);
+        let features = clip_image::features(self.b, config, component, image);
         clip_image::unit(self.b, features)
     }
 

@@ -45,12 +45,14 @@
 mod context;
 mod minority;
 mod repulsion;
+mod reward;
 mod spec;
 
 pub use context::{At, Condition, NoiseLevels, Prediction, StepContext};
 pub(crate) use context::{Place, buffer};
 pub use minority::{Minority, minority};
 pub use repulsion::repulsion;
+pub use reward::{RewardPrompts, estimated_reward, reward};
 pub use spec::{Loaded, Nfe, ObjectiveSpec, Objectives, report_name};
 
 use crate::program::{DType, ValueId};

@@ -12,8 +12,8 @@ mod staging;
 mod tensor_map;
 
 use super::driver::{Driver, Function, Graph, Work};
+use super::kernels::{self, HOPPER};
 use super::launch::{Address, Launch, TensorMap};
-use super::{HOPPER, kernels};
 use crate::{Error, Result};
 use cudarc::driver::{DriverError, result, sys};
 use graphs::Graphs;

@@ -5,21 +5,22 @@ mod measure;
 mod ops;
 mod passes;
 mod report;
+mod setup;
 
 use crate::cli::atomic;
-use crate::cli::flags::{self, Device, DeviceFlags, ModelFlags, SamplingFlags};
+use crate::cli::flags::device::{Device, DeviceFlags};
+use crate::cli::flags::model::ModelFlags;
+use crate::cli::flags::sampling::SamplingFlags;
+use crate::cli::flags::values;
 use crate::cli::machine::{self, print_line, say};
-use crate::exec::Executor;
 use crate::exec::cuda::Board;
-use crate::pipeline::Pipeline;
-use crate::pipeline::generate::Settings;
-use crate::plan::Footprint;
 use crate::sampler::Method;
 use crate::{Error, Result};
 use clap::ValueEnum;
 use measure::Plan;
 use report::Case;
 use serde_json::{Value, json};
+use setup::Setup;
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -35,10 +36,10 @@ pub struct Bench {
     #[command(flatten)]
     sampling: SamplingFlags,
     /// Batch sizes [default: 1; for throughput 1,2,4,8]
-    #[arg(long, value_delimiter = ',', allow_negative_numbers = true, value_parser = flags::count)]
+    #[arg(long, value_delimiter = ',', allow_negative_numbers = true, value_parser = values::count)]
     batch: Vec<usize>,
     /// Timed runs
-    #[arg(long, default_value_t = 20, allow_negative_numbers = true, value_parser = flags::count)]
+    #[arg(long, default_value_t = 20, allow_negative_numbers = true, value_parser = values::count)]
     runs: usize,
     /// Untimed runs before them
     #[arg(long, default_value_t = 3, allow_negative_numbers = true)]
@@ -53,7 +54,7 @@ pub struct Bench {
     #[arg(long, value_name = "FILE")]
     baseline: Option<PathBuf>,
     /// How much worse a median may be, in per cent
-    #[arg(long, value_name = "PERCENT", default_value = "5", value_parser = flags::amount, allow_negative_numbers = true)]
+    #[arg(long, value_name = "PERCENT", default_value = "5", value_parser = values::amount, allow_negative_numbers = true)]
     max_regress: f64,
     /// Worker threads, at most 1024 [default: one per core]
     #[arg(long, allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -72,30 +73,6 @@ enum Mode {
     Kernels,
     /// MinorityPrompt against the passes it is made of
     Methods,
-}
-
-/// What images show where it makes no difference.
-const PROMPT: &str = "a red star on a dark blue background";
-
-/// What every mode measures with.
-struct Setup<'a> {
-    pipeline: &'a Pipeline,
-    executor: Box<dyn Executor>,
-    settings: Settings,
-    device: DeviceFlags,
-    /// Seconds that opening the model took.
-    open_s: f64,
-    /// Bytes of device memory before anything was loaded.
-    free: Option<usize>,
-    seed: u64,
-    plan: Plan,
-}
-
-impl Setup<'_> {
-    fn check_memory(&self, footprint: &Footprint, batch: usize) -> Result<()> {
-        let free = self.executor.free_memory()?;
-        machine::check_memory(self.device.memory_limit, free, footprint, flags::smaller_plan(batch))
-    }
 }
 
 impl Bench {

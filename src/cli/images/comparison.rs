@@ -1,0 +1,243 @@
+//! The same seeds by several methods, side by side on one labelled sheet, with what each method cost.
+
+use crate::cli::flags::images::{Noise, RunFlags};
+use crate::cli::flags::method::Context;
+use crate::cli::images::ledger::{self, Cost, Ledger};
+use crate::cli::images::scores::{PlannedScore, Score};
+use crate::cli::images::sheet::{self, Grid, Ink, Tile, words};
+use crate::cli::images::targets::{self, Target};
+use crate::cli::images::work::{self, Part, Work};
+use crate::cli::machine;
+use crate::cli::progress::Reporter;
+use crate::exec::Executor;
+use crate::methods::{Chosen, ImageMethod, LoadedMethod};
+use crate::metrics::shapes::{Eye, Sight};
+use crate::optimize::objective::Nfe;
+use crate::pipeline::Progress;
+use crate::pipeline::generate::{Image, Job};
+use crate::{Error, Result};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// What is compared, and where the sheet goes.
+pub struct Comparison<'a> {
+    pub prompt: &'a str,
+    /// A column each.
+    pub methods: &'a [Box<dyn ImageMethod>],
+    /// A PNG.
+    pub path: &'a Path,
+    /// The flag that names it.
+    pub flag: &'a str,
+    /// What each method cost stands in the table and under its column.
+    pub ledger: bool,
+    pub scores: &'a [Score],
+}
+
+/// Seeds where --count does not say.
+const SEEDS: usize = 4;
+
+/// An image of the sheet.
+struct Cell {
+    image: Image,
+    /// Where there is a reader, what it sees.
+    sight: Option<Sight>,
+    /// One per score asked for.
+    scores: Vec<f64>,
+}
+
+pub fn run(flags: &RunFlags, context: &Context<'_>, comparison: &Comparison<'_>) -> Result<()> {
+    let pipeline = context.pipeline;
+    let settings = flags.settings(pipeline)?;
+    let size = [settings.width, settings.height];
+    let seeds = flags.count.unwrap_or(SEEDS);
+    sheet::probe(comparison.path, comparison.flag, size, comparison.methods.len() * seeds)?;
+    let targets = targets::for_prompt(comparison.prompt, flags.sampling.seed, seeds, comparison.path);
+    let noise = flags.noise(pipeline, &settings, seeds)?;
+    let of_the_world = context.embedded && size == [pipeline.config.image_size; 2];
+    let eye = of_the_world.then(|| Eye::open(settings.width, settings.height)).transpose()?;
+    let reporter = Reporter::new(flags.json, flags.quiet);
+    let interrupt = machine::catch_interrupt()?;
+    let mut run = Run { flags, comparison, targets: &targets, noise, eye, reporter, interrupt };
+    let methods = comparison.methods.iter().map(|method| &**method);
+    let works: Vec<Work<'_>> = methods.map(|method| Work { pipeline, settings: &settings, method }).collect();
+    run.warn(&works)?;
+
+    // Every method is planned before the first one starts: what does not fit the memory is not found out after hours.
+    let mut executor = flags.device.executor(flags.check_finite)?;
+    let planned = works.iter().map(|work| work.plan(&flags.device, &*executor, &targets, flags.batch));
+    let parts: Vec<Vec<Part<'_, '_>>> = planned.collect::<Result<_>>()?;
+    let planned = comparison.scores.iter().map(|score| score.plan(pipeline, &flags.device, &*executor, &settings));
+    let scores: Vec<PlannedScore<'_>> = planned.collect::<Result<_>>()?;
+    let (mut columns, costs) = run.make(&mut *executor, parts)?;
+    run.score(&mut *executor, scores, &mut columns)?;
+    let ledgers = run.ledgers(&columns, &costs);
+    run.write_sheet(size, &columns, &ledgers)?;
+    let path = comparison.path;
+    run.reporter.image(path, json!({"event": "sheet", "path": path.display().to_string()}))?;
+    run.summarise(&ledgers)
+}
+
+struct Run<'a> {
+    flags: &'a RunFlags,
+    comparison: &'a Comparison<'a>,
+    /// A row each.
+    targets: &'a [Target],
+    noise: Noise,
+    /// Where the images are of the `shapes` world.
+    eye: Option<Eye>,
+    reporter: Reporter,
+    interrupt: Arc<AtomicBool>,
+}
+
+impl Run<'_> {
+    fn negative<'m>(&'m self, method: &'m dyn ImageMethod) -> Option<&'m str> {
+        method.negative(self.flags.sampling.negative.as_deref())
+    }
+
+    fn warn(&self, works: &[Work<'_>]) -> Result<()> {
+        let Some(most_reserved) = works.iter().max_by_key(|work| work.method.reserved_tokens()) else { return Ok(()) };
+        let negatives = works.iter().filter_map(|work| self.negative(work.method));
+        let prompt = [self.comparison.prompt].into_iter();
+        work::warn_of_cut_tokens(most_reserved, prompt, negatives, &self.reporter)?;
+        let sampling = &self.flags.sampling;
+        sampling.remarks(most_reserved.pipeline).iter().for_each(|remark| self.reporter.warn(remark));
+        let replaces_negative = |work: &Work<'_>| work.method.negative(None).is_some();
+        if sampling.guidance == Some(1.0) && !sampling.cfg_pp && works.iter().any(replaces_negative) {
+            self.reporter.warn("--guidance 1 uses no negative prompt: the null-prompted images are the plain ones");
+        }
+        Ok(())
+    }
+
+    /// The images of each method, seed by seed, and their cost. Programs of one method at a time are loaded; the weights stay.
+    fn make(
+        &mut self,
+        executor: &mut dyn Executor,
+        parts: Vec<Vec<Part<'_, '_>>>,
+    ) -> Result<(Vec<Vec<Cell>>, Vec<Cost>)> {
+        let units = |part: &Part<'_, '_>| part.planned.progress_units() * part.batches.len();
+        self.reporter.start("step", parts.iter().flatten().map(units).sum());
+        let (mut columns, mut costs) = (Vec::new(), Vec::new());
+        for (method, parts) in self.comparison.methods.iter().zip(parts) {
+            let (mut cells, mut cost) = (Vec::new(), Cost::default());
+            for Part { planned, batches } in parts {
+                executor.clear();
+                let Nfe { forward, backward } = planned.nfe();
+                cost.nfe.forward += batches.len() * forward;
+                cost.nfe.backward += batches.len() * backward;
+                cost.peak_bytes = cost.peak_bytes.max(planned.footprint().total());
+                let mut loaded = planned.load(executor)?;
+                for targets in batches {
+                    let started = Instant::now();
+                    let images = self.make_batch(&mut *loaded, targets)?;
+                    cost.seconds += started.elapsed().as_secs_f64();
+                    for (index, (target, image)) in targets.iter().zip(images).enumerate() {
+                        let eye = self.eye.as_mut();
+                        let sight = eye.map(|eye| eye.look(&target.prompt, &image.rgb)).transpose()?;
+                        self.tell(&method.title(), target.seed, sight, loaded.chosen(index))?;
+                        cells.push(Cell { image, sight, scores: vec![] });
+                    }
+                }
+            }
+            columns.push(cells);
+            costs.push(cost);
+        }
+        self.reporter.finish();
+        Ok((columns, costs))
+    }
+
+    fn make_batch(&self, loaded: &mut dyn LoadedMethod, targets: &[Target]) -> Result<Vec<Image>> {
+        let negative = self.flags.sampling.negative.as_deref();
+        let jobs: Vec<Job> = targets.iter().map(|target| work::job(target, negative, &self.noise)).collect();
+        loaded.run_checked(&jobs, &mut |progress| {
+            match progress {
+                Progress::Step { .. } | Progress::Iteration(_) => self.reporter.step(),
+                Progress::Image { .. } | Progress::Again => {}
+            }
+            if self.interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+        })
+    }
+
+    fn tell(&self, name: &str, seed: u64, sight: Option<Sight>, chosen: Option<Chosen>) -> Result<()> {
+        let seen = |get: fn(&Sight) -> Value| sight.as_ref().map_or(Value::Null, get);
+        self.reporter.event(json!({
+            "event": "compared", "name": name, "seed": seed,
+            "log_density": seen(|sight| json!(sight.log_density.is_finite().then_some(sight.log_density))),
+            "impossible": seen(|sight| json!(sight.log_density.is_infinite())),
+            "stated": seen(|sight| json!(sight.stated)), "wrong": seen(|sight| json!(sight.wrong)),
+            "chosen_seed": chosen.map(|chosen| chosen.seed)
+        }))
+    }
+
+    /// Every score of every image.
+    fn score(
+        &self,
+        executor: &mut dyn Executor,
+        scores: Vec<PlannedScore<'_>>,
+        columns: &mut [Vec<Cell>],
+    ) -> Result<()> {
+        for planned in scores {
+            let name = planned.score.name();
+            let images = columns.iter().flat_map(|cells| self.targets.iter().zip(cells.iter().map(|cell| &cell.image)));
+            let values = planned.run(executor, images, &self.interrupt)?;
+            for (cells, values) in columns.iter_mut().zip(values.chunks(self.targets.len())) {
+                cells.iter_mut().zip(values).for_each(|(cell, value)| cell.scores.push(*value));
+            }
+            for (method, cells) in self.comparison.methods.iter().zip(columns.iter()) {
+                for (target, cell) in self.targets.iter().zip(cells) {
+                    let (title, value) = (method.title(), cell.scores.last());
+                    self.reporter.event(json!({"event": "scored", "name": title, "seed": target.seed, name: value}))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn ledgers(&self, columns: &[Vec<Cell>], costs: &[Cost]) -> Vec<Ledger> {
+        let mut ledgers = Vec::new();
+        for (index, (cells, cost)) in columns.iter().zip(costs).enumerate() {
+            let sights = self.eye.is_some().then(|| cells.iter().filter_map(|cell| cell.sight).collect());
+            let values = |i: usize| cells.iter().map(|cell| cell.scores[i]).collect();
+            let scores: Vec<_> = self.comparison.scores.iter().enumerate().map(|(i, s)| (*s, values(i))).collect();
+            let title = self.comparison.methods[index].title();
+            ledgers.push(Ledger::new(title, cells.len(), *cost, sights, &scores));
+        }
+        ledgers
+    }
+
+    fn write_sheet(&self, size: [usize; 2], columns: &[Vec<Cell>], ledgers: &[Ledger]) -> Result<()> {
+        let Comparison { prompt, methods, path, ledger, scores, .. } = self.comparison;
+        let cells = (0..self.targets.len()).flat_map(|row| columns.iter().map(move |column| &column[row]));
+        let tile = |cell: &Cell| Tile { rgb: cell.image.rgb.clone(), text: captions(cell, scores) };
+        let tiles: Vec<Tile> = cells.map(tile).collect();
+        let columns: Vec<String> = methods.iter().map(|method| method.title()).collect();
+        let rows: Vec<String> = self.targets.iter().map(|target| format!("seed {}", target.seed)).collect();
+        let feet: Vec<Vec<String>> = if *ledger { ledgers.iter().map(Ledger::foot).collect() } else { vec![] };
+        sheet::write(path, size, &tiles, &Grid::Table { title: prompt, columns: &columns, rows: &rows, feet: &feet })
+    }
+
+    /// A line per method.
+    fn summarise(&self, ledgers: &[Ledger]) -> Result<()> {
+        for (method, ledger) in self.comparison.methods.iter().zip(ledgers) {
+            self.reporter.event(ledger.event(&**method, self.negative(&**method)))?;
+        }
+        if !self.flags.json && (self.comparison.ledger || self.eye.is_some()) {
+            let lines = ledger::table(ledgers, self.comparison.ledger);
+            lines.iter().try_for_each(|line| self.reporter.line(line))?;
+        }
+        self.reporter.event(json!({"event": "done"}))
+    }
+}
+
+/// What stands under an image: how rare it is, its scores, and in red how much of the prompt it lacks.
+fn captions(cell: &Cell, scores: &[Score]) -> Vec<Vec<(String, Ink)>> {
+    let scored = scores.iter().zip(&cell.scores);
+    let scored = scored.map(|(score, x)| words(&format!("{} {x:.4}", score.label()), Ink::Plain));
+    let Some(Sight { log_density, stated, wrong }) = cell.sight else { return scored.collect() };
+    let density =
+        if log_density.is_finite() { format!("log-density {log_density:.2}") } else { "impossible".to_string() };
+    let mistakes = if wrong > 0 { format!("{wrong} of {stated} wrong") } else { String::new() };
+    [words(&density, Ink::Plain)].into_iter().chain(scored).chain([words(&mistakes, Ink::Wrong)]).collect()
+}
