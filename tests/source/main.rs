@@ -1,4 +1,5 @@
-//! What holds for the source itself: which module imports which, and no machine's paths in any file.
+//! What holds for the source itself: which module imports which, no circles of files, and no machine's paths in any file.
 
+mod file_cycles;
 mod layering;
 mod paths;
