@@ -3,6 +3,10 @@
 use crate::common::command::{fails, files, path, rarebit, succeeds, text};
 use crate::common::golden::data_folder;
 use crate::common::sheet::{find, lines, named, pixels};
+use rarebit::exec::cpu::Cpu;
+use rarebit::program::DType;
+use rarebit::rewards::{Aesthetic, Clip, Reward, Scorer};
+use rarebit::weights::Component;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -92,6 +96,25 @@ fn scores_on_request() {
     }
 }
 
+/// Rewards: the numbers that a library's scorer gives the same images.
+#[test]
+fn rewards_on_request() {
+    let out = TempDir::new().unwrap();
+    let flags = ["--steps", "10", "--count", "1", "--score", "clip,aesthetic", "--quiet", "--json"];
+    let events = lines(&compare(&out, "ddim", &flags));
+    let image = path(&out, "image.png");
+    succeeds(&["generate", PROMPT, "--steps", "10", "--quiet", "--out", &image]);
+    let model = rarebit::assets::shapes().unwrap();
+    let (clip, aesthetic) =
+        (Clip::new(&model, Component::Clip).unwrap(), Aesthetic::new(&model, Component::Clip).unwrap());
+    for (name, reward) in [("clip", &clip as &dyn Reward), ("aesthetic", &aesthetic)] {
+        let mut cpu = Cpu::<f32>::new();
+        let scorer = Scorer::plan(reward, &cpu, DType::F32, 1, [64, 64]).unwrap().load(&mut cpu, &model).unwrap();
+        let expected = scorer.score(&mut cpu, &[&pixels(&image).1], &[PROMPT]).unwrap()[0];
+        assert_eq!(named(&events, "method")[0][name].as_f64(), Some(expected), "{name}");
+    }
+}
+
 #[test]
 fn what_cannot_be_compared() {
     let out = TempDir::new().unwrap();
@@ -104,6 +127,8 @@ fn what_cannot_be_compared() {
     refuses(&["--methods", "ddim", "--cads-scale", "0.1"], 2, &["--cads-scale", "'cads' is not among --methods"]);
     refuses(&["--methods", "ddim,cads", "--tokens", "2"], 2, &["--tokens", "'minority' is not among --methods"]);
     refuses(&["--methods", "minority", "--objective", "repulsion"], 2, &["--objective repulsion", "--batch 2"]);
+    let model = data_folder("tiny-sd1").display().to_string();
+    refuses(&["--model", &model, "--score", "clip"], 2, &["--score clip", "tiny-sd1 has no CLIP"]);
     refuses(&["--memory-limit", "22M"], 1, &["--memory-limit is 22.0 MiB"]);
     refuses(&["--count", "300"], 2, &["--out", "1200 images", "1024"]);
     fails(&["compare", PROMPT, "--out", &path(&out, "sheet.jpg")], 2, &["--out", ".png"]);

@@ -1,5 +1,5 @@
 //! What holds for the source itself: which module imports which, no circles of files, and no machine's paths in any file.
 
-mod file_cycles;
+mod circles;
 mod layering;
 mod paths;

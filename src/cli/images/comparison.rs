@@ -58,6 +58,7 @@ pub fn run(flags: &RunFlags, context: &Context<'_>, comparison: &Comparison<'_>)
     let noise = flags.noise(pipeline, &settings, seeds)?;
     let of_the_world = context.embedded && size == [pipeline.config.image_size; 2];
     let eye = of_the_world.then(|| Eye::open(settings.width, settings.height)).transpose()?;
+    let opened: Vec<_> = comparison.scores.iter().map(|score| score.open(pipeline)).collect::<Result<_>>()?;
     let reporter = Reporter::new(flags.json, flags.quiet);
     let interrupt = machine::catch_interrupt()?;
     let mut run = Run { flags, comparison, targets: &targets, noise, eye, reporter, interrupt };
@@ -69,7 +70,7 @@ pub fn run(flags: &RunFlags, context: &Context<'_>, comparison: &Comparison<'_>)
     let mut executor = flags.device.executor(flags.check_finite)?;
     let planned = works.iter().map(|work| work.plan(&flags.device, &*executor, &targets, flags.batch));
     let parts: Vec<Vec<Part<'_, '_>>> = planned.collect::<Result<_>>()?;
-    let planned = comparison.scores.iter().map(|score| score.plan(pipeline, &flags.device, &*executor, &settings));
+    let planned = opened.iter().map(|score| score.plan(&flags.device, &*executor, &settings));
     let scores: Vec<PlannedScore<'_>> = planned.collect::<Result<_>>()?;
     let (mut columns, costs) = run.make(&mut *executor, parts)?;
     run.score(&mut *executor, scores, &mut columns)?;

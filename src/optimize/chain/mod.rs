@@ -54,41 +54,22 @@
 
 mod programs;
 mod run;
+mod term;
 
-pub use programs::{DRAWS, NOISE};
+pub use programs::{DRAWS, NOISE, Storage};
 pub use run::{Evaluation, Loaded};
+pub use term::Term;
 
 use crate::exec::{Executor, HostFloat};
-use crate::optimize::objective::{NoiseLevels, Objective};
+use crate::optimize::objective::NoiseLevels;
 use crate::optimize::variable::{Entry, Parameter};
 use crate::pipeline::Pipeline;
 use crate::pipeline::programs::Sizes;
-use crate::plan::{Footprint, Planned, Recompute};
+use crate::plan::{Footprint, Planned};
 use crate::program::DType;
 use crate::sampler::{self, Level, Schedule, level_at_share};
 use crate::{Error, Result};
 use programs::{Parts, Spec};
-
-/// An objective on the latents at one point of the run.
-pub struct Term<'a> {
-    /// Steps done at that point; `None`: all.
-    pub after: Option<usize>,
-    /// The second noise level of the objective, as a share of the training steps.
-    pub t2: f64,
-    pub objective: Objective<'a>,
-}
-
-impl<'a> Term<'a> {
-    /// On the final latents; what they are noised to is half of the training steps.
-    pub fn at_end(objective: Objective<'a>) -> Term<'a> {
-        Term { after: None, t2: 0.5, objective }
-    }
-
-    /// After so many steps.
-    pub fn after(steps: usize, objective: Objective<'a>) -> Term<'a> {
-        Term { after: Some(steps), ..Term::at_end(objective) }
-    }
-}
 
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -100,15 +81,6 @@ pub struct Options {
     pub sampler: sampler::Settings,
     /// Bytes of arena the run may take. `None`: as if unlimited, but states only, no activations across steps.
     pub budget: Option<usize>,
-}
-
-/// How the backward gets the forward's values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Storage {
-    /// The state after every step; each step's forward runs again, in this many segments.
-    Latents(Recompute),
-    /// Everything.
-    Activations,
 }
 
 /// A differentiable run, planned but not loaded.

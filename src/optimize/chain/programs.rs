@@ -1,6 +1,6 @@
 //! The programs of a differentiable run, and which of its two forms a budget allows.
 
-use super::{Storage, Term};
+use super::term::Term;
 use crate::autodiff::{Cotangent, Request, differentiate};
 use crate::exec::Executor;
 use crate::models::unet::Unet;
@@ -8,7 +8,7 @@ use crate::optimize::objective::{Loss, Place, StepContext};
 use crate::optimize::variable::Entry;
 use crate::pipeline::Pipeline;
 use crate::pipeline::programs::{self, Conditions, Sizes, buffer, gradient_of, rows};
-use crate::plan::{Planned, plan, plan_gradient, show_bytes};
+use crate::plan::{Planned, Recompute, plan, plan_gradient, show_bytes};
 use crate::program::{Builder, DType, Node, Program, ValueId};
 use crate::sampler::{HISTORY, LATENTS, Schedule, State, update};
 use crate::{Error, Result};
@@ -34,6 +34,15 @@ pub const NOISE: &str = "chain.noise";
 pub const DRAWS: &str = "chain.draws";
 /// The sampler's state before every step and after the last: latents, then the history, `[steps + 1, 1 + depth, B, h, w, C]`.
 pub const STATES: &str = "chain.states";
+
+/// How the backward gets the forward's values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Storage {
+    /// The state after every step; each step's forward runs again, in this many segments.
+    Latents(Recompute),
+    /// Everything.
+    Activations,
+}
 
 /// Everything that is asked for.
 pub struct Spec<'a> {

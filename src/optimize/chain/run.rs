@@ -213,8 +213,8 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
                 self.executor.run(whole)?;
             }
         }
-        let last = self.condition_backward.into_iter().chain(self.start_backward);
-        last.map(|program| self.executor.run(program)).collect::<Result<()>>()?;
+        let mut last = self.condition_backward.into_iter().chain(self.start_backward);
+        last.try_for_each(|program| self.executor.run(program))?;
         self.losses()
     }
 

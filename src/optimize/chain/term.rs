@@ -1,0 +1,24 @@
+//! What a run's loss is a sum of: objectives at points of the run.
+
+use crate::optimize::objective::Objective;
+
+/// An objective on the latents at one point of the run.
+pub struct Term<'a> {
+    /// Steps done at that point; `None`: all.
+    pub after: Option<usize>,
+    /// The second noise level of the objective, as a share of the training steps.
+    pub t2: f64,
+    pub objective: Objective<'a>,
+}
+
+impl<'a> Term<'a> {
+    /// On the final latents; what they are noised to is half of the training steps.
+    pub fn at_end(objective: Objective<'a>) -> Term<'a> {
+        Term { after: None, t2: 0.5, objective }
+    }
+
+    /// After so many steps.
+    pub fn after(steps: usize, objective: Objective<'a>) -> Term<'a> {
+        Term { after: Some(steps), ..Term::at_end(objective) }
+    }
+}
