@@ -23,12 +23,13 @@
 #endif
 
 // Saves the callee-saved registers on the stack, stores the stack pointer in *save and goes on where `to` left off.
+// By a jump: a processor predicts that a `ret` goes back to its caller, which here it never does.
 extern "C" void emulated_switch(void** save, void* to);
 #if defined(__x86_64__)
 asm(".text\n.type emulated_switch,@function\nemulated_switch:\n"
     "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
     "movq %rsp,(%rdi)\nmovq %rsi,%rsp\n"
-    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n");
+    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\npopq %rcx\njmp *%rcx\n");
 #elif defined(__aarch64__)
 asm(".text\n.type emulated_switch,@function\nemulated_switch:\n sub sp,sp,#160\n"
     "stp x19,x20,[sp]\nstp x21,x22,[sp,#16]\nstp x23,x24,[sp,#32]\nstp x25,x26,[sp,#48]\nstp x27,x28,[sp,#64]\n"
@@ -99,6 +100,7 @@ struct Thread {
 
 struct Warp {
   uint32_t exist, arrived, exited;
+  uint32_t runnable;  // in random order; else the block's ring has them
 };
 
 // A copy of a box, and the barrier that counts its bytes.
@@ -138,8 +140,10 @@ struct Block {
   char* stacks;
 };
 
-inline thread_local Block* block = nullptr;
-inline thread_local Thread* self = nullptr;
+// Read by one instruction instead of a call; a library that is opened late may have a few bytes of such memory, and these are all.
+#define EMULATED_THREAD_LOCAL __attribute__((tls_model("initial-exec"))) inline thread_local
+EMULATED_THREAD_LOCAL Block* block = nullptr;
+EMULATED_THREAD_LOCAL Thread* self = nullptr;
 
 inline uint64_t draw() {
   uint64_t& s = block->random_state;
@@ -193,26 +197,34 @@ inline void jump(Thread* to, [[maybe_unused]] bool dying = false) {
 
 inline void enqueue(Thread& thread) {
   thread.wait = Wait::Nothing;
+  if (block->settings.order == Order::Random) {
+    block->warps[thread.number / WARP].runnable |= 1u << thread.lane;
+    return;
+  }
   block->queue[(block->queue_head + block->queue_length++) % MOST_THREADS] = thread.number;
 }
 
-// The next runnable thread. In random order a thread of the runnable warp with the highest priority.
+// A runnable thread of the runnable warp with the highest priority.
+inline Thread* next_at_random() {
+  Block* b = block;
+  if (draw() % 512 == 0) b->priority[draw() % (MOST_THREADS / WARP)] = (uint32_t)draw();
+  Warp* best = nullptr;
+  for (Warp* warp = b->warps; warp < b->warps + (b->count + WARP - 1) / WARP; warp++) {
+    if (warp->runnable && (!best || b->priority[warp - b->warps] > b->priority[best - b->warps])) best = warp;
+  }
+  if (!best) return nullptr;
+  uint32_t rest = best->runnable;
+  for (uint64_t skipped = draw() % __builtin_popcount(rest); skipped; skipped--) rest &= rest - 1;
+  uint32_t lane = __builtin_ctz(rest);
+  best->runnable &= ~(1u << lane);
+  return &b->threads[(best - b->warps) * WARP + lane];
+}
+
+// The next runnable thread.
 inline Thread* next() {
   Block* b = block;
+  if (b->settings.order == Order::Random) return next_at_random();
   if (!b->queue_length) return nullptr;
-  if (b->settings.order == Order::Random) {
-    if (draw() % 512 == 0) b->priority[draw() % (MOST_THREADS / WARP)] = (uint32_t)draw();
-    uint32_t best = 0, seen = 0, highest = 0;
-    for (uint32_t i = 0; i < b->queue_length; i++) {
-      uint32_t priority = b->priority[b->queue[(b->queue_head + i) % MOST_THREADS] / WARP];
-      if (i == 0 || priority > highest) {
-        highest = priority, best = i, seen = 1;
-      } else if (priority == highest && draw() % ++seen == 0) {
-        best = i;
-      }
-    }
-    std::swap(b->queue[(b->queue_head + best) % MOST_THREADS], b->queue[b->queue_head]);
-  }
   uint32_t number = b->queue[b->queue_head];
   b->queue_head = (b->queue_head + 1) % MOST_THREADS;
   b->queue_length--;
@@ -289,7 +301,7 @@ inline void meet(uint32_t mask, const char* where, void* argument, Work work) {
   void* arguments[WARP] = {};
   for (uint32_t rest = needed; rest; rest &= rest - 1) {
     Thread& lane = lanes[__builtin_ctz(rest)];
-    if (lane.wait != Wait::Meeting || lane.mask != mask || strcmp(lane.where, where)) {
+    if (lane.wait != Wait::Meeting || lane.mask != mask || (lane.where != where && strcmp(lane.where, where))) {
       fail("lanes of a warp meet at different places");
     }
     arguments[lane.lane] = lane.argument;
@@ -350,14 +362,16 @@ inline void ready_thread(Block* b, uint32_t number) {
 #ifdef EMULATED_ASAN
   ASAN_UNPOISON_MEMORY_REGION(thread.stack + 4096, STACK - 4096);  // frames of the last block never unwound
 #endif
+  // Stacks that began at the same place of a page would all lie in the same few sets of the cache.
+  char* start = thread.stack + STACK - 64 - number % 64 * 320;
 #if defined(__x86_64__)
-  void** top = (void**)(thread.stack + STACK - 64);
+  void** top = (void**)start;
   *--top = nullptr;
   *--top = (void*)thread_main;
   top -= 6;
   memset(top, 0, 6 * sizeof(void*));
 #else
-  char* top = thread.stack + STACK - 64 - 160;
+  char* top = start - 160;
   memset(top, 0, 160);
   *(void**)(top + 88) = (void*)thread_main;
 #endif

@@ -75,7 +75,7 @@ inline void land_box(uint32_t to, const TensorMap& map, const int (&at)[4], uint
 
 template <class T, int COLUMNS, bool ACROSS>
 inline void multiply(Product** lanes) {
-  static thread_local float a[16][16], b[16][COLUMNS];
+  float a[16][16], b[16][COLUMNS];
   auto load = [](uint32_t address) {
     uint16_t bits;
     memcpy(&bits, shared_pointer(permuted(address), 2), 2);

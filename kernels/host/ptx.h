@@ -101,29 +101,33 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
   Mma mine{a, {b0, b1}, d};
   meet(~0u, where, &mine, [](void** lanes, uint32_t present) {
     if (present != ~0u) fail("mma needs all 32 lanes");
+    // Pairs along k as the lanes have them, and then all numbers at once: the compiler makes vectors of that.
+    uint32_t a_pairs[16][8], b_pairs[8][8];
     float a[16][16], b[16][8], d[16][8];
     for (uint32_t l = 0; l < WARP; l++) {
       const Mma* lane = (const Mma*)lanes[l];
-      uint32_t g = l / 4, t = l % 4 * 2;
-      for (uint32_t i = 0; i < 4; i++) {
-        uint32_t row = g + i % 2 * 8, column = t + i / 2 * 8;
-        a[row][column] = low_half<T>(lane->a[i]);
-        a[row][column + 1] = low_half<T>(lane->a[i] >> 16);
-        d[g + i / 2 * 8][t + i % 2] = lane->d[i];
-      }
-      for (uint32_t i = 0; i < 2; i++) {
-        b[t + i * 8][g] = low_half<T>(lane->b[i]);
-        b[t + i * 8 + 1][g] = low_half<T>(lane->b[i] >> 16);
-      }
+      uint32_t g = l / 4, t = l % 4;
+      for (uint32_t i = 0; i < 4; i++) a_pairs[g + i % 2 * 8][t + i / 2 * 4] = lane->a[i];
+      for (uint32_t i = 0; i < 2; i++) b_pairs[t + i * 4][g] = lane->b[i];
+      for (uint32_t i = 0; i < 2; i++) memcpy(&d[g + i * 8][2 * t], lane->d + 2 * i, 2 * sizeof(float));
     }
     for (uint32_t row = 0; row < 16; row++) {
-      for (uint32_t k = 0; k < 16; k++) {
+      for (uint32_t k = 0; k < 8; k++) a[row][2 * k] = low_half<T>(a_pairs[row][k]);
+      for (uint32_t k = 0; k < 8; k++) a[row][2 * k + 1] = low_half<T>(a_pairs[row][k] >> 16);
+    }
+    for (uint32_t k = 0; k < 8; k++) {
+      for (uint32_t column = 0; column < 8; column++) b[2 * k][column] = low_half<T>(b_pairs[k][column]);
+      for (uint32_t column = 0; column < 8; column++) b[2 * k + 1][column] = low_half<T>(b_pairs[k][column] >> 16);
+    }
+    // Rows innermost: the sums of one row wait for each other, those of sixteen do not.
+    for (uint32_t k = 0; k < 16; k++) {
+      for (uint32_t row = 0; row < 16; row++) {
         for (uint32_t column = 0; column < 8; column++) d[row][column] += a[row][k] * b[k][column];
       }
     }
     for (uint32_t l = 0; l < WARP; l++) {
-      uint32_t g = l / 4, t = l % 4 * 2;
-      for (uint32_t i = 0; i < 4; i++) ((Mma*)lanes[l])->d[i] = d[g + i / 2 * 8][t + i % 2];
+      uint32_t g = l / 4, t = l % 4;
+      for (uint32_t i = 0; i < 2; i++) memcpy(((Mma*)lanes[l])->d + 2 * i, &d[g + i * 8][2 * t], 2 * sizeof(float));
     }
   });
 }

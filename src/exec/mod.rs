@@ -95,8 +95,8 @@ pub trait Executor {
     }
 
     /// Fetches the weights that are not held yet, creates the named buffers (zeroed), grows the arena to the plan.
-    /// Buffers of one name are one buffer in all programs and must agree in type. A weight is told by its network, its keys and the
-    /// opened file it lies in: the same network of two models is held twice, and neither stands in for the other.
+    /// Buffers of one name are one buffer in all programs and must agree in type. A weight is identified by its network, its keys
+    /// and the opened file it lies in: the same network of two models is held twice, and neither replaces the other.
     fn load(&mut self, planned: Planned, weights: &Model) -> Result<ProgramId>;
 
     /// Forgets programs and named buffers, keeps the weights.

@@ -1,7 +1,7 @@
 //! The program: a flat list of coarse ops in execution order, with typed values, that every later stage reads.
 //!
 //! A program knows neither weights' bytes nor devices. Weights are named values; the executor fetches them by [`Weight`].
-//! Activations are dense: images `[B, H, W, C]`, tokens `[B, T, C]`; ops that speak of tokens accept any middle dims
+//! Activations are dense: images `[B, H, W, C]`, tokens `[B, T, C]`; ops on tokens accept any middle dims
 //! (`T` is their product), so moving between the two needs no op.
 
 mod alone;

@@ -130,7 +130,7 @@ pub struct Needs {
 /// One model call and the linear combination after it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Step {
-    /// What the network is told, in training steps; a whole number except for Euler.
+    /// The time that the network is given, in training steps; a whole number except for Euler.
     pub timestep: f64,
     /// The latents of this step are `alpha x₀ + sigma ε`.
     pub alpha: f64,

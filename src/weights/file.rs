@@ -115,7 +115,7 @@ enum Bytes {
     Embedded(&'static [u8]),
 }
 
-/// Tells opened files apart, for as long as the program runs: another one even where the same file is opened again.
+/// Identifies an opened file within the process; opening the same file again gives another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileId(u64);
 

@@ -218,7 +218,8 @@ impl Model {
             return Err(Error::file(from.path(), format!("has no {}", c.name())));
         }
         self.remove(c);
-        let Model { files, mut tensors, configs, tokenizers, .. } = from;
+        let Model { files, mut tensors, configs, tokenizers, open_clip, .. } = from;
+        self.open_clip[c as usize] = open_clip[c as usize];
         let before = self.files.len();
         self.files.extend(files);
         let moved = std::mem::take(&mut tensors[c as usize]).into_iter();
@@ -332,8 +333,8 @@ impl Model {
         Rows::new(self, weight, &found?)
     }
 
-    /// The opened files a weight lies in, which tell it from a weight of the same name of another model, and of this one before it
-    /// got another network there.
+    /// The opened files that hold a weight. They distinguish it from the weight of that name of another model, and of a network that
+    /// this model had before.
     pub fn sources(&self, weight: &Weight) -> Result<Vec<FileId>> {
         weight.keys.iter().map(|key| Ok(self.files[self.tensor(weight.component, key)?.file].id())).collect()
     }

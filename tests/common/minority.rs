@@ -14,7 +14,7 @@ use rarebit::program::DType;
 use rarebit::sampler::{self, Method, Rng};
 use rarebit::text::Place;
 
-/// What plain sampling of the same images is told.
+/// The settings of plain sampling of the same images.
 pub fn images(pipeline: &Pipeline, steps: usize, guidance: f64, dtype: DType) -> generate::Settings {
     let side = pipeline.config.image_size;
     let sampler = sampler::Settings { method: Method::Ddim, spacing: None, steps, eta: 0.0, guidance, cfg_pp: false };

@@ -61,7 +61,7 @@ fn cads_without_noise_is_plain_sampling() {
         let clean = Cads { tau1: 0.999, tau2: 1.0, ..Cads::default() };
         let late = Cads { tau1: 0.5, tau2: 0.9, ..Cads::default() };
         let last_clean = run(&Cads { scale: 0.0, ..clean });
-        assert!(last_clean[0].latents != expected[0].latents, "the first step, at time 1, is told nothing");
+        assert!(last_clean[0].latents != expected[0].latents, "the first step, at time 1, has no condition");
         let noisy = run(&late);
         assert!(noisy[0].latents != expected[0].latents && noisy[0].latents.iter().all(|x| x.is_finite()));
         assert!(run(&late)[0].latents == noisy[0].latents, "the same twice");

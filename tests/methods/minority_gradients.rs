@@ -135,7 +135,7 @@ fn the_closed_form_is_the_two_terms() {
 
 #[test]
 fn the_second_look_sees_the_first_prompt() {
-    // With the first estimate held still, what the token is changes nothing: the second estimate is told the user's prompt.
+    // With the first estimate held still, what the token is changes nothing: the second estimate has the user's prompt.
     let pipeline = Golden::open("tiny-sd1").pipeline();
     let held = || {
         Objective::new("held", |s: &mut StepContext<'_>| {

@@ -240,7 +240,7 @@ fn wrong_networks_are_refused() {
     refused(r#"{"vocab_size": 61, "n_embd": 32, "n_head": 5}"#, "does not divide");
 }
 
-/// The embedded pair finds the scenes that captions speak of, and its head knows the world's aesthetic of them.
+/// The embedded pair finds the scenes that captions describe, and its head gives the world's aesthetic of them.
 #[test]
 fn embedded_clip_and_aesthetic() {
     let bytes = std::fs::read(data_folder("shapes").join("reader.safetensors")).unwrap();

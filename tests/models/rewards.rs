@@ -82,11 +82,22 @@ fn images(count: usize) -> Vec<Vec<u8>> {
 }
 
 fn scores(cpu: &mut Cpu<f32>, reward: &dyn Reward, model: &Model, batch: usize, count: usize) -> Vec<f64> {
+    scores_in(cpu, DType::F32, reward, model, batch, count)
+}
+
+fn scores_in(
+    executor: &mut dyn Executor,
+    dtype: DType,
+    reward: &dyn Reward,
+    model: &Model,
+    batch: usize,
+    count: usize,
+) -> Vec<f64> {
     let images = images(count);
     let images: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
     let prompts: Vec<&str> = (0..count).map(|i| PROMPTS[i % PROMPTS.len()]).collect();
-    let scorer = Scorer::plan(reward, cpu, DType::F32, batch, [SIDE; 2]).unwrap();
-    scorer.load(cpu, model).unwrap().score(cpu, &images, &prompts).unwrap()
+    let scorer = Scorer::plan(reward, executor, dtype, batch, [SIDE; 2]).unwrap();
+    scorer.load(executor, model).unwrap().score(executor, &images, &prompts).unwrap()
 }
 
 /// The reward of one buffer of pixels, and its gradient to them.
@@ -199,7 +210,7 @@ fn clip_similarity_is_torchs() {
 
 /// The prompt decides: each of three renders is likeliest, by the reader and by CLIP, under what it shows.
 #[test]
-fn rewards_know_what_was_asked_for() {
+fn rewards_know_what_a_prompt_states() {
     let bytes = fs::read(data_folder("shapes").join("reader.safetensors")).unwrap();
     let golden = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let (scenes, cells) = (golden.tensor("scenes").unwrap(), golden.tensor("cells").unwrap());
@@ -260,6 +271,20 @@ fn scores_are_the_same_in_any_company() {
     let found = scorer.score(&mut cpu, &[&gray(0), &gray(255), &gray(51)], &[""; 3]).unwrap();
     let off = found.iter().zip([-1.0, 1.0, -0.6]).map(|(found, expected)| (found - expected).abs());
     assert!(off.fold(0.0, f64::max) < LIMIT, "{found:?}");
+}
+
+/// On a device in f16, within what 11 bits explain.
+#[test]
+fn scores_in_sixteen_bits() {
+    let model = model();
+    for reward in rewards(&model) {
+        let expected = scores(&mut Cpu::new(), &*reward, &model, 2, 2);
+        let mut device = emulated::cuda(Settings::default().workers(2));
+        let found = scores_in(&mut device, DType::F16, &*reward, &model, 2, 2);
+        let off = found.iter().zip(&expected).map(|(a, b)| (a - b).abs() / b.abs().max(1.0)).fold(0.0, f64::max);
+        println!("{}: {found:?}, {expected:?} in f32, off by {off:.1e}", reward.name());
+        assert!(off <= 3e-3, "{}: {off:.1e}", reward.name());
+    }
 }
 
 /// The features of an image by one of a model's CLIPs.
@@ -377,7 +402,7 @@ fn mistakes_are_one_line() {
     let short = Attributes::new(&model, |_| Ok(vec![None])).unwrap();
     let scorer = Scorer::plan(&short, &cpu, DType::F32, 1, [SIDE; 2]).unwrap().load(&mut cpu, &model).unwrap();
     let image = &images(1)[0];
-    one_line(scorer.score(&mut cpu, &[image], &["a ring"]).err(), "'a ring' asks for [None]");
+    one_line(scorer.score(&mut cpu, &[image], &["a ring"]).err(), "'a ring' states [None]");
     one_line(scorer.score(&mut cpu, &[image], &[]).err(), "1 images and 0 prompts");
     one_line(scorer.score(&mut cpu, &[&image[1..]], &["a ring"]).err(), "an image of 12287 bytes");
 

@@ -2,7 +2,7 @@
 //!
 //! A line of JSON for each op is in the file before the next one begins, which a `begin` names; those come first that the peak rates
 //! give most time. Alone an op finds its inputs and weights where the last run left them, so the parts need not add up to the whole;
-//! how far they do not is told.
+//! how far they do not is reported.
 
 use crate::Outcome;
 use crate::device::Choice;

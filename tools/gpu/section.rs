@@ -1,5 +1,5 @@
 //! A section is a list of items. Each is prepared on the CPU, ahead and in parallel, and becomes runs on the device, one after another:
-//! one with the kernels for any GPU, one with those for Hopper. What happens is told as events, which cross from the process that runs
+//! one with the kernels for any GPU, one with those for Hopper. What happens is reported as events, which cross from the process that runs
 //! a section to the one that reports it.
 
 use crate::device::Device;

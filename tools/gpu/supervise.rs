@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 /// What a process may take to end: by itself once the time is up, with the references of a chunk of items, or when it is killed.
 const GRACE: Duration = Duration::from_secs(15);
 
-/// What a process of a section is told on stdin, as a line of JSON.
+/// What a process of a section reads on stdin, as a line of JSON.
 #[derive(Serialize, Deserialize)]
 pub struct Start {
     pub section: String,
@@ -132,7 +132,7 @@ impl<'a> Check<'a> {
         self.report.write(out).map_err(|error| format!("{}: {error}", out.display()).into())
     }
 
-    /// Takes up what is told; why the device is lost, if it is.
+    /// Handles an event; why the device is lost, if it is.
     fn take(&mut self, event: Event, doing: &mut Doing) -> Outcome<Option<String>> {
         match event {
             Event::Items(count) => self.summary().items = count,

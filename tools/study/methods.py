@@ -3,10 +3,13 @@
     mp lr=0.01 t-lo=0.5       rarebit minority --lr 0.01 --t-lo 0.5
     null a circle             rarebit generate --negative "a circle"
 
-Guidance 4 and 50 steps unless the name says otherwise.
+Guidance 4 and 50 steps unless the name says otherwise; `plain` and `defaults` are `rarebit generate` and `rarebit minority` as a
+user gives them, without a flag.
 """
 
 START = {
+    "plain": ["generate"],
+    "defaults": ["minority"],
     "ddim": ["generate"],
     "mp": ["minority"],
     "repulsion": ["minority", "--objective", "repulsion"],
@@ -15,6 +18,10 @@ START = {
     "sgms": ["generate", "--sgms"],
     "best": ["generate", "--best-of"],
 }
+
+
+# Neither guidance nor steps are given.
+WITHOUT_FLAGS = ["plain", "defaults"]
 
 
 def words(method: str) -> list[str]:
@@ -36,6 +43,8 @@ def plain(method: str) -> str:
     """What a method is compared with: DDIM at the study's guidance, or, of another guidance, DDIM at that one. Less guidance is itself a way
     to rarer images and is compared with the study's."""
     first, *rest = method.split()
+    if first in WITHOUT_FLAGS:
+        return "plain"
     guidance = [part for part in rest if part.startswith("guidance=")]
     return " ".join(["ddim", *guidance]) if guidance and first != "ddim" else "ddim"
 
@@ -60,6 +69,7 @@ CHOSEN = {
         "ddim guidance=7.5",
         f"mp guidance=7.5 lr=3e-4 {GATES} iterations=5 init=word:a",
     ],
+    "defaults": ["plain", "defaults"],
     "batch-tune": ["ddim"],
     "batch-report": [
         "ddim",

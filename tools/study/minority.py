@@ -1,6 +1,6 @@
 """Does MinorityPrompt work? Images of many captions by every method of `methods.py`, what they show, and a report.
 
-    python tools/study/minority.py make tune|report|batch-tune|batch-report [NAME ...]   # images and their readings; resumable
+    python tools/study/minority.py make tune|report|defaults|batch-tune|batch-report [NAME ...]   # images and their readings; resumable
     python tools/study/minority.py report --out DIR                                      # Markdown and JSON from all readings made
 
 Captions are drawn by the world's own grammar; the sets share none. Every method makes the same captions from the same starting noise: ten
@@ -29,6 +29,8 @@ SETS = {
     "batch-report": (40, 8, 1),
     "batch-tune": (12, 8, 1),
     "tune-again": (160, 1, 2),
+    # The commands without flags, a noise of its own for every caption.
+    "defaults": (64, 1, 1),
 }
 MODEL = ["--guidance", "4", "--steps", "50"]
 
@@ -54,6 +56,8 @@ def seed(name: str, chunk: int) -> int:
 
 def command(args, method: str) -> list[str]:
     words = methods.words(method)
+    if method in methods.WITHOUT_FLAGS:
+        return [str(args.rarebit), *words, "--threads", "1", "--quiet", "--json"]
     model = MODEL[2:] if any(word.startswith("--guidance") for word in words) else MODEL
     return [str(args.rarebit), words[0], *model, *words[1:], "--threads", "1", "--quiet", "--json"]
 
@@ -115,10 +119,11 @@ def glance(args, name: str, method: str) -> str:
     s = readings.summary()
     line = f"n {s['images']} logp {s['log_density']:.2f} (right {s['log_density_right']:.2f}) agree {s['agreement']:.3f} rare {s['rare_share']:.3f}"
     line += f" tail {s['in_tail']:.3f} impossible {s['impossible']:.3f} conf {s['confidence']:.3f} s {cost(args, name, method):.2f}"
-    base = load(args, name, "ddim", len(images) // SETS[name][1])
-    if len(base) == len(images):
-        d = readings.log_density - measure.Readings(base).log_density
-        line += f" | d logp {np.nanmean(d):+.2f} ± {np.nanstd(d) / np.sqrt(len(d)):.2f}"
+    base = load(args, name, methods.plain(method), len(images) // SETS[name][1])
+    if len(base) == len(images) and method != methods.plain(method):
+        d = measure.difference(readings, measure.Readings(base), SETS[name][2])
+        of = lambda key, scale=1: "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(scale * x for x in d[key]))  # noqa: E731
+        line += f" | d logp {of('log_density')} d agree {of('agreement', 100)} points rare x{of('rare_ratio')}"
     if SETS[name][1] > 1:
         line += f" entropy {np.mean([measure.batch_entropy(images[k : k + 8]) for k in range(0, len(images), 8)]):.3f}"
     return line

@@ -25,7 +25,7 @@ pub(super) struct Grammar {
     shape: usize,
     position: usize,
     before_background: Vec<usize>,
-    /// Per attribute: every phrase and the value it names; none for an attribute that captions never speak of.
+    /// Per attribute: every phrase and the value it names; none for an attribute that captions never mention.
     phrases: Vec<Vec<(Phrase, usize)>>,
 }
 
