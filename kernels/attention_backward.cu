@@ -335,6 +335,16 @@ DEVICE void attention_backward_streamed(const BackwardParams& p) {
   KERNEL(attention_to_kv_512_##NAME, BackwardParams, STREAMED_THREADS) { attention_backward_streamed<T, true>(p); } \
   KERNEL(attention_to_q_512_##NAME, BackwardParams, STREAMED_THREADS) { attention_backward_streamed<T, false>(p); }
 
+// Kernels: attention_to_kv_16_f16 attention_to_q_16_f16 attention_to_kv_16_bf16 attention_to_q_16_bf16 attention_to_kv_16_f32
+// Kernels: attention_to_q_16_f32 attention_to_kv_32_f16 attention_to_q_32_f16 attention_to_kv_32_bf16 attention_to_q_32_bf16
+// Kernels: attention_to_kv_32_f32 attention_to_q_32_f32 attention_to_kv_48_f16 attention_to_q_48_f16 attention_to_kv_48_bf16
+// Kernels: attention_to_q_48_bf16 attention_to_kv_48_f32 attention_to_q_48_f32 attention_to_kv_64_f16 attention_to_q_64_f16
+// Kernels: attention_to_kv_64_bf16 attention_to_q_64_bf16 attention_to_kv_64_f32 attention_to_q_64_f32 attention_to_kv_80_f16
+// Kernels: attention_to_q_80_f16 attention_to_kv_80_bf16 attention_to_q_80_bf16 attention_to_kv_80_f32 attention_to_q_80_f32
+// Kernels: attention_to_kv_128_f16 attention_to_q_128_f16 attention_to_kv_128_bf16 attention_to_q_128_bf16
+// Kernels: attention_to_kv_160_f16 attention_to_q_160_f16 attention_to_kv_160_bf16 attention_to_q_160_bf16
+// Kernels: attention_to_kv_512_f16 attention_to_q_512_f16 attention_to_kv_512_bf16 attention_to_q_512_bf16
+// Kernels: attention_to_kv_512_f32 attention_to_q_512_f32
 OF_EVERY_TYPE(16)
 OF_EVERY_TYPE(32)
 OF_EVERY_TYPE(48)

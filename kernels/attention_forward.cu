@@ -173,6 +173,10 @@ DEVICE void attention(const AttentionParams& p) {
     attention<ForwardTiles<float, DIM>>(p);                                                 \
   }
 
+// Kernels: attention_16_f16 attention_16_bf16 attention_16_f32 attention_32_f16 attention_32_bf16 attention_32_f32
+// Kernels: attention_48_f16 attention_48_bf16 attention_48_f32 attention_64_f16 attention_64_bf16 attention_64_f32
+// Kernels: attention_80_f16 attention_80_bf16 attention_80_f32 attention_128_f16 attention_128_bf16 attention_128_f32
+// Kernels: attention_160_f16 attention_160_bf16 attention_160_f32 attention_512_f16 attention_512_bf16 attention_512_f32
 ATTENTION(16)
 ATTENTION(32)
 ATTENTION(48)

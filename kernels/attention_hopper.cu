@@ -251,6 +251,9 @@ DEVICE void attention_hopper(const AttentionHopperParams& p) {
     attention_hopper<AttentionTiles<bf16, DIM>>(p);                                                                \
   }
 
+// Kernels: attention_hopper_40_f16 attention_hopper_40_bf16 attention_hopper_64_f16 attention_hopper_64_bf16
+// Kernels: attention_hopper_80_f16 attention_hopper_80_bf16 attention_hopper_128_f16 attention_hopper_128_bf16
+// Kernels: attention_hopper_160_f16 attention_hopper_160_bf16
 ATTENTION_HOPPER(40)
 ATTENTION_HOPPER(64)
 ATTENTION_HOPPER(80)

@@ -92,6 +92,18 @@ DEVICE void multiply_boxes(const ConformanceHopperParams& p) {
     multiply_boxes<bf16, COLUMNS, RIGHT, REGISTERS>(p);                                            \
   }
 
+// Kernels: conformance_hopper_wgmma_boxes_r_64_f16 conformance_hopper_wgmma_boxes_r_64_bf16
+// Kernels: conformance_hopper_wgmma_boxes_r_128_f16 conformance_hopper_wgmma_boxes_r_128_bf16
+// Kernels: conformance_hopper_wgmma_boxes_r_160_f16 conformance_hopper_wgmma_boxes_r_160_bf16
+// Kernels: conformance_hopper_wgmma_boxes_a_40_f16 conformance_hopper_wgmma_boxes_a_40_bf16
+// Kernels: conformance_hopper_wgmma_boxes_a_80_f16 conformance_hopper_wgmma_boxes_a_80_bf16
+// Kernels: conformance_hopper_wgmma_boxes_a_128_f16 conformance_hopper_wgmma_boxes_a_128_bf16
+// Kernels: conformance_hopper_wgmma_boxes_a_160_f16 conformance_hopper_wgmma_boxes_a_160_bf16
+// Kernels: conformance_hopper_wgmma_registers_a_40_f16 conformance_hopper_wgmma_registers_a_40_bf16
+// Kernels: conformance_hopper_wgmma_registers_a_64_f16 conformance_hopper_wgmma_registers_a_64_bf16
+// Kernels: conformance_hopper_wgmma_registers_a_80_f16 conformance_hopper_wgmma_registers_a_80_bf16
+// Kernels: conformance_hopper_wgmma_registers_a_128_f16 conformance_hopper_wgmma_registers_a_128_bf16
+// Kernels: conformance_hopper_wgmma_registers_a_160_f16 conformance_hopper_wgmma_registers_a_160_bf16
 WGMMA_TRIAL(boxes_r, 64, Lines::Reduced, false)
 WGMMA_TRIAL(boxes_r, 128, Lines::Reduced, false)
 WGMMA_TRIAL(boxes_r, 160, Lines::Reduced, false)

@@ -162,6 +162,11 @@ DEVICE void conv2d_backward(const ConvParams& p) {
     FUNCTION<SquareBlocking<bf16, 128>, RIGHT>(p);                                             \
   }
 
+// Kernels: conv2d_r_64_f16 conv2d_r_64_bf16 conv2d_r_64_f32 conv2d_r_128_f16 conv2d_r_128_bf16 conv2d_a_64_f16
+// Kernels: conv2d_a_64_bf16 conv2d_a_64_f32 conv2d_a_128_f16 conv2d_a_128_bf16 conv2d_backward_r_64_f16
+// Kernels: conv2d_backward_r_64_bf16 conv2d_backward_r_64_f32 conv2d_backward_r_128_f16 conv2d_backward_r_128_bf16
+// Kernels: conv2d_backward_a_64_f16 conv2d_backward_a_64_bf16 conv2d_backward_a_64_f32 conv2d_backward_a_128_f16
+// Kernels: conv2d_backward_a_128_bf16
 CONV(conv2d_r, conv2d, Lines::Reduced)
 CONV(conv2d_a, conv2d, Lines::Across)
 CONV(conv2d_backward_r, conv2d_backward, Lines::Reduced)

@@ -81,6 +81,7 @@ DEVICE void map(const MapParams& p) {
   }
 }
 
+// Kernels: map_f16 map_bf16 map_f32
 FOR_EACH_TYPE(map, MapParams)
 
 // Matches `BinaryParams` in src/exec/cuda/elementwise.rs.
@@ -139,6 +140,7 @@ DEVICE void binary(const BinaryParams& p) {
   }
 }
 
+// Kernels: binary_f16 binary_bf16 binary_f32
 FOR_EACH_TYPE(binary, BinaryParams)
 
 // Matches `CastParams` in src/exec/cuda/elementwise.rs.
@@ -187,6 +189,7 @@ DEVICE void fill(const FillParams& p) {
   });
 }
 
+// Kernels: fill_f16 fill_bf16 fill_f32
 FOR_EACH_TYPE(fill, FillParams)
 
 // Matches `ScaleParams` in src/exec/cuda/elementwise.rs. A row is a sample.
@@ -212,6 +215,7 @@ DEVICE void scale(const ScaleParams& p) {
   });
 }
 
+// Kernels: scale_f16 scale_bf16 scale_f32
 FOR_EACH_TYPE(scale, ScaleParams)
 
 // Matches `ChannelAffineParams` in src/exec/cuda/elementwise.rs. A row is the launch's channels of one.
@@ -233,6 +237,7 @@ DEVICE void channel_affine(const ChannelAffineParams& p) {
   });
 }
 
+// Kernels: channel_affine_f16 channel_affine_bf16 channel_affine_f32
 FOR_EACH_TYPE(channel_affine, ChannelAffineParams)
 
 // Matches `GegluParams` in src/exec/cuda/elementwise.rs. A row of pieces is H wide.
@@ -279,6 +284,7 @@ DEVICE void geglu_backward(const GegluParams& p) {
   });
 }
 
+// Kernels: geglu_f16 geglu_bf16 geglu_f32 geglu_backward_f16 geglu_backward_bf16 geglu_backward_f32
 FOR_EACH_TYPE(geglu, GegluParams)
 FOR_EACH_TYPE(geglu_backward, GegluParams)
 
@@ -328,4 +334,5 @@ DEVICE void strided_sum(const StridedSumParams& p) {
   });
 }
 
+// Kernels: strided_sum_f16 strided_sum_bf16 strided_sum_f32
 FOR_EACH_TYPE(strided_sum, StridedSumParams)

@@ -46,6 +46,7 @@ DEVICE void tokens(const TokensParams& p) {
   });
 }
 
+// Kernels: tokens_f16 tokens_bf16 tokens_f32
 FOR_EACH_TYPE(tokens, TokensParams)
 
 // Matches `TokensBackwardParams` in src/exec/cuda/embedding.rs. Blocks: positions, columns by threads.
@@ -87,6 +88,7 @@ DEVICE void tokens_backward(const TokensBackwardParams& p) {
   ((T*)p.y)[(int64_t)(id - p.first) * p.width + column] = from_float<T>(sum);
 }
 
+// Kernels: tokens_backward_f16 tokens_backward_bf16 tokens_backward_f32
 FOR_EACH_TYPE(tokens_backward, TokensBackwardParams)
 
 // Matches `MixParams` in src/exec/cuda/embedding.rs.
@@ -122,6 +124,7 @@ DEVICE void mix(const MixParams& p) {
   });
 }
 
+// Kernels: mix_f16 mix_bf16 mix_f32
 FOR_EACH_TYPE(mix, MixParams)
 
 // A warp for each weight.
@@ -138,6 +141,7 @@ DEVICE void mix_backward(const MixParams& p) {
   if (lane == 0) ((T*)p.y)[choice] = from_float<T>(id < 0 ? 0.0f : sum);
 }
 
+// Kernels: mix_backward_f16 mix_backward_bf16 mix_backward_f32
 FOR_EACH_TYPE(mix_backward, MixParams)
 
 // Matches `SinusoidalParams` in src/exec/cuda/embedding.rs.
@@ -178,6 +182,7 @@ DEVICE void sinusoidal(const SinusoidalParams& p) {
   y[half] = from_float<T>(p.cosines_first ? sine : cosine);
 }
 
+// Kernels: sinusoidal_f16 sinusoidal_bf16 sinusoidal_f32
 FOR_EACH_TYPE(sinusoidal, SinusoidalParams)
 
 // A warp for each number.
@@ -198,6 +203,7 @@ DEVICE void sinusoidal_backward(const SinusoidalParams& p) {
   if (lane == 0) ((T*)p.y)[number] = from_float<T>(sum);
 }
 
+// Kernels: sinusoidal_backward_f16 sinusoidal_backward_bf16 sinusoidal_backward_f32
 FOR_EACH_TYPE(sinusoidal_backward, SinusoidalParams)
 
 // Matches `PoolParams` in src/exec/cuda/embedding.rs.
@@ -233,5 +239,6 @@ DEVICE void pool_backward(const PoolParams& p) {
   });
 }
 
+// Kernels: pool_f16 pool_bf16 pool_f32 pool_backward_f16 pool_backward_bf16 pool_backward_f32
 FOR_EACH_TYPE(pool, PoolParams)
 FOR_EACH_TYPE(pool_backward, PoolParams)

@@ -47,4 +47,5 @@ DEVICE void finish(const FinishParams& p) {
   });
 }
 
+// Kernels: finish_f16 finish_bf16 finish_f32
 FOR_EACH_TYPE(finish, FinishParams)

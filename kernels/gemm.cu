@@ -57,6 +57,9 @@ DEVICE void gemm(const GemmParams& p) {
     gemm<SquareBlocking<bf16, 128>, LEFT, RIGHT>(p);                                           \
   }
 
+// Kernels: gemm_rr_64_f16 gemm_rr_64_bf16 gemm_rr_64_f32 gemm_rr_128_f16 gemm_rr_128_bf16 gemm_ra_64_f16 gemm_ra_64_bf16
+// Kernels: gemm_ra_64_f32 gemm_ra_128_f16 gemm_ra_128_bf16 gemm_aa_64_f16 gemm_aa_64_bf16 gemm_aa_64_f32 gemm_aa_128_f16
+// Kernels: gemm_aa_128_bf16
 GEMM(rr, Lines::Reduced, Lines::Reduced)
 GEMM(ra, Lines::Reduced, Lines::Across)
 GEMM(aa, Lines::Across, Lines::Across)

@@ -348,6 +348,9 @@ DEVICE void group_norm_backward(const GroupNormParams& p) {
   KERNEL(NAME##_bf16, GroupNormParams, GROUP_THREADS) { NAME<bf16>(p); } \
   KERNEL(NAME##_f32, GroupNormParams, GROUP_THREADS) { NAME<float>(p); }
 
+// Kernels: group_norm_statistics_f16 group_norm_statistics_bf16 group_norm_statistics_f32 group_norm_f16 group_norm_bf16
+// Kernels: group_norm_f32 group_norm_backward_sums_f16 group_norm_backward_sums_bf16 group_norm_backward_sums_f32
+// Kernels: group_norm_backward_f16 group_norm_backward_bf16 group_norm_backward_f32
 GROUP_NORM(group_norm_statistics)
 GROUP_NORM(group_norm)
 GROUP_NORM(group_norm_backward_sums)

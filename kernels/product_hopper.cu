@@ -182,6 +182,8 @@ DEVICE void product_hopper(const HopperParams& p) {
     product_hopper<HopperTiles<bf16, COLUMNS, RIGHT>>(p);                                                        \
   }
 
+// Kernels: product_hopper_r_128_f16 product_hopper_r_128_bf16 product_hopper_r_160_f16 product_hopper_r_160_bf16
+// Kernels: product_hopper_a_128_f16 product_hopper_a_128_bf16 product_hopper_a_160_f16 product_hopper_a_160_bf16
 HOPPER(r, Lines::Reduced, 128)
 HOPPER(r, Lines::Reduced, 160)
 HOPPER(a, Lines::Across, 128)

@@ -57,6 +57,8 @@ DEVICE void nearest_2x_backward(const NearestParams& p) {
   });
 }
 
+// Kernels: nearest_2x_f16 nearest_2x_bf16 nearest_2x_f32 nearest_2x_backward_f16 nearest_2x_backward_bf16
+// Kernels: nearest_2x_backward_f32
 FOR_EACH_TYPE(nearest_2x, NearestParams)
 FOR_EACH_TYPE(nearest_2x_backward, NearestParams)
 
@@ -178,4 +180,5 @@ DEVICE void resize(const ResizeParams& p) {
   ((T*)p.y)[element] = from_float<T>(sum);
 }
 
+// Kernels: resize_f16 resize_bf16 resize_f32
 FOR_EACH_TYPE(resize, ResizeParams)

@@ -37,7 +37,7 @@ DEVICE void write_floats(T* to, const float (&values)[VECTOR<T>], int count, boo
 }
 
 // Rows [rows, width] and the threads of one: a warp, where the row fits its registers, or the block. Matches `Rows` in
-// src/exec/cuda/norm.rs.
+// src/exec/cuda/rowwise.rs.
 struct Rows {
   int64_t count;
   int32_t width;
@@ -45,7 +45,7 @@ struct Rows {
   int32_t aligned;  // every row of every operand begins at a multiple of 16 bytes and is whole vectors
   int32_t unused;
 };
-static_assert(sizeof(Rows) == 24, "as in norm.rs");
+static_assert(sizeof(Rows) == 24, "as in rowwise.rs");
 
 // The row of this thread's team. A team is whole warps, and of a block that is one team every row exists: leaving a kernel
 // where there is no row passes no barrier by.

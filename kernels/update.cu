@@ -48,6 +48,7 @@ DEVICE void combine(const CombineParams& p) {
   });
 }
 
+// Kernels: combine_f16 combine_bf16 combine_f32
 FOR_EACH_TYPE(combine, CombineParams)
 KERNEL(combine_f16_f32, CombineParams, PLAIN_THREADS) { combine<float, f16>(p); }
 KERNEL(combine_bf16_f32, CombineParams, PLAIN_THREADS) { combine<float, bf16>(p); }
@@ -91,6 +92,7 @@ DEVICE void adamw(const OptimiserParams& params) {
   });
 }
 
+// Kernels: adamw_f16 adamw_bf16 adamw_f32
 FOR_EACH_TYPE(adamw, OptimiserParams)
 
 template <class T>
@@ -105,6 +107,7 @@ DEVICE void rmsprop(const OptimiserParams& params) {
   });
 }
 
+// Kernels: rmsprop_f16 rmsprop_bf16 rmsprop_f32
 FOR_EACH_TYPE(rmsprop, OptimiserParams)
 
 template <class T>
@@ -117,6 +120,7 @@ DEVICE void nesterov(const OptimiserParams& params) {
   });
 }
 
+// Kernels: nesterov_f16 nesterov_bf16 nesterov_f32
 FOR_EACH_TYPE(nesterov, OptimiserParams)
 
 // Philox4x32-10 (Salmon et al. 2011): replaces the counter by four random words.

@@ -18,6 +18,7 @@
 #include "../product_hopper.cu"
 #include "../reduce.cu"
 #include "../resample.cu"
+#include "../rowwise.cu"
 #include "../update.cu"
 
 // The number of kernels.

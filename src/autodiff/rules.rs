@@ -11,6 +11,7 @@ pub fn differentiate(w: &mut Walk, node: &Node, d_y: ValueId) -> Result<()> {
         Op::Conv2d(op) => return conv2d(w, op, d_y),
         Op::Attention(op) => attention(w, op, &node.outputs, d_y),
         Op::Norm(op) => return norm(w, op, &node.outputs, d_y),
+        Op::Rowwise(op) => return rowwise(w, op, &node.outputs, d_y),
         Op::Elementwise(op) => return elementwise(w, op, d_y),
         Op::Resample(op) => return resample(w, op, d_y),
         Op::Embedding(op) => return embedding(w, op, d_y),
@@ -138,16 +139,6 @@ fn norm(w: &mut Walk, op: &Norm, outputs: &[ValueId], d_y: ValueId) -> Result<()
                 w.add(x, d_x);
             }
         }
-        Norm::Softmax { x } => {
-            let y = w.saved(outputs[0]);
-            let d_x = w.push(Op::Norm(Norm::SoftmaxBackward { y, d_y }));
-            w.add(x, d_x);
-        }
-        Norm::Unit { x, eps } => {
-            let [y, norm] = [outputs[0], outputs[1]].map(|id| w.saved(id));
-            let d_x = w.push(Op::Norm(Norm::UnitBackward { y, norm, d_y, eps }));
-            w.add(x, d_x);
-        }
         Norm::Dot { a, b } => {
             for (to, other) in [(a, b), (b, a)] {
                 if w.wants(to) {
@@ -162,18 +153,34 @@ fn norm(w: &mut Walk, op: &Norm, outputs: &[ValueId], d_y: ValueId) -> Result<()
             let d_x = w.push(Op::Elementwise(Elementwise::Spread { x: d_y, shape }));
             w.add(x, d_x);
         }
-        Norm::CrossEntropy { logits, targets } => {
+        Norm::GroupBackward { .. } | Norm::LayerBackward { .. } | Norm::LayerBackwardAffine { .. } => {
+            return Err(second(w, &Op::Norm(op.clone())));
+        }
+    }
+    Ok(())
+}
+
+fn rowwise(w: &mut Walk, op: &Rowwise, outputs: &[ValueId], d_y: ValueId) -> Result<()> {
+    match *op {
+        Rowwise::Softmax { x } => {
+            let y = w.saved(outputs[0]);
+            let d_x = w.push(Op::Rowwise(Rowwise::SoftmaxBackward { y, d_y }));
+            w.add(x, d_x);
+        }
+        Rowwise::Unit { x, eps } => {
+            let [y, norm] = [outputs[0], outputs[1]].map(|id| w.saved(id));
+            let d_x = w.push(Op::Rowwise(Rowwise::UnitBackward { y, norm, d_y, eps }));
+            w.add(x, d_x);
+        }
+        Rowwise::CrossEntropy { logits, targets } => {
             let (saved, lse) = (w.saved(logits), w.saved(outputs[1]));
-            let d_x = Norm::CrossEntropyBackward { logits: saved, targets, lse, d_loss: d_y };
-            let d_x = w.push(Op::Norm(d_x));
+            let d_x = Rowwise::CrossEntropyBackward { logits: saved, targets, lse, d_loss: d_y };
+            let d_x = w.push(Op::Rowwise(d_x));
             w.add(logits, d_x);
         }
-        Norm::GroupBackward { .. }
-        | Norm::LayerBackward { .. }
-        | Norm::LayerBackwardAffine { .. }
-        | Norm::SoftmaxBackward { .. }
-        | Norm::UnitBackward { .. }
-        | Norm::CrossEntropyBackward { .. } => return Err(second(w, &Op::Norm(op.clone()))),
+        Rowwise::SoftmaxBackward { .. } | Rowwise::UnitBackward { .. } | Rowwise::CrossEntropyBackward { .. } => {
+            return Err(second(w, &Op::Rowwise(op.clone())));
+        }
     }
     Ok(())
 }

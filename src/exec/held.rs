@@ -36,6 +36,7 @@ fn factor(op: &Op) -> Option<ValueId> {
         | Op::Attention(_)
         | Op::AttentionBackward(_)
         | Op::Norm(_)
+        | Op::Rowwise(_)
         | Op::Elementwise(_)
         | Op::Resample(_)
         | Op::Embedding(_)

@@ -207,13 +207,13 @@ impl Builder {
     /// Over the last dimension.
     #[track_caller]
     pub fn softmax(&mut self, x: ValueId) -> ValueId {
-        self.push(Op::Norm(Norm::Softmax { x }))[0]
+        self.push(Op::Rowwise(Rowwise::Softmax { x }))[0]
     }
 
     /// Rows of norm 1.
     #[track_caller]
     pub fn unit(&mut self, x: ValueId, eps: f64) -> ValueId {
-        self.push(Op::Norm(Norm::Unit { x, eps }))[0]
+        self.push(Op::Rowwise(Rowwise::Unit { x, eps }))[0]
     }
 
     /// Inner product per sample.
@@ -225,7 +225,7 @@ impl Builder {
     /// The loss per row.
     #[track_caller]
     pub fn cross_entropy(&mut self, logits: ValueId, targets: ValueId) -> ValueId {
-        self.push(Op::Norm(Norm::CrossEntropy { logits, targets }))[0]
+        self.push(Op::Rowwise(Rowwise::CrossEntropy { logits, targets }))[0]
     }
 
     #[track_caller]

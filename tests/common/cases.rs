@@ -257,18 +257,18 @@ pub fn norms() -> Vec<Case> {
     for width in [1, 3, 40, 1100] {
         cases.push(Case::new(format!("softmax {width}"), move |f| {
             let x = f.batched("x", &[5, width]);
-            f.b.push(Op::Norm(Norm::Softmax { x }))
+            f.b.push(Op::Rowwise(Rowwise::Softmax { x }))
         }));
         for eps in [1e-12, 3.0] {
             cases.push(Case::new(format!("unit {width} eps {eps}"), move |f| {
                 let x = f.batched("x", &[5, width]);
-                f.b.push(Op::Norm(Norm::Unit { x, eps }))
+                f.b.push(Op::Rowwise(Rowwise::Unit { x, eps }))
             }));
         }
         cases.push(Case::new(format!("cross_entropy {width}"), move |f| {
             let logits = f.batched("logits", &[5, width]);
             let targets = f.ints("targets", &[5], |i| (i * 7 % width) as i32 - i32::from(i % 4 == 3) * 10_000);
-            f.b.push(Op::Norm(Norm::CrossEntropy { logits, targets }))
+            f.b.push(Op::Rowwise(Rowwise::CrossEntropy { logits, targets }))
         }));
     }
     // More than a chunk of rows, of elements; no row but the sample itself.
@@ -559,15 +559,15 @@ pub fn registers() -> Vec<Case> {
         cases.push(Case::new(format!("cross_entropy of {width}"), move |f| {
             let logits = f.batched("logits", &[2, width]);
             let targets = f.ints("targets", &[2], |i| (i * 7919 % width) as i32);
-            let made = f.b.push(Op::Norm(Norm::CrossEntropy { logits, targets }));
+            let made = f.b.push(Op::Rowwise(Rowwise::CrossEntropy { logits, targets }));
             let d_loss = f.batched_wide("d_loss", &[2]);
-            let d = f.b.push(Op::Norm(Norm::CrossEntropyBackward { logits, targets, lse: made[1], d_loss }));
+            let d = f.b.push(Op::Rowwise(Rowwise::CrossEntropyBackward { logits, targets, lse: made[1], d_loss }));
             [made, d].concat()
         }));
         cases.push(Case::new(format!("unit_backward of {width}"), move |f| {
             let (x, d_y) = (f.batched("x", &[2, width]), f.batched("d_y", &[2, width]));
-            let made = f.b.push(Op::Norm(Norm::Unit { x, eps: 1e-12 }));
-            f.b.push(Op::Norm(Norm::UnitBackward { y: made[0], norm: made[1], d_y, eps: 1e-12 }))
+            let made = f.b.push(Op::Rowwise(Rowwise::Unit { x, eps: 1e-12 }));
+            f.b.push(Op::Rowwise(Rowwise::UnitBackward { y: made[0], norm: made[1], d_y, eps: 1e-12 }))
         }));
     }
     cases

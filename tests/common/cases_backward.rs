@@ -83,22 +83,22 @@ pub fn norms() -> Vec<Case> {
     for width in [1, 3, 40, 1100] {
         cases.push(Case::new(format!("softmax_backward {width}"), move |f| {
             let (x, d_y) = (f.batched("x", &[5, width]), f.batched("d_y", &[5, width]));
-            let y = f.b.push(Op::Norm(Norm::Softmax { x }))[0];
-            f.b.push(Op::Norm(Norm::SoftmaxBackward { y, d_y }))
+            let y = f.b.push(Op::Rowwise(Rowwise::Softmax { x }))[0];
+            f.b.push(Op::Rowwise(Rowwise::SoftmaxBackward { y, d_y }))
         }));
         for eps in [1e-12, 3.0] {
             cases.push(Case::new(format!("unit_backward {width} eps {eps}"), move |f| {
                 let (x, d_y) = (f.batched("x", &[5, width]), f.batched("d_y", &[5, width]));
-                let made = f.b.push(Op::Norm(Norm::Unit { x, eps }));
-                f.b.push(Op::Norm(Norm::UnitBackward { y: made[0], norm: made[1], d_y, eps }))
+                let made = f.b.push(Op::Rowwise(Rowwise::Unit { x, eps }));
+                f.b.push(Op::Rowwise(Rowwise::UnitBackward { y: made[0], norm: made[1], d_y, eps }))
             }));
         }
         cases.push(Case::new(format!("cross_entropy_backward {width}"), move |f| {
             let logits = f.batched("logits", &[5, width]);
             let targets = f.ints("targets", &[5], |i| (i * 7 % width) as i32 - i32::from(i % 4 == 3) * 10_000);
-            let lse = f.b.push(Op::Norm(Norm::CrossEntropy { logits, targets }))[1];
+            let lse = f.b.push(Op::Rowwise(Rowwise::CrossEntropy { logits, targets }))[1];
             let d_loss = f.batched_wide("d_loss", &[5]);
-            f.b.push(Op::Norm(Norm::CrossEntropyBackward { logits, targets, lse, d_loss }))
+            f.b.push(Op::Rowwise(Rowwise::CrossEntropyBackward { logits, targets, lse, d_loss }))
         }));
     }
     cases

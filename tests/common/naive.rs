@@ -81,11 +81,11 @@ fn op(
             let width = v(*gamma).len();
             norm(v(*x), v(*x).len() / width, |i| (i / width, i % width), v(*gamma), v(*beta), *eps)
         }
-        Op::Norm(Norm::Softmax { x }) => {
+        Op::Rowwise(Rowwise::Softmax { x }) => {
             let rows = v(*x).chunks_exact(width(*x));
             vec![rows.flat_map(|row| row.iter().map(|x| (x - log_sum_exp(row)).exp())).collect()]
         }
-        Op::Norm(Norm::Unit { x, eps }) => {
+        Op::Rowwise(Rowwise::Unit { x, eps }) => {
             let rows = v(*x).chunks_exact(width(*x));
             let norm = |row: &[f64]| row.iter().map(|x| x * x).sum::<f64>().sqrt();
             let y = rows.clone().flat_map(|row| row.iter().map(move |x| x / norm(row).max(*eps))).collect();
@@ -96,7 +96,7 @@ fn op(
             let samples = v(*a).chunks_exact(size).zip(v(*b).chunks_exact(size));
             vec![samples.map(|(a, b)| a.iter().zip(b).map(|(a, b)| a * b).sum()).collect()]
         }
-        Op::Norm(Norm::CrossEntropy { logits, targets }) => {
+        Op::Rowwise(Rowwise::CrossEntropy { logits, targets }) => {
             let rows = v(*logits).chunks_exact(width(*logits));
             let lse: Vec<f64> = rows.clone().map(log_sum_exp).collect();
             let loss = |((row, lse), &target): ((&[f64], &f64), &i32)| {

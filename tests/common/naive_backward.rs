@@ -39,7 +39,7 @@ pub fn op<'a>(
             }
             vec![d_gamma, d_beta]
         }
-        Op::Norm(Norm::SoftmaxBackward { y, d_y }) => {
+        Op::Rowwise(Rowwise::SoftmaxBackward { y, d_y }) => {
             let rows = v(y).chunks_exact(width(y)).zip(v(d_y).chunks_exact(width(y)));
             let row = |(y, d_y): (&[f64], &[f64])| {
                 let jacobian = |i: usize, j: usize| y[i] * (f64::from(i == j) - y[j]);
@@ -47,7 +47,7 @@ pub fn op<'a>(
             };
             vec![rows.flat_map(row).collect()]
         }
-        Op::Norm(Norm::UnitBackward { y, norm, d_y, eps }) => {
+        Op::Rowwise(Rowwise::UnitBackward { y, norm, d_y, eps }) => {
             let rows = v(y).chunks_exact(width(y)).zip(v(d_y).chunks_exact(width(y))).zip(v(norm));
             let row = |((y, d_y), &norm): ((&[f64], &[f64]), &f64)| {
                 let along: f64 = if norm < eps { 0.0 } else { y.iter().zip(d_y).map(|(y, d)| y * d).sum() };
@@ -55,7 +55,7 @@ pub fn op<'a>(
             };
             vec![rows.flat_map(row).collect()]
         }
-        Op::Norm(Norm::CrossEntropyBackward { logits, targets, lse, d_loss }) => {
+        Op::Rowwise(Rowwise::CrossEntropyBackward { logits, targets, lse, d_loss }) => {
             let width = width(logits);
             let one = |(i, x): (usize, &f64)| {
                 let (row, target) = (i / width, ints(targets)[i / width]);

@@ -8,6 +8,7 @@ mod edges;
 mod graphs;
 mod limits;
 mod models;
+mod names;
 mod ops;
 mod products;
 mod upcast;

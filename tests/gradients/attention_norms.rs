@@ -39,9 +39,9 @@ fn cross_entropy(logits: [f32; 10], targets: [i32; 2]) -> rarebit::Result<[Vec<f
     let mut b = Builder::new("p", DType::F32);
     let (logits_id, d_loss) = (b.input("logits", &[2, 5]), b.input("d_loss", &[2]));
     let targets_id = b.input_i32("targets", &[2]);
-    let made = b.push(Op::Norm(Norm::CrossEntropy { logits: logits_id, targets: targets_id }));
-    let backward = Norm::CrossEntropyBackward { logits: logits_id, targets: targets_id, lse: made[1], d_loss };
-    let d_logits = b.push(Op::Norm(backward))[0];
+    let made = b.push(Op::Rowwise(Rowwise::CrossEntropy { logits: logits_id, targets: targets_id }));
+    let backward = Rowwise::CrossEntropyBackward { logits: logits_id, targets: targets_id, lse: made[1], d_loss };
+    let d_logits = b.push(Op::Rowwise(backward))[0];
     for (name, id) in [("loss", made[0]), ("lse", made[1]), ("d_logits", d_logits)] {
         b.output(name, id);
     }

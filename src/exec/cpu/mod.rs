@@ -25,7 +25,7 @@ mod real;
 mod reduce;
 mod resample;
 mod resize;
-mod rows;
+mod rowwise;
 mod store;
 mod transpose;
 mod update;
@@ -97,7 +97,7 @@ impl<T: Float> Cpu<T> {
             Op::Conv2dBackward(op) => conv2d_backward::scratch(op, program, self.machine.tiling),
             Op::AttentionBackward(op) => attention_backward::scratch(op, program, self.machine.tiling),
             Op::Resample(op) => resample::scratch(op, program),
-            Op::Norm(_) | Op::Elementwise(_) | Op::Embedding(_) | Op::Update(_) => 0,
+            Op::Norm(_) | Op::Rowwise(_) | Op::Elementwise(_) | Op::Embedding(_) | Op::Update(_) => 0,
         }
     }
 
@@ -122,7 +122,8 @@ impl<T: Float> Cpu<T> {
             Op::GemmBackward(op) => gemm::backward(&cx, op, outputs),
             Op::Conv2dBackward(op) => conv2d_backward::run(&cx, op, outputs),
             Op::AttentionBackward(op) => attention_backward::run(&cx, op, outputs),
-            Op::Norm(op) => return norm::run(&cx, op, outputs).map_err(wrong),
+            Op::Norm(op) => norm::run(&cx, op, outputs),
+            Op::Rowwise(op) => return rowwise::run(&cx, op, outputs).map_err(wrong),
             Op::Elementwise(op) => elementwise::run(&cx, op, outputs),
             Op::Resample(op) => resample::run(&cx, op, outputs),
             Op::Embedding(op) => return embedding::run(&cx, op, outputs).map_err(wrong),
@@ -141,7 +142,7 @@ impl<T: Float> Cpu<T> {
             Op::AttentionBackward(op) => attention_backward::workspace(op, program, self.machine.tiling),
             Op::Norm(op) => norm::workspace::<T>(op, program),
             Op::Resample(op) => resample::workspace::<T>(op, program),
-            Op::Elementwise(_) | Op::Embedding(_) | Op::Update(_) => 0,
+            Op::Rowwise(_) | Op::Elementwise(_) | Op::Embedding(_) | Op::Update(_) => 0,
         };
         elements * size_of::<T>()
     }

@@ -1,4 +1,4 @@
-//! Group and layer normalisation, with the statistics the backward needs as outputs; the rest of the family is called from here.
+//! Group and layer normalisation, with the statistics the backward needs as outputs; gradients, inner products and sums are called from here.
 //!
 //! Contract: group norm over `x [B, .., C]`, each group of `C / groups` channels and all pixels of a sample; layer norm over the
 //! last dimension; biased variance; `y = (x - mean) rstd gamma + beta`, SiLU if asked; `mean` and `rstd` as outputs. Sums are
@@ -10,7 +10,7 @@ use super::elementwise::activate;
 use super::norm_backward::ROWS;
 use super::real::Float;
 use super::reduce::{self, Chunks, sum};
-use super::{norm_backward, rows};
+use super::norm_backward;
 use crate::program::{Activation, Norm, Program, ValueId};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
@@ -26,14 +26,11 @@ pub fn workspace<T: Float>(op: &Norm, program: &Program) -> usize {
         Norm::LayerBackwardAffine { x, .. } => norm_backward::affine_workspace::<T>(program.shape(x)),
         Norm::Dot { a, .. } => reduce::dot_workspace::<T>(program.shape(a)),
         Norm::Sum { x, over } => reduce::sum_workspace::<T>(program.shape(x), over),
-        Norm::Layer { .. } | Norm::LayerBackward { .. } | Norm::Softmax { .. } | Norm::SoftmaxBackward { .. } => 0,
-        Norm::Unit { .. } | Norm::UnitBackward { .. } => 0,
-        Norm::CrossEntropy { .. } | Norm::CrossEntropyBackward { .. } => 0,
+        Norm::Layer { .. } | Norm::LayerBackward { .. } => 0,
     }
 }
 
-/// Returns what is wrong with an index, if anything.
-pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Norm, outputs: Outputs<'_, T>) -> Result<(), String> {
+pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Norm, outputs: Outputs<'_, T>) {
     match *op {
         Norm::Group { x, gamma, beta, groups, eps, silu } => {
             let affine = (cx.value(gamma), cx.value(beta));
@@ -50,18 +47,9 @@ pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Norm, outputs: Outputs<'_, T>) -> Resu
         Norm::LayerBackwardAffine { x, d_y, mean, rstd } => {
             norm_backward::affine(cx, [x, d_y, mean, rstd], outputs);
         }
-        Norm::Softmax { x } => rows::softmax(cx, x, outputs),
-        Norm::SoftmaxBackward { y, d_y } => rows::softmax_backward(cx, y, d_y, outputs),
-        Norm::Unit { x, eps } => rows::unit(cx, x, eps, outputs),
-        Norm::UnitBackward { y, norm, d_y, eps } => rows::unit_backward(cx, [y, norm, d_y], eps, outputs),
         Norm::Dot { a, b } => reduce::run_dot(cx, a, b, outputs),
-        Norm::CrossEntropy { logits, targets } => return rows::cross_entropy(cx, logits, targets, outputs),
-        Norm::CrossEntropyBackward { logits, targets, lse, d_loss } => {
-            return rows::cross_entropy_backward(cx, [logits, targets, lse, d_loss], outputs);
-        }
         Norm::Sum { x, over } => reduce::run_sum(cx, x, over, outputs),
     }
-    Ok(())
 }
 
 fn layer<T: Float>(cx: &Cx<'_, T>, x: ValueId, gamma: ValueId, beta: ValueId, eps: f64, outputs: Outputs<'_, T>) {

@@ -339,17 +339,17 @@ pub fn backward(op: &AttentionBackward, cx: &Cx) -> Vec<Launch> {
     };
     let mut launch = |name, outputs, count, params| {
         let BackwardTiles { dim, own, threads, shared } = BackwardTiles::new(&sizes, outputs);
-        let kernel = format!("attention_{name}_{dim}_{dtype}");
+        let kernel = format!("{name}_{dim}_{dtype}");
         launches.push(Launch::new(kernel, sizes.grid(count, own), threads, shared, params));
     };
     let output = |index| columns(cx.output(index).into());
     let of_k = usize::from(*to_q);
     if *to_kv {
         let params = BackwardParams { d_first: output(of_k), d_second: output(of_k + 1), ..params };
-        launch("to_kv", 2, keys, params);
+        launch("attention_to_kv", 2, keys, params);
     }
     if *to_q {
-        launch("to_q", 1, queries, BackwardParams { d_first: output(0), ..params });
+        launch("attention_to_q", 1, queries, BackwardParams { d_first: output(0), ..params });
     }
     launches
 }

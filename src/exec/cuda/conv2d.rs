@@ -201,9 +201,13 @@ impl Gather {
             split,
         };
         let shared = ring_bytes(&cut.tile, dtype, Lines::Reduced, right.lines);
-        let backward = if self.is_backward { "backward_" } else { "" };
-        let lines = if right.lines == Lines::Reduced { "r" } else { "a" };
-        let kernel = format!("conv2d_{backward}{lines}_{}_{dtype}", cut.tile.name);
+        let name = match (self.is_backward, right.lines) {
+            (false, Lines::Reduced) => "conv2d_r",
+            (false, Lines::Across) => "conv2d_a",
+            (true, Lines::Reduced) => "conv2d_backward_r",
+            (true, Lines::Across) => "conv2d_backward_a",
+        };
+        let kernel = format!("{name}_{}_{dtype}", cut.tile.name);
         let product = Launch::new(kernel, grid, threads(&cut.tile), shared, params);
         [Some(product), finish(&self.shape, &cut, epilogue, cx.workspace)].into_iter().flatten().collect()
     }

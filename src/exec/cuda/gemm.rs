@@ -81,9 +81,9 @@ impl Product {
             return self.on_hopper().launches(epilogue, workspace);
         }
         let name = match (left.lines, right.lines) {
-            (Lines::Reduced, Lines::Reduced) => "rr",
-            (Lines::Reduced, Lines::Across) => "ra",
-            (Lines::Across, _) => "aa",
+            (Lines::Reduced, Lines::Reduced) => "gemm_rr",
+            (Lines::Reduced, Lines::Across) => "gemm_ra",
+            (Lines::Across, _) => "gemm_aa",
         };
         // In a GEGLU a chunk of columns must lie in one half.
         let whole = (half * dtype.bytes()).is_multiple_of(16) || right.lines == Lines::Reduced;
@@ -105,7 +105,7 @@ impl Product {
             split,
         };
         let shared = ring_bytes(&cut.tile, dtype, left.lines, right.lines);
-        let kernel = format!("gemm_{name}_{}_{dtype}", cut.tile.name);
+        let kernel = format!("{name}_{}_{dtype}", cut.tile.name);
         let product = Launch::new(kernel, grid, threads(&cut.tile), shared, params);
         [Some(product), finish(shape, &cut, epilogue, workspace)].into_iter().flatten().collect()
     }

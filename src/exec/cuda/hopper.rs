@@ -118,9 +118,9 @@ impl HopperProduct {
             slots: cut.stages as i32,
             unused: [0; 19],
         };
-        let name = if lines == Lines::Reduced { "r" } else { "a" };
+        let name = if lines == Lines::Reduced { "product_hopper_r" } else { "product_hopper_a" };
         let shared = ring_bytes(side, lines, cut.stages);
-        let kernel = format!("product_hopper_{name}_{side}_{}", self.shape.dtype);
+        let kernel = format!("{name}_{side}_{}", self.shape.dtype);
         let maps = vec![self.left_map([x, y, b]), self.right_map(side)];
         let product = Launch::new(kernel, grid, HOPPER_THREADS, shared, params).with_maps(maps);
         [Some(product), finish(&self.shape, &cut, epilogue, workspace)].into_iter().flatten().collect()

@@ -25,6 +25,7 @@ mod norm;
 mod rates;
 mod reduce;
 mod resample;
+mod rowwise;
 mod shape;
 mod store;
 mod tiles;
@@ -332,6 +333,7 @@ fn launches_of(cx: &Cx) -> Vec<Launch> {
         Op::Attention(op) => attention::launches(op, cx),
         Op::AttentionBackward(op) => attention::backward(op, cx),
         Op::Norm(op) => norm::launches(op, cx),
+        Op::Rowwise(op) => rowwise::launches(op, cx),
         Op::Elementwise(op) => elementwise::launches(op, cx),
         Op::Resample(op) => resample::launches(op, cx),
         Op::Embedding(op) => embedding::launches(op, cx),
@@ -346,7 +348,7 @@ pub fn product(program: &Program, node: &Node, hopper: Hopper) -> Option<Shape> 
         Op::GemmBackward(op) => Some(gemm::backward_shape(op, program, hopper)),
         Op::Conv2d(op) => Some(conv2d::shape(op, program, node.outputs[0], hopper)),
         Op::Conv2dBackward(op) => Some(conv2d::backward_shape(op, program, node.outputs[0], hopper)),
-        Op::Attention(_) | Op::AttentionBackward(_) | Op::Norm(_) | Op::Elementwise(_) => None,
+        Op::Attention(_) | Op::AttentionBackward(_) | Op::Norm(_) | Op::Rowwise(_) | Op::Elementwise(_) => None,
         Op::Resample(_) | Op::Embedding(_) | Op::Update(_) => None,
     }
 }
@@ -370,7 +372,7 @@ fn workspace(program: &Program, node: &Node, hopper: Hopper) -> usize {
         Op::AttentionBackward(op) => attention::backward_workspace(op, program),
         Op::Norm(op) => norm::workspace(op, program),
         Op::Resample(op) => resample::workspace(op, program),
-        Op::Attention(_) | Op::Elementwise(_) | Op::Embedding(_) | Op::Update(_) => 0,
+        Op::Attention(_) | Op::Rowwise(_) | Op::Elementwise(_) | Op::Embedding(_) | Op::Update(_) => 0,
     }
 }
 

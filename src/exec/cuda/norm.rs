@@ -1,11 +1,11 @@
-//! Launches of normalisations and of what else turns rows into rows. Contracts: kernels/layer_norm.cu,
-//! kernels/reduce.cu.
+//! Launches of normalisations. Contract: kernels/layer_norm.cu; group_norm and reduce have the others'.
 
 use super::cx::Cx;
 use super::kernels::constants::{HELD, PLAIN_THREADS as ELEMENTS, TEAM};
 use super::launch::{Address, Launch};
+use super::rowwise::{PerRow, Rows};
 use super::{group_norm, reduce};
-use crate::program::{Norm, Program, ValueId};
+use crate::program::{Norm, Program};
 use bytemuck::{Pod, Zeroable};
 
 pub fn workspace(op: &Norm, program: &Program) -> usize {
@@ -16,27 +16,9 @@ pub fn workspace(op: &Norm, program: &Program) -> usize {
         Norm::LayerBackwardAffine { x, .. } => reduce::affine_workspace(program, x),
         Norm::Dot { a, .. } => reduce::dot_workspace(program, a),
         Norm::Sum { x, over } => reduce::sum_workspace(program, x, over),
-        Norm::Layer { .. } | Norm::LayerBackward { .. } | Norm::Softmax { .. } | Norm::SoftmaxBackward { .. } => 0,
-        Norm::Unit { .. } | Norm::UnitBackward { .. } => 0,
-        Norm::CrossEntropy { .. } | Norm::CrossEntropyBackward { .. } => 0,
+        Norm::Layer { .. } | Norm::LayerBackward { .. } => 0,
     }
 }
-
-const WARP: usize = 32;
-/// Threads of a block of warps that have a row each.
-const WARPS: usize = 128;
-
-/// Matches `Rows` in kernels/rows.cuh.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Rows {
-    count: i64,
-    width: i32,
-    team: i32,
-    aligned: i32,
-    unused: i32,
-}
-const _: () = assert!(size_of::<Rows>() == 24);
 
 /// Matches `LayerNormParams` in kernels/layer_norm.cu.
 #[repr(C)]
@@ -68,44 +50,6 @@ struct LayerNormBackwardParams {
 }
 const _: () = assert!(size_of::<LayerNormBackwardParams>() == 72);
 
-/// Matches `SoftmaxParams` in kernels/reduce.cu.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct SoftmaxParams {
-    rows: Rows,
-    x: Address,
-    d_y: Address,
-    y: Address,
-}
-const _: () = assert!(size_of::<SoftmaxParams>() == 48);
-
-/// Matches `UnitParams` in kernels/reduce.cu.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct UnitParams {
-    rows: Rows,
-    x: Address,
-    d_y: Address,
-    y: Address,
-    norm: Address,
-    eps: f32,
-    unused: i32,
-}
-const _: () = assert!(size_of::<UnitParams>() == 64);
-
-/// Matches `CrossEntropyParams` in kernels/reduce.cu.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct CrossEntropyParams {
-    rows: Rows,
-    logits: Address,
-    targets: Address,
-    loss: Address,
-    lse: Address,
-    d_logits: Address,
-}
-const _: () = assert!(size_of::<CrossEntropyParams>() == 64);
-
 pub fn launches(op: &Norm, cx: &Cx) -> Vec<Launch> {
     let out = cx.address(cx.output(0));
     match *op {
@@ -129,70 +73,7 @@ pub fn launches(op: &Norm, cx: &Cx) -> Vec<Launch> {
             vec![Launch::new(format!("layer_norm_backward_{}", cx.dtype(x)), grid, block, 0, params)]
         }
         Norm::LayerBackwardAffine { x, d_y, mean, rstd } => reduce::affine(cx, [x, d_y, mean, rstd]),
-        Norm::Softmax { x } => {
-            let PerRow { rows, grid, block } = PerRow::new(cx, &[x, cx.output(0)]);
-            let params = SoftmaxParams { rows, x: cx.address(x), d_y: Address::NULL, y: out };
-            vec![Launch::new(format!("softmax_{}", cx.dtype(x)), grid, block, 0, params)]
-        }
-        Norm::SoftmaxBackward { y, d_y } => {
-            let PerRow { rows, grid, block } = PerRow::new(cx, &[y, d_y, cx.output(0)]);
-            let params = SoftmaxParams { rows, x: cx.address(y), d_y: cx.address(d_y), y: out };
-            vec![Launch::new(format!("softmax_backward_{}", cx.dtype(y)), grid, block, 0, params)]
-        }
-        Norm::Unit { x, eps } => {
-            let PerRow { rows, grid, block } = PerRow::new(cx, &[x, cx.output(0)]);
-            let (x_at, norm) = (cx.address(x), cx.address(cx.output(1)));
-            let params = UnitParams { rows, x: x_at, d_y: Address::NULL, y: out, norm, eps: eps as f32, unused: 0 };
-            vec![Launch::new(format!("unit_{}", cx.dtype(x)), grid, block, 0, params)]
-        }
-        Norm::UnitBackward { y, norm, d_y, eps } => {
-            let PerRow { rows, grid, block } = PerRow::new(cx, &[y, d_y, cx.output(0)]);
-            let [y_at, d_y, norm] = [y, d_y, norm].map(|id| cx.address(id));
-            let params = UnitParams { rows, x: y_at, d_y, y: out, norm, eps: eps as f32, unused: 0 };
-            vec![Launch::new(format!("unit_backward_{}", cx.dtype(y)), grid, block, 0, params)]
-        }
         Norm::Dot { a, b } => reduce::dot(cx, a, b),
-        Norm::CrossEntropy { logits, targets } => {
-            let PerRow { rows, grid, block } = PerRow::new(cx, &[logits]);
-            let [at, targets, lse] = [logits, targets, cx.output(1)].map(|id| cx.address(id));
-            let params = CrossEntropyParams { rows, logits: at, targets, loss: out, lse, d_logits: Address::NULL };
-            vec![Launch::new(format!("cross_entropy_{}", cx.dtype(logits)), grid, block, 0, params)]
-        }
-        Norm::CrossEntropyBackward { logits, targets, lse, d_loss } => {
-            let PerRow { rows, .. } = PerRow::new(cx, &[logits, cx.output(0)]);
-            let [at, targets, lse, loss] = [logits, targets, lse, d_loss].map(|id| cx.address(id));
-            let params = CrossEntropyParams { rows, logits: at, targets, loss, lse, d_logits: out };
-            let dtype = cx.dtype(logits);
-            let grid = [rows.count as usize, cx.width(logits).div_ceil(ELEMENTS * 16 / dtype.bytes()), 1];
-            vec![Launch::new(format!("cross_entropy_backward_{dtype}"), grid, ELEMENTS, 0, params)]
-        }
         Norm::Sum { x, over } => reduce::sum(cx, x, over),
-    }
-}
-
-/// A launch over rows: a warp each where that many vectors hold one, else a block each.
-struct PerRow {
-    rows: Rows,
-    grid: [usize; 3],
-    block: usize,
-}
-
-impl PerRow {
-    /// The rows of the first operand; all of them are as wide.
-    fn new(cx: &Cx, operands: &[ValueId]) -> PerRow {
-        let (dtype, width) = (cx.dtype(operands[0]), cx.width(operands[0]));
-        let count = cx.len(operands[0]) / width;
-        let vectors = (width * dtype.bytes()).div_ceil(16);
-        let (team, block) = if vectors <= HELD * WARP {
-            (WARP, WARPS)
-        } else {
-            let block = vectors.div_ceil(2).next_multiple_of(WARP).min(TEAM);
-            (block, block)
-        };
-        let aligned =
-            (width * dtype.bytes()).is_multiple_of(16) && operands.iter().all(|id| cx.address(*id).is_aligned());
-        let (width, aligned) = (width as i32, i32::from(aligned));
-        let rows = Rows { count: count as i64, width, team: team as i32, aligned, unused: 0 };
-        PerRow { rows, grid: [count.div_ceil(block / team), 1, 1], block }
     }
 }

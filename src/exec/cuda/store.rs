@@ -4,7 +4,7 @@ use super::driver::{Driver, STAGE};
 use super::launch::Address;
 use crate::exec::guard::describe;
 use crate::exec::{Data, DataMut, buffer};
-use crate::program::{DType, Embedding, Norm, Op, Origin, Program, Shape, Value, ValueId};
+use crate::program::{DType, Embedding, Op, Origin, Program, Rowwise, Shape, Value, ValueId};
 use crate::weights::{FileId, Model, Weight};
 use crate::{Error, Result};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
@@ -43,11 +43,18 @@ pub fn bounds(program: &Program) -> Vec<Bounds> {
     for (op, node) in program.nodes.iter().enumerate() {
         let found = match &node.op {
             Op::Embedding(embedding) => embedding_bound(program, embedding),
-            Op::Norm(Norm::CrossEntropy { logits, targets } | Norm::CrossEntropyBackward { logits, targets, .. }) => {
+            Op::Rowwise(
+                Rowwise::CrossEntropy { logits, targets } | Rowwise::CrossEntropyBackward { logits, targets, .. },
+            ) => {
                 let shape = program.shape(*logits);
                 Some((*targets, "target", shape[shape.len() - 1], true))
             }
-            Op::Norm(_) | Op::Gemm(_) | Op::GemmBackward(_) | Op::Conv2d(_) | Op::Conv2dBackward(_) => None,
+            Op::Norm(_)
+            | Op::Rowwise(_)
+            | Op::Gemm(_)
+            | Op::GemmBackward(_)
+            | Op::Conv2d(_)
+            | Op::Conv2dBackward(_) => None,
             Op::Attention(_) | Op::AttentionBackward(_) => None,
             // A counter has no bounds.
             Op::Elementwise(_) | Op::Resample(_) | Op::Update(_) => None,

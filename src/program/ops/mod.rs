@@ -1,4 +1,4 @@
-//! The ops: eight families, already fused as the kernels are. A family's file holds all that the IR knows of it: operands, types,
+//! The ops: nine families, already fused as the kernels are. A family's file holds all that the IR knows of it: operands, types,
 //! what may be overwritten, products counted, one printed line.
 
 mod attention;
@@ -8,6 +8,7 @@ mod embedding;
 mod gemm;
 mod norm;
 mod resample;
+mod rowwise;
 mod update;
 
 pub use attention::{Attention, AttentionBackward};
@@ -17,6 +18,7 @@ pub use embedding::Embedding;
 pub use gemm::{Gemm, GemmBackward};
 pub use norm::{Norm, Over};
 pub use resample::{Filter, Interpolation, Resample};
+pub use rowwise::Rowwise;
 pub use update::Update;
 
 use super::infer::{Infer, Types};
@@ -71,6 +73,7 @@ pub enum Op {
     Attention(Attention),
     AttentionBackward(AttentionBackward),
     Norm(Norm),
+    Rowwise(Rowwise),
     Elementwise(Elementwise),
     Resample(Resample),
     Embedding(Embedding),
@@ -106,6 +109,7 @@ macro_rules! each {
             Op::Attention($kind) => $call,
             Op::AttentionBackward($kind) => $call,
             Op::Norm($kind) => $call,
+            Op::Rowwise($kind) => $call,
             Op::Elementwise($kind) => $call,
             Op::Resample($kind) => $call,
             Op::Embedding($kind) => $call,
@@ -121,6 +125,7 @@ impl Op {
             Op::Conv2d(_) | Op::Conv2dBackward(_) => "conv2d",
             Op::Attention(_) | Op::AttentionBackward(_) => "attention",
             Op::Norm(_) => "norm",
+            Op::Rowwise(_) => "rowwise",
             Op::Elementwise(_) => "elementwise",
             Op::Resample(_) => "resample",
             Op::Embedding(_) => "embedding",

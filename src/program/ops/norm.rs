@@ -1,10 +1,10 @@
-//! Normalisations and everything else that reduces rows: softmax, unit vectors, inner products, cross-entropy, sums.
+//! Group and layer normalisation, and plain reductions: inner products, sums.
 
 use super::OpKind;
 use crate::program::infer::{Infer, Types, ensure};
 use crate::program::{Program, ValueId};
 
-/// Means, norms, log-sum-exps, losses and inner products are of the wide type ([`crate::program::DType::wide`]).
+/// Means, inverse deviations and inner products are of the wide type ([`crate::program::DType::wide`]).
 #[derive(Clone, Debug, PartialEq)]
 pub enum Norm {
     /// Over each of `groups` channel groups of `x [B, .., C]`, biased variance, then SiLU if asked.
@@ -27,21 +27,8 @@ pub enum Norm {
     LayerBackward { x: ValueId, d_y: ValueId, gamma: ValueId, mean: ValueId, rstd: ValueId },
     /// Gradients of `Layer` to `gamma [C]` and `beta [C]`.
     LayerBackwardAffine { x: ValueId, d_y: ValueId, mean: ValueId, rstd: ValueId },
-    /// Over the last dimension.
-    Softmax { x: ValueId },
-    /// `y (d_y - Σ y d_y)`.
-    SoftmaxBackward { y: ValueId, d_y: ValueId },
-    /// `x / max(‖x‖, eps)` over the last dimension. Outputs: `y`, `‖x‖ [..]`.
-    Unit { x: ValueId, eps: f64 },
-    /// Gradient of `Unit` from its outputs; where the norm is below `eps`, `d_y / eps`.
-    UnitBackward { y: ValueId, norm: ValueId, d_y: ValueId, eps: f64 },
     /// Inner product per sample: `a`, `b [B, ..]` → `[B]`.
     Dot { a: ValueId, b: ValueId },
-    /// `-log softmax(logits)[target]` per row: `logits [.., V]`, `targets [..]` i32, a negative one counts 0.
-    /// Outputs: `loss [..]`, log-sum-exp `[..]`.
-    CrossEntropy { logits: ValueId, targets: ValueId },
-    /// `d_loss (softmax(logits) - onehot(target))`; 0 in rows with a negative target.
-    CrossEntropyBackward { logits: ValueId, targets: ValueId, lse: ValueId, d_loss: ValueId },
     /// Sums of channels: `x [B, .., C]` → `[B, C]`, or over the samples too `[1, C]` or `[C]` (`Rows`).
     Sum { x: ValueId, over: Over },
 }
@@ -64,12 +51,8 @@ impl OpKind for Norm {
             Norm::GroupBackward { x, d_y, gamma, beta, mean, rstd, .. } => vec![x, d_y, gamma, beta, mean, rstd],
             Norm::LayerBackward { x, d_y, gamma, mean, rstd } => vec![x, d_y, gamma, mean, rstd],
             Norm::LayerBackwardAffine { x, d_y, mean, rstd } => vec![x, d_y, mean, rstd],
-            Norm::Softmax { x } | Norm::Unit { x, .. } | Norm::Sum { x, .. } => vec![x],
-            Norm::SoftmaxBackward { y, d_y } => vec![y, d_y],
-            Norm::UnitBackward { y, norm, d_y, .. } => vec![y, norm, d_y],
+            Norm::Sum { x, .. } => vec![x],
             Norm::Dot { a, b } => vec![a, b],
-            Norm::CrossEntropy { logits, targets } => vec![logits, targets],
-            Norm::CrossEntropyBackward { logits, targets, lse, d_loss } => vec![logits, targets, lse, d_loss],
         }
     }
 
@@ -111,40 +94,10 @@ impl OpKind for Norm {
                 let width = s[s.len() - 1..].to_vec();
                 Ok(vec![cx.of(width.clone()), cx.of(width)])
             }
-            Norm::Softmax { x } => Ok(cx.one(cx.float(x, 1)?.to_vec())),
-            Norm::SoftmaxBackward { y, d_y } => {
-                let s = cx.float(y, 1)?;
-                cx.exactly("d_y", d_y, s)?;
-                Ok(cx.one(s.to_vec()))
-            }
-            Norm::Unit { x, .. } => {
-                let s = cx.float(x, 2)?;
-                Ok(vec![cx.of(s.to_vec()), cx.wide(s[..s.len() - 1].to_vec())])
-            }
-            Norm::UnitBackward { y, norm, d_y, .. } => {
-                let s = cx.float(y, 2)?;
-                cx.statistic("norm", norm, &s[..s.len() - 1])?;
-                cx.exactly("d_y", d_y, s)?;
-                Ok(cx.one(s.to_vec()))
-            }
             Norm::Dot { a, b } => {
                 let s = cx.float(a, 1)?;
                 cx.exactly("b", b, s)?;
                 Ok(vec![cx.wide(vec![s[0]])])
-            }
-            Norm::CrossEntropy { logits, targets } => {
-                let s = cx.float(logits, 2)?;
-                let rows = &s[..s.len() - 1];
-                cx.index("targets", targets, rows)?;
-                Ok(vec![cx.wide(rows.to_vec()), cx.wide(rows.to_vec())])
-            }
-            Norm::CrossEntropyBackward { logits, targets, lse, d_loss } => {
-                let s = cx.float(logits, 2)?;
-                let rows = &s[..s.len() - 1];
-                cx.index("targets", targets, rows)?;
-                cx.statistic("lse", lse, rows)?;
-                cx.statistic("d_loss", d_loss, rows)?;
-                Ok(cx.one(s.to_vec()))
             }
             Norm::Sum { x, over } => {
                 let s = cx.float(x, 2)?;
@@ -160,11 +113,9 @@ impl OpKind for Norm {
 
     fn alias(&self) -> Option<ValueId> {
         match *self {
-            Norm::Group { x, .. } | Norm::Layer { x, .. } | Norm::Softmax { x } | Norm::Unit { x, .. } => Some(x),
+            Norm::Group { x, .. } | Norm::Layer { x, .. } => Some(x),
             Norm::GroupBackward { d_y, .. } | Norm::LayerBackward { d_y, .. } => Some(d_y),
-            Norm::SoftmaxBackward { d_y, .. } | Norm::UnitBackward { d_y, .. } => Some(d_y),
-            Norm::CrossEntropyBackward { logits, .. } => Some(logits),
-            Norm::LayerBackwardAffine { .. } | Norm::Dot { .. } | Norm::CrossEntropy { .. } | Norm::Sum { .. } => None,
+            Norm::LayerBackwardAffine { .. } | Norm::Dot { .. } | Norm::Sum { .. } => None,
         }
     }
 
@@ -188,15 +139,7 @@ impl OpKind for Norm {
                 format!("layer_norm_backward {} {} {}", v(d_y), v(x), v(gamma))
             }
             Norm::LayerBackwardAffine { x, d_y, .. } => format!("layer_norm_backward_affine {} {}", v(d_y), v(x)),
-            Norm::Softmax { x } => format!("softmax {}", v(x)),
-            Norm::SoftmaxBackward { y, d_y } => format!("softmax_backward {} {}", v(d_y), v(y)),
-            Norm::Unit { x, eps } => format!("unit {} eps {eps:e}", v(x)),
-            Norm::UnitBackward { y, d_y, .. } => format!("unit_backward {} {}", v(d_y), v(y)),
             Norm::Dot { a, b } => format!("dot {} {}", v(a), v(b)),
-            Norm::CrossEntropy { logits, targets } => format!("cross_entropy {} {}", v(logits), v(targets)),
-            Norm::CrossEntropyBackward { logits, targets, d_loss, .. } => {
-                format!("cross_entropy_backward {} {} {}", v(d_loss), v(logits), v(targets))
-            }
             Norm::Sum { x, over } => format!("sum {} over {over:?}", v(x)).to_lowercase(),
         }
     }

@@ -1,6 +1,6 @@
-//! What turns a row into a row: softmax, unit vectors, cross-entropy, and their gradients.
+//! Rows to rows: softmax, unit vectors, cross-entropy, and their gradients.
 //!
-//! Contract: see `program::Norm`; rows are the last dimension. Sums are taken in f64, in fixed lanes; the log-sum-exp in one pass
+//! Contract: see `program::Rowwise`; rows are the last dimension. Sums are taken in f64, in fixed lanes; the log-sum-exp in one pass
 //! with a running maximum, so a vocabulary is read once. A row is one task: bits depend on neither batch nor threads. Targets
 //! come from memory and are checked before use: one beyond the vocabulary is an error that names it. Softmax, unit and all
 //! gradients may overwrite their first operand.
@@ -9,12 +9,27 @@ use super::context::{Cx, Outputs};
 use super::embedding::index;
 use super::real::Float;
 use super::reduce::{dot, largest, sum};
-use crate::program::ValueId;
+use crate::program::{Rowwise, ValueId};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 /// Elements between two looks at the running maximum: a stretch that stays in the first-level cache.
 const STRETCH: usize = 1024;
+
+/// Returns what is wrong with an index, if anything.
+pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Rowwise, outputs: Outputs<'_, T>) -> Result<(), String> {
+    match *op {
+        Rowwise::Softmax { x } => softmax(cx, x, outputs),
+        Rowwise::SoftmaxBackward { y, d_y } => softmax_backward(cx, y, d_y, outputs),
+        Rowwise::Unit { x, eps } => unit(cx, x, eps, outputs),
+        Rowwise::UnitBackward { y, norm, d_y, eps } => unit_backward(cx, [y, norm, d_y], eps, outputs),
+        Rowwise::CrossEntropy { logits, targets } => return cross_entropy(cx, logits, targets, outputs),
+        Rowwise::CrossEntropyBackward { logits, targets, lse, d_loss } => {
+            return cross_entropy_backward(cx, [logits, targets, lse, d_loss], outputs);
+        }
+    }
+    Ok(())
+}
 
 /// The rows of `out`, each holding what it may overwrite, in parallel.
 fn rows<'a, T: Float>(
@@ -34,7 +49,7 @@ fn rows<'a, T: Float>(
     })
 }
 
-pub fn softmax<T: Float>(cx: &Cx<'_, T>, x: ValueId, outputs: Outputs<'_, T>) {
+fn softmax<T: Float>(cx: &Cx<'_, T>, x: ValueId, outputs: Outputs<'_, T>) {
     let Outputs { values: [y, ..], in_place, .. } = outputs;
     rows(cx, x, y, in_place).for_each(|row| cx.machine.arch.dispatch(Softmax { row }));
 }
@@ -75,7 +90,7 @@ impl<T: Float> WithSimd for LogSumExp<'_, T> {
     }
 }
 
-pub fn softmax_backward<T: Float>(cx: &Cx<'_, T>, y: ValueId, d_y: ValueId, outputs: Outputs<'_, T>) {
+fn softmax_backward<T: Float>(cx: &Cx<'_, T>, y: ValueId, d_y: ValueId, outputs: Outputs<'_, T>) {
     let Outputs { values: [d_x, ..], in_place, .. } = outputs;
     rows(cx, d_y, d_x, in_place).enumerate().for_each(|(i, d)| {
         let y = &cx.value(y)[i * d.len()..][..d.len()];
@@ -84,7 +99,7 @@ pub fn softmax_backward<T: Float>(cx: &Cx<'_, T>, y: ValueId, d_y: ValueId, outp
     });
 }
 
-pub fn unit<T: Float>(cx: &Cx<'_, T>, x: ValueId, eps: f64, outputs: Outputs<'_, T>) {
+fn unit<T: Float>(cx: &Cx<'_, T>, x: ValueId, eps: f64, outputs: Outputs<'_, T>) {
     let Outputs { values: [y, norm, _], in_place, .. } = outputs;
     rows(cx, x, y, in_place).zip(norm).for_each(|(row, norm)| {
         let length = dot(row, row).sqrt();
@@ -95,7 +110,7 @@ pub fn unit<T: Float>(cx: &Cx<'_, T>, x: ValueId, eps: f64, outputs: Outputs<'_,
 }
 
 /// `(d_y - y Σ y d_y) / ‖x‖`.
-pub fn unit_backward<T: Float>(cx: &Cx<'_, T>, [y, norm, d_y]: [ValueId; 3], eps: f64, outputs: Outputs<'_, T>) {
+fn unit_backward<T: Float>(cx: &Cx<'_, T>, [y, norm, d_y]: [ValueId; 3], eps: f64, outputs: Outputs<'_, T>) {
     let Outputs { values: [d_x, ..], in_place, .. } = outputs;
     rows(cx, d_y, d_x, in_place).zip(cx.value(norm)).enumerate().for_each(|(i, (d, norm))| {
         let y = &cx.value(y)[i * d.len()..][..d.len()];
@@ -124,7 +139,7 @@ impl Targets<'_> {
     }
 }
 
-pub fn cross_entropy<T: Float>(
+fn cross_entropy<T: Float>(
     cx: &Cx<'_, T>,
     logits: ValueId,
     ids: ValueId,
@@ -143,7 +158,7 @@ pub fn cross_entropy<T: Float>(
     Ok(())
 }
 
-pub fn cross_entropy_backward<T: Float>(
+fn cross_entropy_backward<T: Float>(
     cx: &Cx<'_, T>,
     [logits, ids, lse, d_loss]: [ValueId; 4],
     outputs: Outputs<'_, T>,
