@@ -267,16 +267,16 @@ impl Towers {
             self.executor.write(name, Data::F32(rows)).unwrap();
         }
         self.executor.run(self.forward).unwrap();
-        self.read("learned.context", 2 * pipeline.tokens() * pipeline.config.unet.context_width)
+        self.read("optimized.context", 2 * pipeline.tokens() * pipeline.config.unet.context_width)
     }
 
     fn gradient(&mut self, pipeline: &Pipeline, context: f32, pooled: f32) -> Vec<Vec<f32>> {
         let len = 2 * pipeline.tokens() * pipeline.config.unet.context_width;
         let wave: Vec<f32> = (0..len).map(|i| context * ((i * 37 % 101) as f32 / 101.0 - 0.5)).collect();
-        self.executor.write("d.learned.context", Data::F32(&wave)).unwrap();
+        self.executor.write("d.optimized.context", Data::F32(&wave)).unwrap();
         if let (2.., Some(width)) = (self.widths.len(), pipeline.config.text.last().unwrap().projection) {
             let wave: Vec<f32> = (0..2 * width).map(|i| pooled * ((i * 13 % 29) as f32 / 29.0 - 0.5)).collect();
-            self.executor.write("d.learned.pooled", Data::F32(&wave)).unwrap();
+            self.executor.write("d.optimized.pooled", Data::F32(&wave)).unwrap();
         }
         self.executor.run(self.backward).unwrap();
         let widths = self.widths.clone();
@@ -324,9 +324,9 @@ fn images_own_their_tokens() {
         let len = pipeline.tokens() * pipeline.config.unet.context_width;
         let mut first = vec![0.0; 2 * len];
         first[..len].fill(0.1);
-        towers.executor.write("d.learned.context", Data::F32(&first)).unwrap();
+        towers.executor.write("d.optimized.context", Data::F32(&first)).unwrap();
         if let (2.., Some(width)) = (towers.widths.len(), pipeline.config.text.last().unwrap().projection) {
-            towers.executor.write("d.learned.pooled", Data::F32(&vec![0.0; 2 * width])).unwrap();
+            towers.executor.write("d.optimized.pooled", Data::F32(&vec![0.0; 2 * width])).unwrap();
         }
         towers.executor.run(towers.backward).unwrap();
         for (tower, width) in towers.widths.clone().into_iter().enumerate() {
