@@ -7,10 +7,10 @@
 
 use super::context::{Cx, Outputs};
 use super::elementwise::activate;
+use super::norm_backward;
 use super::norm_backward::ROWS;
 use super::real::Float;
 use super::reduce::{self, Chunks, sum};
-use super::norm_backward;
 use crate::program::{Activation, Norm, Program, ValueId};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;

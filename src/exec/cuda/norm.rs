@@ -1,7 +1,6 @@
 //! Launches of normalisations. Contract: kernels/layer_norm.cu; group_norm and reduce have the others'.
 
 use super::cx::Cx;
-use super::kernels::constants::{HELD, PLAIN_THREADS as ELEMENTS, TEAM};
 use super::launch::{Address, Launch};
 use super::rowwise::{PerRow, Rows};
 use super::{group_norm, reduce};

@@ -1,7 +1,8 @@
 //! Launches of what turns rows into rows. Contract: kernels/rowwise.cu.
 
+use super::cx::Cx;
 use super::kernels::constants::{HELD, PLAIN_THREADS as ELEMENTS, TEAM};
-use super::launch::{Address, Cx, Launch};
+use super::launch::{Address, Launch};
 use crate::program::{Rowwise, ValueId};
 use bytemuck::{Pod, Zeroable};
 
