@@ -215,8 +215,8 @@ impl Compiler {
         let log = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
         let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
         if !output.status.success() {
-            let told = lines.iter().filter(|line| !line.starts_with("ptxas info")).map(|line| line.to_string());
-            return Err(told.chain([format!("{}: nvcc failed", source.display())]).collect());
+            let printed = lines.iter().filter(|line| !line.starts_with("ptxas info")).map(|line| line.to_string());
+            return Err(printed.chain([format!("{}: nvcc failed", source.display())]).collect());
         }
         let mut warnings: Vec<_> = lines.iter().filter(|line| line.contains(": warning")).collect();
         warnings.sort();

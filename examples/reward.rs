@@ -15,9 +15,9 @@ impl Reward for Brightness {
 
     fn append(&self, b: &mut Builder, image: ValueId) -> ValueId {
         let shape = b.shape(image);
-        let image = b.widen(image);
+        let image = b.to_accumulator(image);
         let ones = b.constant(&shape, 1.0);
-        let ones = b.widen(ones);
+        let ones = b.to_accumulator(ones);
         let sum = b.dot(image, ones);
         b.affine(sum, 1.0 / shape[1..].iter().product::<usize>() as f64, 0.0)
     }

@@ -90,8 +90,8 @@ DEVICE void pack_left(uint32_t (&a)[STEPS][4], const float (&acc)[1][2 * STEPS][
 
 // acc += a y with the left operand, 16 rows of STEPS steps, in registers.
 template <int STEPS, class T, int WIDE, Lines LINES, int PITCH>
-DEVICE void warp_product(float (&acc)[1][WIDE][4], const uint32_t (&a)[STEPS][4], Operand<T, LINES, PITCH> y, int column,
-                         int y_k) {
+DEVICE void warp_mma(float (&acc)[1][WIDE][4], const uint32_t (&a)[STEPS][4], Operand<T, LINES, PITCH> y, int column,
+                     int y_k) {
   static_assert(WIDE % 2 == 0, "fragments of the right operand come in pairs");
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {

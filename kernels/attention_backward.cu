@@ -16,7 +16,7 @@
 // FLOPs: d_k and d_v 8 Tq Tk head_dim per head, d_q 6 (causal: Tk - Tq / 2 for Tk). Bytes: others' rows once per 64 (streamed:
 // 32) own rows, through L2.
 #include "attention.cuh"
-#include "product.cuh"
+#include "gemm_mainloop.cuh"
 
 // Matches `DeltaParams` in src/exec/cuda/attention.rs.
 struct DeltaParams {
@@ -177,8 +177,8 @@ DEVICE void attention_backward(const BackwardParams& p) {
   sides.own_second.template fetch<B::OWN, DIM, B::THREADS>(second_tile, sides.own, 0);
   int tile = sides.begin(p, OTHER);
   fetch(tile);
-  Operand<T, Lines::Reduced, LINE> own_first = {first_tile}, own_second = {second_tile};
-  Operand<T, Lines::Reduced, P_LINE> d_scores = {d_s_tile}, probabilities = {p_tile};
+  Operand<T, Lines::KMajor, LINE> own_first = {first_tile}, own_second = {second_tile};
+  Operand<T, Lines::KMajor, P_LINE> d_scores = {d_s_tile}, probabilities = {p_tile};
   Statistics<TO_KV, S_WIDE> statistics;
   if (!TO_KV) statistics.load(p, sides.own + row);
   float d_first[1][WIDE][4], d_second[1][WIDE][4];
@@ -193,25 +193,25 @@ DEVICE void attention_backward(const BackwardParams& p) {
     float s[1][S_WIDE][4], d[1][S_WIDE][4];
     clear(s);
     clear(d);
-    warp_product<DIM / STEP>(s, own_first, row, 0, Operand<T, Lines::Reduced, LINE>{stage}, s_column, 0);
-    warp_product<DIM / STEP>(d, own_second, row, 0, Operand<T, Lines::Reduced, LINE>{stage + TILE}, s_column, 0);
+    warp_mma<DIM / STEP>(s, own_first, row, 0, Operand<T, Lines::KMajor, LINE>{stage}, s_column, 0);
+    warp_mma<DIM / STEP>(d, own_second, row, 0, Operand<T, Lines::KMajor, LINE>{stage + TILE}, s_column, 0);
     if (TO_KV) statistics.load(p, other);  // not before: no registers are left while the products run
     differentiate<TO_KV>(s, d, statistics, p, sides.own + row, other);
-    Operand<T, Lines::Across, LINE> first = {stage}, second = {stage + TILE};
+    Operand<T, Lines::MNMajor, LINE> first = {stage}, second = {stage + TILE};
     if constexpr (B::IN_REGISTERS) {
       uint32_t fragments[OTHER / STEP][4];
       pack_left<T>(fragments, d);
-      warp_product<OTHER / STEP>(d_first, fragments, first, column, 0);
+      warp_mma<OTHER / STEP>(d_first, fragments, first, column, 0);
       if constexpr (TO_KV) {
         pack_left<T>(fragments, s);
-        warp_product<OTHER / STEP>(d_second, fragments, second, column, 0);
+        warp_mma<OTHER / STEP>(d_second, fragments, second, column, 0);
       }
     } else {
       put<T, P_LINE>(d_s_tile, d, row, s_column, 1.0f);
       if constexpr (TO_KV) put<T, P_LINE>(p_tile, s, row, s_column, 1.0f);
       __syncthreads();
-      warp_product<OTHER / STEP>(d_first, d_scores, row, 0, first, column, 0);
-      if constexpr (TO_KV) warp_product<OTHER / STEP>(d_second, probabilities, row, 0, second, column, 0);
+      warp_mma<OTHER / STEP>(d_first, d_scores, row, 0, first, column, 0);
+      if constexpr (TO_KV) warp_mma<OTHER / STEP>(d_second, probabilities, row, 0, second, column, 0);
     }
   }
 
@@ -243,15 +243,15 @@ DEVICE void attention_backward_streamed(const BackwardParams& p) {
   constexpr int OWN = STREAMED_OWN, OTHER = STREAMED_OTHER, CHUNK = STREAMED_COLUMNS, CHUNKS = 512 / CHUNK;
   constexpr int LINE = pitch<T>(CHUNK), SLOT = OTHER * LINE;
   constexpr int P_LINE = pitch<T>(OTHER), OUTPUTS = TO_KV ? 2 : 1;
-  typedef Blocking<T, OWN, OTHER, 2, 4> Scores;
+  typedef TileShape<T, OWN, OTHER, 2, 4> Scores;
   constexpr int THREADS = STREAMED_THREADS, WIDE = CHUNK / 4 / 8;
   static_assert(THREADS == Scores::THREADS, "eight warps");
-  static_assert(STAGES * stage_bytes<T, Lines::Reduced>(OWN + OTHER) <= 2 * SLOT, "stages of scores lie where chunks do");
+  static_assert(STAGES * stage_bytes<T, Lines::KMajor>(OWN + OTHER) <= 2 * SLOT, "stages of scores lie where chunks do");
   DYNAMIC_SHARED(shared);
   unsigned char *slots = shared, *d_s_tile = slots + 2 * SLOT, *p_tile = d_s_tile + OWN * P_LINE;
   int warp = threadIdx.x / WARP_SIZE, row = warp / 4 * 16, s_column = warp % 4 * 16, column = warp % 4 * (8 * WIDE);
   Sides<T, TO_KV> sides(p, blockIdx.x * OWN);
-  Operand<T, Lines::Reduced, P_LINE> d_scores = {d_s_tile}, probabilities = {p_tile};
+  Operand<T, Lines::KMajor, P_LINE> d_scores = {d_s_tile}, probabilities = {p_tile};
   Statistics<TO_KV, 2> statistics;
   if (!TO_KV) statistics.load(p, sides.own + row);
   float d_first[CHUNKS][1][WIDE][4], d_second[CHUNKS][1][WIDE][4];
@@ -266,11 +266,11 @@ DEVICE void attention_backward_streamed(const BackwardParams& p) {
     typedef Band<T, OWN, THREADS> Own;
     typedef Band<T, OTHER, THREADS> Other;
     __syncthreads();  // all are done with the tile before
-    product<Scores, Lines::Reduced, Lines::Reduced>(s, Own{sides.own_first, sides.own}, Other{sides.other_first, other},
-                                                    p.head_dim);
+    gemm_mainloop<Scores, Lines::KMajor, Lines::KMajor>(s, Own{sides.own_first, sides.own}, Other{sides.other_first, other},
+                                                        p.head_dim);
     __syncthreads();
-    product<Scores, Lines::Reduced, Lines::Reduced>(d, Own{sides.own_second, sides.own}, Other{sides.other_second, other},
-                                                    p.head_dim);
+    gemm_mainloop<Scores, Lines::KMajor, Lines::KMajor>(d, Own{sides.own_second, sides.own}, Other{sides.other_second, other},
+                                                        p.head_dim);
     differentiate<TO_KV>(s, d, statistics, p, sides.own + row, other + s_column);
     put<T, P_LINE>(d_s_tile, d, row, s_column, 1.0f);
     if constexpr (TO_KV) put<T, P_LINE>(p_tile, s, row, s_column, 1.0f);
@@ -294,11 +294,11 @@ DEVICE void attention_backward_streamed(const BackwardParams& p) {
       cp_async_wait<0>();
       __syncthreads();
       fetch(item + 1);
-      Operand<T, Lines::Across, LINE> chunk = {slots + item % 2 * SLOT};
+      Operand<T, Lines::MNMajor, LINE> chunk = {slots + item % 2 * SLOT};
       if (item % OUTPUTS == 0) {
-        warp_product<OTHER / STEP>(d_first[item / OUTPUTS], d_scores, row, 0, chunk, column, 0);
+        warp_mma<OTHER / STEP>(d_first[item / OUTPUTS], d_scores, row, 0, chunk, column, 0);
       } else {
-        warp_product<OTHER / STEP>(d_second[item / OUTPUTS], probabilities, row, 0, chunk, column, 0);
+        warp_mma<OTHER / STEP>(d_second[item / OUTPUTS], probabilities, row, 0, chunk, column, 0);
       }
     }
   }

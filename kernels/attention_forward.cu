@@ -74,7 +74,7 @@ DEVICE void attention(const AttentionParams& p) {
 
   q.template fetch<A::ROWS, DIM, A::THREADS>(q_tile, first, 0);
   for (int i = 0; i < A::SLOTS - 1; i++) fetch(i);
-  Operand<T, Lines::Reduced, LINE> queries = {q_tile};
+  Operand<T, Lines::KMajor, LINE> queries = {q_tile};
 
   // Of the thread's two rows: the largest score so far and the sum of 2^(score - largest).
   float largest[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
@@ -84,12 +84,12 @@ DEVICE void attention(const AttentionParams& p) {
     int visible = seen(first + row + 16) - tile * KEYS;  // to some row of the warp
     bool masked = seen(first + row + 1) - tile * KEYS < KEYS;
     float s[PARTS][1][PART / 8][4];
-    Operand<T, Lines::Reduced, LINE> keys = {next(2 * tile)};
+    Operand<T, Lines::KMajor, LINE> keys = {next(2 * tile)};
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
       clear(s[part]);
       if (part * PART >= visible) continue;
-      warp_product<DIM / STEP>(s[part], queries, row, 0, keys, part * PART, 0);
+      warp_mma<DIM / STEP>(s[part], queries, row, 0, keys, part * PART, 0);
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -130,15 +130,15 @@ DEVICE void attention(const AttentionParams& p) {
         put<T, pitch<T>(KEYS)>(p_tile, s[part], row, part * PART, 1.0f);
       }
     }
-    Operand<T, Lines::Across, LINE> values = {next(2 * tile + 1)};
+    Operand<T, Lines::MNMajor, LINE> values = {next(2 * tile + 1)};
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
       if (part * PART >= visible) continue;
       if constexpr (A::HALF) {
-        warp_product<PART / STEP>(out, p_fragments[part], values, column, part * PART);
+        warp_mma<PART / STEP>(out, p_fragments[part], values, column, part * PART);
       } else {
-        Operand<T, Lines::Reduced, pitch<T>(KEYS)> probabilities = {p_tile};
-        warp_product<PART / STEP>(out, probabilities, row, part * PART, values, column, part * PART);
+        Operand<T, Lines::KMajor, pitch<T>(KEYS)> probabilities = {p_tile};
+        warp_mma<PART / STEP>(out, probabilities, row, part * PART, values, column, part * PART);
       }
     }
   }
@@ -152,9 +152,9 @@ DEVICE void attention(const AttentionParams& p) {
       float* lse = (float*)p.lse + ((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * p.queries;
       lse[query] = (largest[h] + log2f(total[h])) * LN_2;
     }
-    float share = 1.0f / total[h];
+    float inverse = 1.0f / total[h];
 #pragma unroll
-    for (int j = 0; j < WIDE; j++) out[0][j][2 * h] *= share, out[0][j][2 * h + 1] *= share;
+    for (int j = 0; j < WIDE; j++) out[0][j][2 * h] *= inverse, out[0][j][2 * h + 1] *= inverse;
   }
   __syncthreads();  // nobody reads queries any more
   put<T, LINE>(q_tile, out, row, column, 1.0f);

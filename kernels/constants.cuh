@@ -22,15 +22,15 @@ constexpr int GROUP_THREADS = 256, PARTS = 64;
 // Targets of a block of resize_tables (resample.cu).
 constexpr int TABLE_THREADS = 128;
 
-// Products (product.cuh): stages of the ring, bytes of each row and column in one.
+// Products (gemm_mainloop.cuh): stages of the ring, bytes of each row and column in one.
 constexpr int STAGES = 3, STAGE_DEPTH_BYTES = 64;
 // Their tiles: rows and columns, warps down, warps across.
-constexpr int PRODUCT_TILES[][3] = {{64, 2, 2}, {128, 2, 4}};
+constexpr int GEMM_TILES[][3] = {{64, 2, 2}, {128, 2, 4}};
 
-// Boxes on Hopper (hopper.cuh): bytes of a line.
+// Boxes on Hopper (sm90.cuh): bytes of a line.
 constexpr int LINE_BYTES = 128;
-// Products there (product_hopper.cu): rows of a tile, threads of a block.
-constexpr int HOPPER_ROWS = 128, HOPPER_THREADS = 288;
+// Products there (sm90_gemm.cu): rows of a tile, threads of a block.
+constexpr int SM90_ROWS = 128, SM90_THREADS = 288;
 
 // Attention (attention_forward.cu) in 16 bits and in f32, by head dimension: warps down, across, keys of a tile, slots of the ring.
 constexpr int FORWARD_HALF[][5] = {
@@ -41,9 +41,9 @@ constexpr int FORWARD_SINGLE[][5] = {
     {16, 4, 1, 32, 3}, {32, 4, 1, 32, 3},  {48, 4, 1, 32, 3},  {64, 4, 1, 32, 3},
     {80, 4, 1, 32, 3}, {128, 4, 1, 16, 3}, {160, 4, 1, 16, 3}, {512, 1, 4, 16, 2},
 };
-// On Hopper (attention_hopper.cu): keys of a tile by head dimension; queries and threads of a block, slots of keys and of values.
-constexpr int FORWARD_HOPPER[][2] = {{40, 128}, {64, 128}, {80, 128}, {128, 128}, {160, 64}};
-constexpr int HOPPER_QUERIES = 128, HOPPER_ATTENTION_THREADS = 384, HOPPER_SLOTS = 2;
+// On Hopper (sm90_attention.cu): keys of a tile by head dimension; queries and threads of a block, slots of keys and values.
+constexpr int FORWARD_SM90[][2] = {{40, 128}, {64, 128}, {80, 128}, {128, 128}, {160, 64}};
+constexpr int SM90_QUERIES = 128, SM90_ATTENTION_THREADS = 384, SM90_SLOTS = 2;
 // Its gradient (attention_backward.cu), by head dimension: a block's own rows, rows of a tile that passes, warps across. Larger
 // heads are streamed, so many columns at a time.
 constexpr int BACKWARD_HALF[][4] = {

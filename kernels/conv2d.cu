@@ -13,7 +13,7 @@
 // of them, else element by element (the 3 or 4 channels of images and latents). Bytes: x is read kh kw times, from L2 but for the
 // first; split, 4 S B Ho Wo O more are written and read again. FLOPs: 2 B Ho Wo O kh kw C. Limited by the tensor cores, at 8x8
 // pixels by the weights' bytes.
-#include "product.cuh"
+#include "gemm_mainloop.cuh"
 
 // Matches `ConvParams` in src/exec/cuda/conv2d.rs.
 struct ConvParams {
@@ -94,7 +94,7 @@ struct Patches {
 };
 
 // A stage of the filter for the backward: element (k = (tap, o), n = i) is at tap * tap_stride + o * w_stride + i of what is
-// held (Across), at tap * tap_stride + i * w_stride + o of [kh, kw, I, O] (Reduced).
+// held (MNMajor), at tap * tap_stride + i * w_stride + o of [kh, kw, I, O] (KMajor).
 template <class B, Lines LINES>
 struct Filter {
   typedef typename B::Storage T;
@@ -107,7 +107,7 @@ struct Filter {
 
   DEVICE void fetch(unsigned char* tile, int k) const {
     const T* none = (const T*)p.w;
-    if (LINES == Lines::Across) {
+    if (LINES == Lines::MNMajor) {
       fetch_tile<T, B::DEPTH, B::COLUMNS, B::THREADS>(tile, p.w_aligned, [&](int line, int place, int& valid) {
         int tap = divide(k + line, p.channels), o = k + line - tap * p.channels.divisor;
         valid = k + line < p.depth ? p.columns - first - place : 0;
@@ -131,7 +131,7 @@ DEVICE void conv2d(const ConvParams& p) {
   Matrix<T, RIGHT, B::COLUMNS, B::THREADS> right = {(const T*)p.w, column, p.columns, p.depth, p.w_stride, 0,
                                                     p.w_aligned != 0};
   float acc[B::HIGH][B::WIDE][4];
-  product<B, Lines::Reduced, RIGHT>(acc, left, right, p.split.end(p.depth), p.split.begin());
+  gemm_mainloop<B, Lines::KMajor, RIGHT>(acc, left, right, p.split.end(p.depth), p.split.begin());
   end<B, false>(acc, p.epilogue, p.split, RowsFrom{row, p.rows}, p.rows, column, p.columns, 0);
 }
 
@@ -141,25 +141,25 @@ DEVICE void conv2d_backward(const ConvParams& p) {
   Patches<B, true> left(p, row);
   Filter<B, RIGHT> right = {p, column};
   float acc[B::HIGH][B::WIDE][4];
-  product<B, Lines::Reduced, RIGHT>(acc, left, right, p.split.end(p.depth), p.split.begin());
+  gemm_mainloop<B, Lines::KMajor, RIGHT>(acc, left, right, p.split.end(p.depth), p.split.begin());
   end<B, false>(acc, p.epilogue, p.split, RowsFrom{row, p.rows}, p.rows, column, p.columns, 0);
 }
 
-#define CONV(KERNEL_NAME, FUNCTION, RIGHT)                                                     \
-  KERNEL(KERNEL_NAME##_64_f16, ConvParams, (SquareBlocking<f16, 64>::THREADS)) {               \
-    FUNCTION<SquareBlocking<f16, 64>, RIGHT>(p);                                               \
-  }                                                                                            \
-  KERNEL(KERNEL_NAME##_64_bf16, ConvParams, (SquareBlocking<bf16, 64>::THREADS)) {             \
-    FUNCTION<SquareBlocking<bf16, 64>, RIGHT>(p);                                              \
-  }                                                                                            \
-  KERNEL_RESIDENT(KERNEL_NAME##_64_f32, ConvParams, (SquareBlocking<float, 64>::THREADS), 5) { \
-    FUNCTION<SquareBlocking<float, 64>, RIGHT>(p);                                             \
-  }                                                                                            \
-  KERNEL(KERNEL_NAME##_128_f16, ConvParams, (SquareBlocking<f16, 128>::THREADS)) {             \
-    FUNCTION<SquareBlocking<f16, 128>, RIGHT>(p);                                              \
-  }                                                                                            \
-  KERNEL(KERNEL_NAME##_128_bf16, ConvParams, (SquareBlocking<bf16, 128>::THREADS)) {           \
-    FUNCTION<SquareBlocking<bf16, 128>, RIGHT>(p);                                             \
+#define CONV(KERNEL_NAME, FUNCTION, RIGHT)                                                 \
+  KERNEL(KERNEL_NAME##_64_f16, ConvParams, (SquareTile<f16, 64>::THREADS)) {               \
+    FUNCTION<SquareTile<f16, 64>, RIGHT>(p);                                               \
+  }                                                                                        \
+  KERNEL(KERNEL_NAME##_64_bf16, ConvParams, (SquareTile<bf16, 64>::THREADS)) {             \
+    FUNCTION<SquareTile<bf16, 64>, RIGHT>(p);                                              \
+  }                                                                                        \
+  KERNEL_RESIDENT(KERNEL_NAME##_64_f32, ConvParams, (SquareTile<float, 64>::THREADS), 5) { \
+    FUNCTION<SquareTile<float, 64>, RIGHT>(p);                                             \
+  }                                                                                        \
+  KERNEL(KERNEL_NAME##_128_f16, ConvParams, (SquareTile<f16, 128>::THREADS)) {             \
+    FUNCTION<SquareTile<f16, 128>, RIGHT>(p);                                              \
+  }                                                                                        \
+  KERNEL(KERNEL_NAME##_128_bf16, ConvParams, (SquareTile<bf16, 128>::THREADS)) {           \
+    FUNCTION<SquareTile<bf16, 128>, RIGHT>(p);                                             \
   }
 
 // Kernels: conv2d_r_64_f16 conv2d_r_64_bf16 conv2d_r_64_f32 conv2d_r_128_f16 conv2d_r_128_bf16 conv2d_a_64_f16
@@ -167,7 +167,7 @@ DEVICE void conv2d_backward(const ConvParams& p) {
 // Kernels: conv2d_backward_r_64_bf16 conv2d_backward_r_64_f32 conv2d_backward_r_128_f16 conv2d_backward_r_128_bf16
 // Kernels: conv2d_backward_a_64_f16 conv2d_backward_a_64_bf16 conv2d_backward_a_64_f32 conv2d_backward_a_128_f16
 // Kernels: conv2d_backward_a_128_bf16
-CONV(conv2d_r, conv2d, Lines::Reduced)
-CONV(conv2d_a, conv2d, Lines::Across)
-CONV(conv2d_backward_r, conv2d_backward, Lines::Reduced)
-CONV(conv2d_backward_a, conv2d_backward, Lines::Across)
+CONV(conv2d_r, conv2d, Lines::KMajor)
+CONV(conv2d_a, conv2d, Lines::MNMajor)
+CONV(conv2d_backward_r, conv2d_backward, Lines::KMajor)
+CONV(conv2d_backward_a, conv2d_backward, Lines::MNMajor)

@@ -14,8 +14,8 @@
 // x, y, a, b [n] or [rows, width], rows dense but for the parts of strided_sum. Functions go by their numbers in constants.cuh;
 // in `binary` a function of one number stands for its gradient, a = d_y and b = x.
 #include "activation.cuh"
-#include "elementary.cuh"
-#include "pieces.cuh"
+#include "math.cuh"
+#include "vectorized.cuh"
 
 DEVICE float spherical(float x) {
   float angle = acosf(clip(x, -1.0f, 1.0f));  // rounding takes cosines a little beyond one

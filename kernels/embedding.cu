@@ -13,8 +13,8 @@
 //
 // Frequencies are computed in f64 and angles in f32, each rounded to f32 once, as the reference's are. All are limited by
 // memory: bytes are those of the output and of the rows read. Indices are checked on the host before a run.
-#include "elementary.cuh"
-#include "pieces.cuh"
+#include "math.cuh"
+#include "vectorized.cuh"
 
 // Matches `TokensParams` in src/exec/cuda/embedding.rs.
 struct TokensParams {

@@ -1,5 +1,5 @@
 // What happens to a sum before it is stored: y = activation(sum + bias + shift) + residual. The kernels that add everything up
-// themselves end with it, and so does finish.cu where parts of a sum were made by several blocks.
+// themselves end with it, and so does split_k_reduce.cu where parts of a sum were made by several blocks.
 #pragma once
 #include "activation.cuh"
 

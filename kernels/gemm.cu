@@ -8,10 +8,10 @@
 // Blocks of 64x64 (4 warps of 32x32) or 128x128 (8 warps of 64x32), chosen by src/exec/cuda/tiles.rs, read stages of 64 bytes of
 // K through a ring of three: 30 or 60 KiB of shared memory. Rows that are not multiples of 16 bytes are read element by element.
 // Where the outputs' tiles are too few for the GPU, K is split into S parts over blockIdx.z: a block stores f32 sums to
-// partial [S, M, N] (GEGLU: its 2 H columns in their order), and finish.cu makes the outputs of them.
+// partial [S, M, N] (GEGLU: its 2 H columns in their order), and split_k_reduce.cu makes the outputs of them.
 // Bytes: (M K + N K) per 64 (128) outputs read through L2, M N written; split, 4 S M N written and read again. FLOPs: 2 M N K.
 // Limited by the tensor cores where M and N are in the hundreds, by the weights' bytes where M is small.
-#include "product.cuh"
+#include "gemm_mainloop.cuh"
 
 // Matches `GemmParams` in src/exec/cuda/gemm.rs.
 struct GemmParams {
@@ -35,31 +35,31 @@ DEVICE void gemm(const GemmParams& p) {
   Matrix<T, RIGHT, B::COLUMNS, B::THREADS> right = {(const T*)p.right, column, p.columns, p.depth, p.right_stride, p.half,
                                                     p.right_aligned != 0};
   float acc[B::HIGH][B::WIDE][4];
-  product<B, LEFT, RIGHT>(acc, left, right, p.split.end(p.depth), p.split.begin());
+  gemm_mainloop<B, LEFT, RIGHT>(acc, left, right, p.split.end(p.depth), p.split.begin());
   // The gradient to a weight has no activation.
-  end<B, LEFT == Lines::Reduced>(acc, p.epilogue, p.split, RowsFrom{row, p.rows}, p.rows, column, p.columns, p.half);
+  end<B, LEFT == Lines::KMajor>(acc, p.epilogue, p.split, RowsFrom{row, p.rows}, p.rows, column, p.columns, p.half);
 }
 
-#define GEMM(NAME, LEFT, RIGHT)                                                                \
-  KERNEL_RESIDENT(gemm_##NAME##_64_f16, GemmParams, (SquareBlocking<f16, 64>::THREADS), 5) {   \
-    gemm<SquareBlocking<f16, 64>, LEFT, RIGHT>(p);                                             \
-  }                                                                                            \
-  KERNEL_RESIDENT(gemm_##NAME##_64_bf16, GemmParams, (SquareBlocking<bf16, 64>::THREADS), 5) { \
-    gemm<SquareBlocking<bf16, 64>, LEFT, RIGHT>(p);                                            \
-  }                                                                                            \
-  KERNEL_RESIDENT(gemm_##NAME##_64_f32, GemmParams, (SquareBlocking<float, 64>::THREADS), 5) { \
-    gemm<SquareBlocking<float, 64>, LEFT, RIGHT>(p);                                           \
-  }                                                                                            \
-  KERNEL(gemm_##NAME##_128_f16, GemmParams, (SquareBlocking<f16, 128>::THREADS)) {             \
-    gemm<SquareBlocking<f16, 128>, LEFT, RIGHT>(p);                                            \
-  }                                                                                            \
-  KERNEL(gemm_##NAME##_128_bf16, GemmParams, (SquareBlocking<bf16, 128>::THREADS)) {           \
-    gemm<SquareBlocking<bf16, 128>, LEFT, RIGHT>(p);                                           \
+#define GEMM(NAME, LEFT, RIGHT)                                                            \
+  KERNEL_RESIDENT(gemm_##NAME##_64_f16, GemmParams, (SquareTile<f16, 64>::THREADS), 5) {   \
+    gemm<SquareTile<f16, 64>, LEFT, RIGHT>(p);                                             \
+  }                                                                                        \
+  KERNEL_RESIDENT(gemm_##NAME##_64_bf16, GemmParams, (SquareTile<bf16, 64>::THREADS), 5) { \
+    gemm<SquareTile<bf16, 64>, LEFT, RIGHT>(p);                                            \
+  }                                                                                        \
+  KERNEL_RESIDENT(gemm_##NAME##_64_f32, GemmParams, (SquareTile<float, 64>::THREADS), 5) { \
+    gemm<SquareTile<float, 64>, LEFT, RIGHT>(p);                                           \
+  }                                                                                        \
+  KERNEL(gemm_##NAME##_128_f16, GemmParams, (SquareTile<f16, 128>::THREADS)) {             \
+    gemm<SquareTile<f16, 128>, LEFT, RIGHT>(p);                                            \
+  }                                                                                        \
+  KERNEL(gemm_##NAME##_128_bf16, GemmParams, (SquareTile<bf16, 128>::THREADS)) {           \
+    gemm<SquareTile<bf16, 128>, LEFT, RIGHT>(p);                                           \
   }
 
 // Kernels: gemm_rr_64_f16 gemm_rr_64_bf16 gemm_rr_64_f32 gemm_rr_128_f16 gemm_rr_128_bf16 gemm_ra_64_f16 gemm_ra_64_bf16
 // Kernels: gemm_ra_64_f32 gemm_ra_128_f16 gemm_ra_128_bf16 gemm_aa_64_f16 gemm_aa_64_bf16 gemm_aa_64_f32 gemm_aa_128_f16
 // Kernels: gemm_aa_128_bf16
-GEMM(rr, Lines::Reduced, Lines::Reduced)
-GEMM(ra, Lines::Reduced, Lines::Across)
-GEMM(aa, Lines::Across, Lines::Across)
+GEMM(rr, Lines::KMajor, Lines::KMajor)
+GEMM(ra, Lines::KMajor, Lines::MNMajor)
+GEMM(aa, Lines::MNMajor, Lines::MNMajor)

@@ -164,9 +164,9 @@ DEVICE void group_norm_statistics(const GroupNormParams& p) {
       float shift = part_sum(cut, plain, pitch, part) / now, squares_here = part_sum(cut, squared, pitch, part);
       if (lane == 0) {
         float sum = fmaxf(squares_here - now * shift * shift, 0.0f), here = corrected_mean(near[part], shift, sum / now);
-        float apart = here - mean[part], share = now / (before + now);
-        mean[part] = before > 0.0f ? mean[part] + apart * share : here;
-        squares[part] += sum + apart * apart * before * share;
+        float apart = here - mean[part], fraction = now / (before + now);
+        mean[part] = before > 0.0f ? mean[part] + apart * fraction : here;
+        squares[part] += sum + apart * apart * before * fraction;
       }
     }
     __syncthreads();

@@ -12,7 +12,7 @@
 // A table has per target its first source and their number, then `most` weights. A thread takes one element of y and reads
 // the few pixels it depends on, which its neighbours read too: limited by the first-level cache where the image shrinks a
 // lot.
-#include "pieces.cuh"
+#include "vectorized.cuh"
 
 // Matches `NearestParams` in src/exec/cuda/resample.rs.
 struct NearestParams {

@@ -2,7 +2,7 @@
 // over the reduced dimension that gemm and convolution share.
 //
 // A tile is lines of elements, each line padded to an odd number of 16-byte chunks, so that the eight rows of a matrix that
-// ldmatrix reads lie in different banks. A line runs along the reduced dimension (`Lines::Reduced`) or across it.
+// ldmatrix reads lie in different banks. A line runs along the reduced dimension (`Lines::KMajor`) or across it.
 //
 // Storage of 16 bits goes through mma.m16n8k16; f32 through fused multiply-adds with the same accumulator layout: with
 // g = lane / 4 and t = lane % 4, acc[i][j][2h + e] is row 16i + 8h + g, column 8j + 2t + e of the warp's part.
@@ -11,8 +11,8 @@
 
 // What the lines of a tile are.
 enum class Lines {
-  Reduced,  // rows of the operand as the product has it: each line holds one output row (or column), reduced elements in order
-  Across,   // each line holds one reduced element of many output rows (or columns)
+  KMajor,  // rows of the operand as the product has it: each line holds one output row (or column), reduced elements in order
+  MNMajor,   // each line holds one reduced element of many output rows (or columns)
 };
 
 // Bytes from one line of `elements` to the next.
@@ -21,17 +21,17 @@ DEVICE constexpr int pitch(int elements) {
   return (elements * (int)sizeof(T) / 16 | 1) * 16;
 }
 
-// Elements of the reduced dimension that one step of the warp product takes.
+// Elements of the reduced dimension that one step of warp_mma takes.
 constexpr int STEP = 16;
 
-// One operand of a warp product in shared memory.
+// One operand of warp_mma in shared memory.
 template <class T, Lines LINES, int PITCH>
 struct Operand {
   unsigned char* tile;
 
   // Element (i of the output dimension, k of the reduced one).
   DEVICE float at(int i, int k) const {
-    int line = LINES == Lines::Reduced ? i : k, place = LINES == Lines::Reduced ? k : i;
+    int line = LINES == Lines::KMajor ? i : k, place = LINES == Lines::KMajor ? k : i;
     return to_float(*(const T*)(tile + line * PITCH + place * (int)sizeof(T)));
   }
 };
@@ -41,7 +41,7 @@ template <class T, Lines LINES, int PITCH>
 DEVICE void left_fragment(uint32_t (&a)[4], Operand<T, LINES, PITCH> x, int i, int k) {
   int lane = threadIdx.x % WARP_SIZE;
   uint32_t base = shared_address(x.tile);
-  if (LINES == Lines::Reduced) {
+  if (LINES == Lines::KMajor) {
     ldmatrix_x4(a, base + (i + lane % 16) * PITCH + (k + lane / 16 * 8) * 2);
   } else {
     ldmatrix_x4_trans(a, base + (k + lane % 8 + lane / 16 * 8) * PITCH + (i + lane / 8 % 2 * 8) * 2);
@@ -53,7 +53,7 @@ template <class T, Lines LINES, int PITCH>
 DEVICE void right_fragments(uint32_t (&b)[4], Operand<T, LINES, PITCH> x, int i, int k) {
   int lane = threadIdx.x % WARP_SIZE;
   uint32_t base = shared_address(x.tile);
-  if (LINES == Lines::Reduced) {
+  if (LINES == Lines::KMajor) {
     ldmatrix_x4(b, base + (i + lane % 8 + lane / 16 * 8) * PITCH + (k + lane / 8 % 2 * 8) * 2);
   } else {
     ldmatrix_x4_trans(b, base + (k + lane % 8 + lane / 8 % 2 * 8) * PITCH + (i + lane / 16 * 8) * 2);
@@ -62,8 +62,8 @@ DEVICE void right_fragments(uint32_t (&b)[4], Operand<T, LINES, PITCH> x, int i,
 
 // acc += x y over `STEPS` steps: x from row `row`, y from column `column`, both from reduced element `k` on. COLUMNS is even.
 template <int STEPS, class T, int ROWS, int COLUMNS, Lines LEFT, int LEFT_PITCH, Lines RIGHT, int RIGHT_PITCH>
-DEVICE void warp_product(float (&acc)[ROWS][COLUMNS][4], Operand<T, LEFT, LEFT_PITCH> x, int row, int x_k,
-                         Operand<T, RIGHT, RIGHT_PITCH> y, int column, int y_k) {
+DEVICE void warp_mma(float (&acc)[ROWS][COLUMNS][4], Operand<T, LEFT, LEFT_PITCH> x, int row, int x_k,
+                     Operand<T, RIGHT, RIGHT_PITCH> y, int column, int y_k) {
   static_assert(COLUMNS % 2 == 0, "fragments of the right operand come in pairs");
   if constexpr (sizeof(T) == 2) {
 #pragma unroll

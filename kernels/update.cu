@@ -3,17 +3,17 @@
 //
 //   combine   y = sum of coefficients[i] terms[i], terms with coefficient 0 not read; y may be the first term. Guidance and a
 //             sampler's step are one of them: with y in f32, terms may be 16-bit predictions (combine_f16_f32, combine_bf16_f32)
-//   adamw     scalars rate, 1 - beta1, 1 - beta2, eps, decay, c1, c2:
+//   adamw     scalars lr, 1 - beta1, 1 - beta2, eps, decay, c1, c2:
 //             m' = m + (1 - beta1) (g - m), v' = v + (1 - beta2) (g g - v),
-//             p' = p (1 - rate decay) - rate (m' / c1) / (sqrt(v' / c2) + eps)
-//   rmsprop   scalars rate, alpha, momentum, eps, bound, low, high: g' = clip(g, +-bound), v' = alpha v + (1 - alpha) g' g',
-//             b' = momentum b + g' / (sqrt(v') + eps), p' = clip(p - rate b', low, high)
-//   nesterov  scalars rate, momentum: b' = momentum b + g, p' = p - rate (g + momentum b')
+//             p' = p (1 - lr decay) - lr (m' / c1) / (sqrt(v' / c2) + eps)
+//   rmsprop   scalars lr, alpha, momentum, eps, bound, low, high: g' = clip(g, +-bound), v' = alpha v + (1 - alpha) g' g',
+//             b' = momentum b + g' / (sqrt(v') + eps), p' = clip(p - lr b', low, high)
+//   nesterov  scalars lr, momentum: b' = momentum b + g, p' = p - lr (g + momentum b')
 //   noise     y [B, .., C] in f32, standard normals numbered channels first (n = c positions + position, as latents are
 //             drawn):
 //             those of draw counter[b][2..4] (low, high) under seed counter[b][0..2], the same bits as src/exec/philox.rs
-#include "elementary.cuh"
-#include "pieces.cuh"
+#include "math.cuh"
+#include "vectorized.cuh"
 
 // Matches `CombineParams` in src/exec/cuda/update.rs.
 struct CombineParams {
@@ -24,7 +24,7 @@ struct CombineParams {
   int32_t count;       // of terms
   int32_t accumulate;  // to what y holds
   int32_t aligned;
-  uint32_t narrow;  // bit n: term n holds N, not T
+  uint32_t cast;  // bit n: term n holds N, not T
 };
 static_assert(sizeof(CombineParams) == 104, "as in update.rs");
 
@@ -36,7 +36,7 @@ DEVICE void combine(const CombineParams& p) {
     for (int n = 0; n < p.count; n++) {
       float coefficient = ((const float*)p.coefficients)[n], x[width.value];
       if (coefficient == 0.0f) continue;
-      if (p.narrow >> n & 1) {
+      if (p.cast >> n & 1) {
         load_piece(x, (const N*)p.terms[n] + i);
       } else {
         load_piece(x, (const T*)p.terms[n] + i);
@@ -83,8 +83,8 @@ DEVICE void step(const OptimiserParams& p, F f) {
 template <class T>
 DEVICE void adamw(const OptimiserParams& params) {
   const float* s = (const float*)params.scalars;
-  float rate = s[0], gain1 = s[1], gain2 = s[2], eps = s[3], keep = 1.0f - rate * s[4];
-  float step1 = rate / s[5], unbias2 = 1.0f / s[6];
+  float lr = s[0], gain1 = s[1], gain2 = s[2], eps = s[3], keep = 1.0f - lr * s[4];
+  float step1 = lr / s[5], unbias2 = 1.0f / s[6];
   step<T, 2>(params, [&](float& p, float g, float& m, float& v) {
     m += gain1 * (g - m);
     v += gain2 * (g * g - v);
@@ -98,12 +98,12 @@ FOR_EACH_TYPE(adamw, OptimiserParams)
 template <class T>
 DEVICE void rmsprop(const OptimiserParams& params) {
   const float* s = (const float*)params.scalars;
-  float rate = s[0], alpha = s[1], momentum = s[2], eps = s[3], bound = s[4], low = s[5], high = s[6];
+  float lr = s[0], alpha = s[1], momentum = s[2], eps = s[3], bound = s[4], low = s[5], high = s[6];
   step<T, 2>(params, [&](float& p, float g, float& v, float& b) {
     g = clip(g, -bound, bound);
     v = alpha * v + (1.0f - alpha) * g * g;
     b = momentum * b + g / (sqrtf(v) + eps);
-    p = clip(p - rate * b, low, high);
+    p = clip(p - lr * b, low, high);
   });
 }
 
@@ -113,10 +113,10 @@ FOR_EACH_TYPE(rmsprop, OptimiserParams)
 template <class T>
 DEVICE void nesterov(const OptimiserParams& params) {
   const float* s = (const float*)params.scalars;
-  float rate = s[0], momentum = s[1];
+  float lr = s[0], momentum = s[1];
   step<T, 1>(params, [&](float& p, float g, float& b, float&) {
     b = momentum * b + g;
-    p -= rate * (g + momentum * b);
+    p -= lr * (g + momentum * b);
   });
 }
 

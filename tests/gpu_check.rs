@@ -210,7 +210,7 @@ fn killed_at(lines: usize, out: &Path) {
 fn wait_for(mut condition: impl FnMut() -> bool) {
     let started = Instant::now();
     while !condition() {
-        assert!(started.elapsed() < Duration::from_secs(60), "in vain");
+        assert!(started.elapsed() < Duration::from_secs(60), "took too long");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

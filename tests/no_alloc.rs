@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::feed::no_weights;
+use common::inputs::no_weights;
 use common::{cases, gradients};
 use rarebit::exec::Executor;
 use rarebit::exec::cpu::Cpu;

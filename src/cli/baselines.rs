@@ -57,7 +57,7 @@ pub struct CadsFlags {
     #[arg(
         long,
         value_name = "PSI",
-        value_parser = values::share,
+        value_parser = values::fraction,
         allow_negative_numbers = true,
         default_value_t = Cads::default().psi
     )]
@@ -94,11 +94,11 @@ pub struct SgmsFlags {
     /// SGMS (Um & Ye 2024), our version on latents: length of its steps; 0 is plain sampling
     #[arg(long, value_name = "ETA", value_parser = values::number, allow_negative_numbers = true)]
     pub sgms: Option<f64>,
-    /// SGMS: noise level of the second estimate, as a share of the training steps
+    /// SGMS: noise level of the second estimate, as a fraction of the training steps
     #[arg(
         long,
         value_name = "SHARE",
-        value_parser = values::share,
+        value_parser = values::fraction,
         allow_negative_numbers = true,
         default_value_t = Sgms::default().ratio
     )]
@@ -112,7 +112,7 @@ pub struct SgmsFlags {
         default_value_t = Sgms::default().every
     )]
     pub sgms_every: usize,
-    /// SGMS: guide while the timestep is above this share of the training steps
+    /// SGMS: guide while the timestep is above this fraction of the training steps
     #[arg(
         long,
         value_name = "SHARE",
@@ -179,7 +179,7 @@ impl ValueEnum for Score {
                 PossibleValue::new("rarity").help("Minus the exact log-density of what a `shapes` image shows")
             }
             Score::Agreement => {
-                PossibleValue::new("agreement").help("Share of the prompt's attributes that a `shapes` image shows")
+                PossibleValue::new("agreement").help("Fraction of the prompt's attributes that a `shapes` image shows")
             }
         })
     }

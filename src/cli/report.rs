@@ -1,6 +1,6 @@
 //! The report of `rarebit score --shapes` as text: what the images show beside what the world holds.
 
-use crate::metrics::shapes::{AttributeReport, Estimate, Reference, Report, Scored, Share, World};
+use crate::metrics::shapes::{AttributeReport, Estimate, Fraction, Reference, Report, Scored, World};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
@@ -76,14 +76,14 @@ pub fn text(report: &Report, reference: Option<&Reference>, not_captions: &Optio
     }
     let world = |value: Option<f64>, digits: usize| value.map_or(String::new(), |x| format!("   world {x:.digits$}"));
     line("log-density", format!("{} nats{}", estimate(report.log_density), world(report.expected_log_density, 2)));
-    let tail = format!("{}{}", share(report.tail), world(report.expected_tail, 3));
-    line("in the tail", format!("{tail}   and right {}", share(report.tail_and_right)));
+    let tail = format!("{}{}", fraction(report.tail), world(report.expected_tail, 3));
+    line("in the tail", format!("{tail}   and right {}", fraction(report.tail_and_right)));
     if report.captioned > 0 {
         let of = |a: &&AttributeReport| a.right.of > 0;
         let attributes = report.attributes.iter().filter(of).map(|a| format!("   {} {}", a.name, ratio(a.right)));
-        line("agreement", format!("all {}{}", share(report.right), attributes.collect::<String>()));
+        line("agreement", format!("all {}{}", fraction(report.right), attributes.collect::<String>()));
     }
-    line("cells", format!("{} distinct, impossible {}", report.distinct_cells, share(report.impossible)));
+    line("cells", format!("{} distinct, impossible {}", report.distinct_cells, fraction(report.impossible)));
     line("aesthetic", estimate(report.aesthetic));
     match reference {
         None => line("reader", "not measured".into()),
@@ -135,7 +135,7 @@ fn histograms(out: &mut String, attributes: &[AttributeReport]) {
         let values: Vec<String> = (0..attribute.values.len())
             .filter(|&i| attribute.counts[i] > 0 || attribute.expected[i] > 0.0)
             .map(|i| {
-                let percent = |share: f64| 100.0 * share;
+                let percent = |fraction: f64| 100.0 * fraction;
                 let (name, seen) = (&attribute.values[i], percent(attribute.counts[i] as f64 / total));
                 format!("{name:<name_width$} {seen:>5.1}/{:<5.1}", percent(attribute.expected[i]))
             })
@@ -156,12 +156,12 @@ fn estimate(estimate: Option<Estimate>) -> String {
     }
 }
 
-fn ratio(share: Share) -> String {
-    if share.of == 0 { "none".into() } else { format!("{:.3}", share.count as f64 / share.of as f64) }
+fn ratio(fraction: Fraction) -> String {
+    if fraction.of == 0 { "none".into() } else { format!("{:.3}", fraction.count as f64 / fraction.of as f64) }
 }
 
-fn share(share: Share) -> String {
-    format!("{} ({} of {})", ratio(share), share.count, share.of)
+fn fraction(fraction: Fraction) -> String {
+    format!("{} ({} of {})", ratio(fraction), fraction.count, fraction.of)
 }
 
 #[cfg(test)]

@@ -67,7 +67,7 @@ impl Lockstep {
 
     /// An op as a program of the host's, which shares its buffers with all ops of those shapes.
     fn repeat(&mut self, program: &Program, node: &Node, weights: &Model) -> Result<Repeat> {
-        let mut alone = in_f32(program.alone(node, 1));
+        let mut single = in_f32(program.single_op(node, 1));
         // `alone` has a value for each that is read, in this order, and then the results.
         let mut read: Vec<ValueId> = vec![];
         for id in node.op.inputs() {
@@ -76,19 +76,19 @@ impl Lockstep {
             }
         }
         let mut inputs = vec![];
-        for (value, id) in alone.values.iter_mut().zip(read) {
+        for (value, id) in single.values.iter_mut().zip(read) {
             if let Origin::Input(name) = &mut value.origin {
                 *name = format!("lockstep.{name}.{}.{:?}", value.dtype, value.shape);
                 inputs.push((id, name.clone()));
             }
         }
         let mut outputs = vec![];
-        for (slot, id) in alone.nodes[0].outputs.clone().into_iter().enumerate() {
-            let name = format!("lockstep.out.{slot}.{:?}", alone.shape(id));
-            alone.outputs.push((name.clone(), id));
+        for (slot, id) in single.nodes[0].outputs.clone().into_iter().enumerate() {
+            let name = format!("lockstep.out.{slot}.{:?}", single.shape(id));
+            single.outputs.push((name.clone(), id));
             outputs.push(name);
         }
-        let planned = plan(alone, |program, node| self.host.workspace(program, node));
+        let planned = plan(single, |program, node| self.host.workspace(program, node));
         Ok(Repeat { on_host: self.host.load(planned, weights)?, inputs, outputs })
     }
 }

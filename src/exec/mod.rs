@@ -4,9 +4,9 @@ mod buffer;
 pub mod cpu;
 pub mod cuda;
 mod guard;
-mod held;
 mod lockstep;
 pub(crate) mod philox;
+mod weight_layout;
 
 pub use lockstep::Lockstep;
 

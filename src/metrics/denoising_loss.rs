@@ -12,24 +12,24 @@ use crate::pipeline::Pipeline;
 use crate::pipeline::generate::{self, Generator, Job, to_channels_last};
 use crate::plan::Planned;
 use crate::program::DType;
-use crate::sampler::{LATENTS, Level, draw, level_at_share};
+use crate::sampler::{LATENTS, Level, draw, level_at_fraction};
 use crate::{Error, Result};
 
 /// The score's program, planned but not loaded.
 pub struct Planner<'p> {
     pipeline: &'p Pipeline,
     objectives: Objectives,
-    looks: Vec<NoiseLevels>,
+    levels: Vec<NoiseLevels>,
 }
 
 impl<'p> Planner<'p> {
-    /// For the images of `generator`, from `looks` noise levels spread evenly over the training steps.
+    /// For the images of `generator`, from `levels` noise levels spread evenly over the training steps.
     pub fn plan(
         pipeline: &'p Pipeline,
         executor: &dyn Executor,
         generator: &Generator<'p>,
         dtype: DType,
-        looks: usize,
+        levels: usize,
     ) -> Result<Planner<'p>> {
         let spec = ObjectiveSpec {
             pipeline,
@@ -41,13 +41,13 @@ impl<'p> Planner<'p> {
             loss_scale: 1.0,
             budget: None,
         };
-        let objectives = Objectives::plan(&spec, executor, &[elbo()])?;
-        let look = |index: usize| {
-            let share = (index as f64 + 0.5) / looks as f64;
-            let (t2, level2) = level_at_share(&pipeline.config.scheduler, share)?;
+        let objectives = Objectives::plan(&spec, executor, &[denoising_loss()])?;
+        let levels_of = |index: usize| {
+            let fraction = (index as f64 + 0.5) / levels as f64;
+            let (t2, level2) = level_at_fraction(&pipeline.config.scheduler, fraction)?;
             Ok(NoiseLevels { t1: 0.0, level1: Level { alpha: 1.0, sigma: 0.0 }, t2, level2 })
         };
-        Ok(Planner { pipeline, objectives, looks: (0..looks).map(look).collect::<Result<_>>()? })
+        Ok(Planner { pipeline, objectives, levels: (0..levels).map(levels_of).collect::<Result<_>>()? })
     }
 
     pub fn programs(&self) -> Vec<&Planned> {
@@ -57,18 +57,18 @@ impl<'p> Planner<'p> {
     /// UNet calls of one batch.
     pub fn nfe(&self) -> Nfe {
         let Nfe { forward, backward } = self.objectives.nfe();
-        Nfe { forward: self.looks.len() * forward, backward: self.looks.len() * backward }
+        Nfe { forward: self.levels.len() * forward, backward: self.levels.len() * backward }
     }
 
     /// Loads it beside the generator.
     pub fn load(self, images: &mut generate::Loaded<'_, '_>) -> Result<Loaded> {
         let objectives = self.objectives.load(&mut *images.executor, &self.pipeline.model)?;
-        Ok(Loaded { objectives, looks: self.looks })
+        Ok(Loaded { objectives, levels: self.levels })
     }
 }
 
-fn elbo() -> Objective<'static> {
-    Objective::new("elbo", |s: &mut StepContext<'_>| {
+fn denoising_loss() -> Objective<'static> {
+    Objective::new("denoising_loss", |s: &mut StepContext<'_>| {
         let n = s.draw();
         let noised = s.renoise(s.latents, n);
         let prediction = s.predict(noised, At::T2, Condition::Prompt);
@@ -83,7 +83,7 @@ fn elbo() -> Objective<'static> {
 /// The score on the executor of a generator.
 pub struct Loaded {
     objectives: objective::Loaded,
-    looks: Vec<NoiseLevels>,
+    levels: Vec<NoiseLevels>,
 }
 
 impl Loaded {
@@ -109,8 +109,8 @@ impl Loaded {
         let seeds = vec![0; jobs.len()];
         let mut sums = vec![0.0; jobs.len()];
         let mut scores = vec![0.0; jobs.len()];
-        for (index, look) in self.looks.iter().enumerate() {
-            self.objectives.set_levels(images, look)?;
+        for (index, level) in self.levels.iter().enumerate() {
+            self.objectives.set_levels(images, level)?;
             self.objectives.run(images, 0, &seeds, draw::SCORE + index as u64)?;
             images.executor.read(&report_name(0), DataMut::F32(&mut scores))?;
             if scores.iter().any(|score| !score.is_finite()) {
@@ -118,6 +118,6 @@ impl Loaded {
             }
             sums.iter_mut().zip(&scores).for_each(|(sum, score)| *sum += f64::from(*score));
         }
-        Ok(sums.into_iter().map(|sum| sum / self.looks.len() as f64).collect())
+        Ok(sums.into_iter().map(|sum| sum / self.levels.len() as f64).collect())
     }
 }

@@ -52,7 +52,7 @@ impl<'c, 'b> ClipText<'c, 'b> {
         match extra {
             None => self.net.b.tokens(ids, table, positions),
             Some(extra) => {
-                let extra = self.net.b.narrow(extra);
+                let extra = self.net.b.to_storage(extra);
                 self.net.b.tokens_with(ids, table, extra, positions)
             }
         }

@@ -1,11 +1,11 @@
 //! The configuration of a whole pipeline: from its JSON files where there are any, always checked against the tensors.
 
-mod around;
+mod auxiliary;
 mod structure;
 #[cfg(test)]
 mod tests;
 
-pub use around::{clip_config, head_config, policy_config};
+pub use auxiliary::{clip_config, head_config, policy_config};
 
 use super::config::*;
 use super::parse::{self, Fields};
@@ -307,7 +307,7 @@ fn usual_prediction(model: &Model, family: Family) -> Result<Prediction> {
     }
 }
 
-/// `StableDiffusionXLPipeline` zeroes the context of an absent negative prompt unless told otherwise; the older one
+/// `StableDiffusionXLPipeline` zeroes the context of an absent negative prompt unless configured otherwise; the older one
 /// never does.
 fn zero_empty_negative(model: &Model, family: Family) -> Result<bool> {
     match fields(model, "model_index")? {

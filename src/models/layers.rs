@@ -100,7 +100,7 @@ impl<'b> Layers<'b> {
     fn product(&mut self, paths: &[String], pack: Pack, x: ValueId, out: usize, options: Linear) -> ValueId {
         let Linear { bias, residual, activation } = options;
         let keys = |field: &str| paths.iter().map(|path| format!("{path}.{field}")).collect::<Vec<_>>();
-        let x = self.b.narrow(x);
+        let x = self.b.to_storage(x);
         let k = self.b.channels(x);
         let w = self.weight(keys("weight"), pack, vec![k, out]);
         let bias = bias.then(|| self.weight(keys("bias"), Pack::Vector, vec![out]));
@@ -117,7 +117,7 @@ impl<'b> Layers<'b> {
         kernel: usize,
         like: impl FnOnce(&mut Conv2d),
     ) -> ValueId {
-        let x = self.b.narrow(x);
+        let x = self.b.to_storage(x);
         let channels = self.b.channels(x);
         let w = self.weight(vec![format!("{path}.weight")], Pack::Conv, vec![kernel, kernel, channels, out]);
         let bias = Some(self.weight(vec![format!("{path}.bias")], Pack::Vector, vec![out]));
@@ -129,7 +129,7 @@ impl<'b> Layers<'b> {
     /// `x [B, H, W, I]` cut into squares of `side` pixels, each one linear layer without bias: `[B, H / side, W / side, out]`.
     #[track_caller]
     pub fn patches(&mut self, path: &str, x: ValueId, out: usize, side: usize) -> ValueId {
-        let x = self.b.narrow(x);
+        let x = self.b.to_storage(x);
         let shape = vec![side, side, self.b.channels(x), out];
         let w = self.weight(vec![format!("{path}.weight")], Pack::Conv, shape);
         self.b.conv2d(Conv2d { x, w, bias: None, shift: None, residual: None, stride: side, padding: [0; 4] })

@@ -1,7 +1,7 @@
 //! diffusers and transformers JSON configurations → ours, with the defaults of the class named; what we do not build
 //! is refused.
 
-pub mod around;
+pub mod auxiliary;
 
 use super::config::*;
 use crate::program::Activation;

@@ -110,7 +110,7 @@ impl<'c> Unet<'c> {
             (None, None) => {}
             (Some(Added { pooled, size_ids }), Some(added)) => {
                 let sizes = net.b.sinusoidal(size_ids, added.time_dim, config.flip_sin_to_cos, config.freq_shift);
-                let sizes = net.b.narrow(sizes);
+                let sizes = net.b.to_storage(sizes);
                 let a = net.b.concat(pooled, sizes);
                 let a = net.linear("add_embedding.linear_1", a, width, silu);
                 let a = net.linear("add_embedding.linear_2", a, width, Linear::default());

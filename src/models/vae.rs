@@ -16,13 +16,13 @@ struct Vae<'c, 'b> {
 /// `latents [B, h, w, L]`, scaled as the UNet sees them → image `[B, f·h, f·w, 3]`, nominally in [-1, 1].
 pub fn decode(b: &mut Builder, config: &VaeConfig, latents: ValueId) -> ValueId {
     let image = b.computing_in(config.dtype(b.dtype()), |b| decoder(b, config, latents));
-    b.narrow(image)
+    b.to_storage(image)
 }
 
 /// `image [B, H, W, 3]` in [-1, 1] → moments `[B, H/f, W/f, 2L]`: means, then log-variances, before scaling.
 pub fn encode(b: &mut Builder, config: &VaeConfig, image: ValueId) -> ValueId {
     let moments = b.computing_in(config.dtype(b.dtype()), |b| encoder(b, config, image));
-    b.narrow(moments)
+    b.to_storage(moments)
 }
 
 fn decoder(b: &mut Builder, config: &VaeConfig, latents: ValueId) -> ValueId {

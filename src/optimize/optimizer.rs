@@ -103,8 +103,8 @@ impl LrSchedule {
             LrSchedule::Constant => 1.0,
             LrSchedule::Linear { decay } => 1.0 - t * decay,
             LrSchedule::Cosine { iterations } => {
-                let share = (t / iterations.max(1) as f64).min(1.0);
-                0.5 * (1.0 + (std::f64::consts::PI * share).cos())
+                let fraction = (t / iterations.max(1) as f64).min(1.0);
+                0.5 * (1.0 + (std::f64::consts::PI * fraction).cos())
             }
             LrSchedule::Warmup { iterations } => ((t + 1.0) / iterations.max(1) as f64).min(1.0),
         }
@@ -154,15 +154,15 @@ impl Optimizer {
         let gradients: Vec<ValueId> = parameters
             .iter()
             .map(|Parameter { name, shape }| {
-                let gradient = b.wide_input(gradient_of(name), shape);
+                let gradient = b.accumulator_input(gradient_of(name), shape);
                 b.affine(gradient, 1.0 / loss_scale, 0.0)
             })
             .collect();
         let gradients = self.clipped(&mut b, gradients);
         for (Parameter { name, shape }, gradient) in parameters.iter().zip(gradients) {
-            let p = b.wide_input(*name, shape);
+            let p = b.accumulator_input(*name, shape);
             let names: Vec<String> = self.rule.moments().iter().map(|m| Optimizer::moment(name, m)).collect();
-            let moments: Vec<ValueId> = names.iter().map(|name| b.wide_input(name, shape)).collect();
+            let moments: Vec<ValueId> = names.iter().map(|name| b.accumulator_input(name, shape)).collect();
             let next = self.rule.append(&mut b, p, gradient, &moments, scalars);
             let names = std::iter::once(name.to_string()).chain(names);
             names.zip(next).for_each(|(name, id)| b.output(name, id));
@@ -193,7 +193,7 @@ impl Optimizer {
     }
 
     fn reset(&self, dtype: DType, parameters: &[Parameter]) -> Result<Program> {
-        let mut b = Builder::new("optimizer reset", dtype.wide());
+        let mut b = Builder::new("optimizer reset", dtype.accumulator());
         for Parameter { name, shape } in parameters {
             for moment in self.rule.moments() {
                 let zero = b.constant(shape, 0.0);

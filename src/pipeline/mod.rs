@@ -12,7 +12,7 @@ pub use progress::{Iteration, Observer, Progress};
 use crate::data::textual_inversion::LearnedToken;
 use crate::models::config::{ClipTextConfig, Family, PipelineConfig, Prediction};
 use crate::models::detect;
-use crate::text::{self, Encoded, Place, Token, Tokenizer};
+use crate::text::{self, Encoded, Position, Token, Tokenizer};
 use crate::weights::Model;
 use crate::{Error, Result};
 
@@ -57,20 +57,26 @@ impl Pipeline {
 
     /// The prompt's token ids for every tower.
     pub fn tokenize(&self, prompt: &str) -> Result<Vec<Encoded>> {
-        self.frame(prompt, 0, Place::End).map(|framed| framed.into_iter().map(|(encoded, _)| encoded).collect())
+        self.add_special_tokens(prompt, 0, Position::End)
+            .map(|encoded_towers| encoded_towers.into_iter().map(|(encoded, _)| encoded).collect())
     }
 
     /// The prompt's token ids for every tower, with `learnable` tokens at its start or end whose ids follow those of the vocabulary
-    /// and of all learned tokens, and the index of the first of them. Room for them is made before the prompt is cut.
-    pub fn frame(&self, prompt: &str, learnable: usize, place: Place) -> Result<Vec<(Encoded, usize)>> {
+    /// and of all learned tokens, and the index of the first of them. Room for them is made before the prompt is truncated.
+    pub fn add_special_tokens(
+        &self,
+        prompt: &str,
+        learnable: usize,
+        position: Position,
+    ) -> Result<Vec<(Encoded, usize)>> {
         let learned: usize = self.learned.iter().map(|token| token.rows).sum();
-        let frame = |(tokenizer, tower): (&Tokenizer, &ClipTextConfig)| {
+        let encode = |(tokenizer, tower): (&Tokenizer, &ClipTextConfig)| {
             let tokens = self.expanded(tokenizer.tokens(prompt)?, tokenizer.vocab_size(), tower.vocab_size);
             let first = (tower.vocab_size + learned) as i32;
             let ids: Vec<i32> = (first..).take(learnable).collect();
-            Ok(tokenizer.frame(&tokens, &ids, place))
+            Ok(tokenizer.add_special_tokens(&tokens, &ids, position))
         };
-        self.tokenizers.iter().zip(&self.config.text).map(frame).collect()
+        self.tokenizers.iter().zip(&self.config.text).map(encode).collect()
     }
 
     /// Learned words as the rows they stand for: tokenizers number words after the `known` last ones of their vocabulary, the towers

@@ -256,15 +256,15 @@ impl<'p, 'e> Networks<'p, 'e> {
         let config = &self.pipeline.config.unet;
         let unet = Unet::new(config);
         let mut builder = Builder::new("unet", self.dtype);
-        let latents = builder.wide_input(named(LATENTS, shape), &[b, h, w, config.in_channels]);
+        let latents = builder.accumulator_input(named(LATENTS, shape), &[b, h, w, config.in_channels]);
         let tokens = context_len / (b * config.context_width).max(1);
         let context = builder.input(self::context(context_len, shape), &[b, tokens, config.context_width]);
-        let timestep = builder.wide_input(named(buffer::TIMESTEPS, shape), &[1]);
+        let timestep = builder.accumulator_input(named(buffer::TIMESTEPS, shape), &[1]);
         let added = match (&config.added, with_added) {
             (Some(added), true) => {
                 let width = added.input_width - 6 * added.time_dim;
                 let pooled = builder.input(named(buffer::POOLED, shape), &[b, width]);
-                Some(Added { pooled, size_ids: builder.wide_input(named(buffer::SIZE_IDS, shape), &[b, 6]) })
+                Some(Added { pooled, size_ids: builder.accumulator_input(named(buffer::SIZE_IDS, shape), &[b, 6]) })
             }
             (Some(_), false) | (None, _) => None,
         };
@@ -292,7 +292,7 @@ impl<'p, 'e> Networks<'p, 'e> {
     pub fn decoder_program(&self, shape: [usize; 4]) -> Result<Program> {
         let [b, c, h, w] = shape;
         let mut builder = Builder::new("decode", self.pipeline.config.vae.dtype(self.dtype));
-        let latents = builder.wide_input(named(LATENTS, shape), &[b, h, w, c]);
+        let latents = builder.accumulator_input(named(LATENTS, shape), &[b, h, w, c]);
         let image = vae::decode(&mut builder, &self.pipeline.config.vae, latents);
         builder.output(named(PIXELS, shape), image);
         builder.finish()
@@ -348,7 +348,7 @@ impl<'p, 'e> Networks<'p, 'e> {
     fn encoder_program(&self, shape: [usize; 4]) -> Result<Program> {
         let ([b, c, h, w], config) = (shape, &self.pipeline.config.vae);
         let mut builder = Builder::new("encode", config.dtype(self.dtype));
-        let pixels = builder.wide_input(named("image", shape), &[b, h, w, c]);
+        let pixels = builder.accumulator_input(named("image", shape), &[b, h, w, c]);
         let moments = vae::encode(&mut builder, config, pixels);
         builder.output(named(MOMENTS, shape), moments);
         builder.finish()

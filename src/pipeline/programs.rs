@@ -97,7 +97,7 @@ pub fn text(pipeline: &Pipeline, dtype: DType) -> Result<Program> {
     let pool_at = (towers.len() > 1).then(|| b.input_i32(buffer::EOS, &[1]));
     let rows: usize = pipeline.learned.iter().map(|token| token.rows).sum();
     let tables = buffer::LEARNED.iter().zip(towers).filter(|_| rows > 0);
-    let learnable: Vec<_> = tables.map(|(name, tower)| b.wide_input(*name, &[rows, tower.width])).collect();
+    let learnable: Vec<_> = tables.map(|(name, tower)| b.accumulator_input(*name, &[rows, tower.width])).collect();
     let prompt = Prompt { ids: &ids, learnable: &learnable, pool_at, past: None };
     let states = clip_text::encode(&mut b, towers, &prompt);
     b.output(buffer::TEXT_CONTEXT, states.context);
@@ -120,10 +120,10 @@ pub fn condition(pipeline: &Pipeline, dtype: DType, sizes: Sizes, schedule: &Sch
     let (unet, rows) = (Unet::new(&config.unet), rows(sizes, schedule));
     let mut b = Builder::new("condition", dtype);
     let context = b.input(buffer::CONTEXT, &[rows, sizes.tokens, config.unet.context_width]);
-    let timesteps = b.wide_input(buffer::TIMESTEPS, &[schedule.steps.len()]);
+    let timesteps = b.accumulator_input(buffer::TIMESTEPS, &[schedule.steps.len()]);
     let added = pooled_width(pipeline)?.map(|width| Added {
         pooled: b.input(buffer::POOLED, &[rows, width]),
-        size_ids: b.wide_input(buffer::SIZE_IDS, &[rows, 6]),
+        size_ids: b.accumulator_input(buffer::SIZE_IDS, &[rows, 6]),
     });
     let kv = unet.context_kv(&mut b, context);
     let time = unet.time(&mut b, timesteps, added);
@@ -173,7 +173,7 @@ pub fn step(pipeline: &Pipeline, dtype: DType, sizes: Sizes, schedule: &Schedule
     let config = &pipeline.config;
     let unet = Unet::new(&config.unet);
     let mut b = Builder::new("step", dtype);
-    let latents = b.wide_input(LATENTS, &[sizes.batch, sizes.height, sizes.width, config.unet.in_channels]);
+    let latents = b.accumulator_input(LATENTS, &[sizes.batch, sizes.height, sizes.width, config.unet.in_channels]);
     let conditions = Conditions::inputs(&mut b, &unet, sizes, schedule, config.unet.added.is_some());
     let index = b.input_i32(buffer::STEP, &[1]);
     let (conditional, unconditional) = predict(&mut b, &unet, schedule.needs, latents, conditions, index);
@@ -191,7 +191,7 @@ pub fn write_step(executor: &mut dyn Executor, schedule: &Schedule, index: usize
 pub fn decode(pipeline: &Pipeline, dtype: DType, sizes: Sizes) -> Result<Program> {
     let config = &pipeline.config.vae;
     let mut b = Builder::new("decode", config.dtype(dtype));
-    let latents = b.wide_input(buffer::DECODE_LATENTS, &[1, sizes.height, sizes.width, config.latent_channels]);
+    let latents = b.accumulator_input(buffer::DECODE_LATENTS, &[1, sizes.height, sizes.width, config.latent_channels]);
     let image = vae::decode(&mut b, config, latents);
     b.output(buffer::IMAGE, image);
     b.finish()

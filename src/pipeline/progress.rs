@@ -21,14 +21,15 @@ pub type Observer<'a> = dyn FnMut(Progress<'_>) -> Result<()> + 'a;
 /// One iteration of an optimiser, as `--trace` writes it. Numbers are per image.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Iteration {
-    /// The sampling step it comes before, and the timesteps it looks at.
+    /// The sampling step it comes before, and the timesteps of its noise levels.
     pub step: usize,
     pub timestep: f64,
     pub second_timestep: f64,
     pub objective: &'static str,
     /// Among those of this step and objective.
     pub iteration: usize,
-    pub rate: f64,
+    #[serde(rename = "rate")]
+    pub lr: f64,
     /// What the objective reports before the update.
     pub score: Vec<f64>,
     /// Length of the gradient of what is optimised.

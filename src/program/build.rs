@@ -32,7 +32,7 @@ impl Builder {
     }
 
     /// Appends a part that computes in another float type than the rest: its weights, inputs and constants are of that type, and
-    /// so is what [`Builder::narrow`] gives.
+    /// so is what [`Builder::to_storage`] gives.
     pub fn computing_in<R>(&mut self, dtype: DType, append: impl FnOnce(&mut Builder) -> R) -> R {
         let outer = std::mem::replace(&mut self.dtype, dtype);
         let appended = append(self);
@@ -67,14 +67,14 @@ impl Builder {
         self.input_of(name, shape, DType::I32)
     }
 
-    /// A named buffer of the wide type: state that is carried from run to run, timesteps.
-    pub fn wide_input(&mut self, name: impl Into<String>, shape: &[usize]) -> ValueId {
-        self.input_of(name, shape, self.dtype.wide())
+    /// A named buffer of the accumulator type: state that is carried from run to run, timesteps.
+    pub fn accumulator_input(&mut self, name: impl Into<String>, shape: &[usize]) -> ValueId {
+        self.input_of(name, shape, self.dtype.accumulator())
     }
 
-    /// A named buffer of scalars that change between runs, of the wide type.
+    /// A named buffer of scalars that change between runs, of the accumulator type.
     pub fn scalars(&mut self, name: impl Into<String>, len: usize) -> ValueId {
-        self.wide_input(name, &[len])
+        self.accumulator_input(name, &[len])
     }
 
     /// A named buffer of the type of a value.
@@ -287,14 +287,14 @@ impl Builder {
 
     /// The value in the type that is computed in; the value itself where it is of that.
     #[track_caller]
-    pub fn narrow(&mut self, x: ValueId) -> ValueId {
+    pub fn to_storage(&mut self, x: ValueId) -> ValueId {
         self.cast(x, self.dtype)
     }
 
-    /// The value in the wide type; the value itself where it is of that.
+    /// The value in the accumulator type; the value itself where it is of that.
     #[track_caller]
-    pub fn widen(&mut self, x: ValueId) -> ValueId {
-        self.cast(x, self.dtype.wide())
+    pub fn to_accumulator(&mut self, x: ValueId) -> ValueId {
+        self.cast(x, self.dtype.accumulator())
     }
 
     #[track_caller]
@@ -409,7 +409,7 @@ impl Builder {
         self.push(Op::Update(Update::Combine { terms, coefficients }))[0]
     }
 
-    /// Standard normals of the wide type; `counter [B, 4]` i32 holds each sample's seed and draw.
+    /// Standard normals of the accumulator type; `counter [B, 4]` i32 holds each sample's seed and draw.
     #[track_caller]
     pub fn noise(&mut self, counter: ValueId, shape: &[usize]) -> ValueId {
         self.push(Op::Update(Update::Noise { counter, shape: shape.to_vec() }))[0]

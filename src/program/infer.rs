@@ -47,8 +47,8 @@ impl<'a> Infer<'a> {
     }
 
     /// An output of the type of sums.
-    pub fn wide(&self, shape: Shape) -> (Shape, DType) {
-        (shape, self.float.wide())
+    pub fn accumulator(&self, shape: Shape) -> (Shape, DType) {
+        (shape, self.float.accumulator())
     }
 
     pub fn one(&self, shape: Shape) -> Types {
@@ -90,8 +90,8 @@ impl<'a> Infer<'a> {
 
     /// The same of a statistic, which has the type of sums.
     pub fn statistic(&self, what: &str, id: ValueId, shape: &[usize]) -> Result<(), String> {
-        let ((s, dtype), wide) = (self.type_of(id), self.float.wide());
-        ensure!(dtype == wide && s == shape, "{what} %{} is {dtype} {s:?}, needs {wide} {shape:?}", id.0);
+        let ((s, dtype), accumulator) = (self.type_of(id), self.float.accumulator());
+        ensure!(dtype == accumulator && s == shape, "{what} %{} is {dtype} {s:?}, needs {accumulator} {shape:?}", id.0);
         Ok(())
     }
 

@@ -4,22 +4,22 @@
 //! Activations are dense: images `[B, H, W, C]`, tokens `[B, T, C]`; ops on tokens accept any middle dims
 //! (`T` is their product), so moving between the two needs no op.
 
-mod alone;
 mod build;
 mod infer;
 mod ops;
 mod print;
+mod single_op;
 mod verify;
 
-pub use alone::Kind;
 pub use build::Builder;
 pub use ops::*;
+pub use single_op::Kind;
 
 use crate::weights::Weight;
 use std::panic::Location;
 
 /// Element type of a value. Weights and activations of a program are of one float type, its own, but for networks that need
-/// another; statistics, losses and state are of its wide type (an op computes in the type of its operands); `I32` holds token ids
+/// another; statistics, losses and state are of its accumulator type (an op computes in the type of its operands); `I32` holds token ids
 /// and indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum DType {
@@ -40,7 +40,7 @@ impl DType {
     }
 
     /// The type of sums and of state beside values of this one: f32, beside f64 that.
-    pub fn wide(self) -> DType {
+    pub fn accumulator(self) -> DType {
         if self == DType::F64 { DType::F64 } else { DType::F32 }
     }
 }

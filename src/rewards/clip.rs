@@ -72,7 +72,7 @@ pub(super) fn image_features(
     image: ValueId,
 ) -> ValueId {
     // What is left of 256 levels in 16 bits is resized first.
-    let image = b.widen(image);
+    let image = b.to_accumulator(image);
     let image = preprocess.append(b, image);
     let features = clip_image::features(b, &config.image, component, image);
     clip_image::unit(b, features)

@@ -19,12 +19,12 @@ use crate::program::{Builder, DType, Program, ValueId};
 
 /// What an image is worth, alone or under a prompt.
 ///
-/// Buffers begin with the reward's name. Whoever runs what it appended writes the prompts first: a buffer has one content, whichever
+/// Buffers begin with the reward's name. The caller writes the prompts before it runs what was appended: a buffer has one content, whichever
 /// programs read it.
 pub trait Reward {
     fn name(&self) -> &str;
 
-    /// Appends ops from `image [B, H, W, 3]`, in [-1, 1] and of any float type, to a number per image `[B]` of the wide type.
+    /// Appends ops from `image [B, H, W, 3]`, in [-1, 1] and of any float type, to a number per image `[B]` of the accumulator type.
     ///
     /// Its weights are those of the model that the program is loaded with.
     fn append(&self, b: &mut Builder, image: ValueId) -> ValueId;
@@ -41,11 +41,11 @@ pub trait Reward {
     }
 }
 
-/// `x [B, ..]` summed per image: `[B]`, of the wide type.
+/// `x [B, ..]` summed per image: `[B]`, of the accumulator type.
 fn total(b: &mut Builder, x: ValueId) -> ValueId {
     let shape = b.shape(x);
-    let x = b.widen(x);
+    let x = b.to_accumulator(x);
     let ones = b.constant(&shape, 1.0);
-    let ones = b.widen(ones);
+    let ones = b.to_accumulator(ones);
     b.dot(x, ones)
 }

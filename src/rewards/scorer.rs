@@ -41,7 +41,7 @@ impl<'r> Scorer<'r> {
             image_len: height * width * 3,
         };
         let mut b = Builder::new(format!("{name} score"), dtype);
-        let image = b.wide_input(&buffers.image, &[batch, height, width, 3]);
+        let image = b.accumulator_input(&buffers.image, &[batch, height, width, 3]);
         let score = reward.append(&mut b, image);
         if b.shape(score) != [batch] {
             b.fail(format!("the reward '{name}' gives {:?}, a number per image is [{batch}]", b.shape(score)));

@@ -3,7 +3,7 @@
 use super::Needs;
 use crate::program::{Builder, Rows, ValueId};
 
-/// Latents `[B, H, W, C]`, read and written by a step; like all that is carried from step to step of the wide type.
+/// Latents `[B, H, W, C]`, read and written by a step; like all that is carried from step to step of the accumulator type.
 pub const LATENTS: &str = "latents";
 /// Fresh unit noise shaped like the latents.
 pub const NOISE: &str = "noise";
@@ -26,14 +26,14 @@ pub struct State {
 /// Appends guidance and the sampler's update to a step program and returns the new latents.
 ///
 /// `x` is the program's input [`LATENTS`]; `e_cond` and `e_uncond` are rows of the network's output, each as
-/// many as there are latents, of the wide type or the program's own: one kernel widens, guides and steps.
+/// many as there are latents, of the accumulator type or the program's own: one kernel casts, guides and steps.
 /// Declares the inputs `needs` asks for (coefficients, [`NOISE`], [`HISTORY`]) and the outputs [`LATENTS`] and [`HISTORY`],
 /// which carry the state to the next step. The history needs no initial value: coefficients of unfilled slots are zero.
 /// A program that lacks a branch the needs ask for fails when it is finished.
 #[track_caller]
 pub fn append_update(b: &mut Builder, needs: Needs, x: ValueId, e_cond: Rows, e_uncond: Option<Rows>) -> ValueId {
     let shape = b.shape(x);
-    let history = HISTORY[..needs.history].iter().map(|name| b.wide_input(*name, &shape)).collect();
+    let history = HISTORY[..needs.history].iter().map(|name| b.accumulator_input(*name, &shape)).collect();
     let next = update(b, needs, &State { latents: x, history }, e_cond, e_uncond, "");
     b.output(LATENTS, next.latents);
     for (name, &entry) in HISTORY.iter().zip(&next.history) {
@@ -61,7 +61,7 @@ pub fn update(
     terms.extend(e_uncond);
     if needs.noise {
         let shape = b.shape(x);
-        terms.push(b.wide_input(format!("{NOISE}{suffix}"), &shape).into());
+        terms.push(b.accumulator_input(format!("{NOISE}{suffix}"), &shape).into());
     }
     if needs.history == 0 {
         return State { latents: combine(b, UPDATE, suffix, &terms), history: vec![] };

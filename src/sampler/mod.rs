@@ -15,7 +15,7 @@ mod torch;
 
 pub use fragment::{HISTORY, LATENTS, NOISE, PUSH, STORE, State, UPDATE, append_update, update};
 pub use noise::{Noise, Rng, counters, draw, normal, uniform};
-pub use schedule::{Level, level_at, level_at_share, share_with_signal};
+pub use schedule::{Level, fraction_with_signal, level_at, level_at_fraction};
 pub(crate) use schedule::{Table, spaced};
 
 use crate::models::config::{Prediction, SchedulerConfig, Spacing};
@@ -99,7 +99,7 @@ pub struct Settings {
     /// `None` takes the model's own (see [`Settings::spacing`]).
     pub spacing: Option<Spacing>,
     pub steps: usize,
-    /// Share of fresh noise in DDIM, 0 (none) to 1 (DDPM); 0 for every other sampler.
+    /// Fraction of fresh noise in DDIM, 0 (none) to 1 (DDPM); 0 for every other sampler.
     pub eta: f64,
     /// Weight `w` of `e = e_u + w (e_c − e_u)`. At exactly 1 the unconditional branch is left out.
     pub guidance: f64,

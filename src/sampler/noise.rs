@@ -48,7 +48,7 @@ impl std::str::FromStr for Rng {
 pub mod draw {
     /// Starting latents, and one draw per sampler step.
     pub const SAMPLER: u64 = 0;
-    /// Fresh noise of objectives, one draw per look.
+    /// Fresh noise of objectives, one draw per evaluation.
     pub const LOOK: u64 = 1 << 63;
     /// First embeddings of learnable tokens.
     pub const TOKEN: u64 = LOOK + (1 << 60);

@@ -107,17 +107,17 @@ pub fn level_at(config: &SchedulerConfig, t: i64) -> Result<Level> {
     Ok(Level::from_alpha_bar(Table::new(config)?.alpha_bar(t)))
 }
 
-/// The timestep at this share of the training steps, kept within `1 ..= T − 1`, the timesteps that have noise and that the model was
+/// The timestep at this fraction of the training steps, kept within `1 ..= T − 1`, the timesteps that have noise and that the model was
 /// trained at; and its level.
-pub fn level_at_share(config: &SchedulerConfig, share: f64) -> Result<(f64, Level)> {
+pub fn level_at_fraction(config: &SchedulerConfig, fraction: f64) -> Result<(f64, Level)> {
     let last = config.train_timesteps;
-    let t = ((last as f64 * share) as usize).clamp(1, last.saturating_sub(1).max(1));
+    let t = ((last as f64 * fraction) as usize).clamp(1, last.saturating_sub(1).max(1));
     Ok((t as f64, level_at(config, t as i64)?))
 }
 
-/// The share of the training steps above which `ᾱ` is at most this; 1 where it never is. What one model does at a timestep another
+/// The fraction of the training steps above which `ᾱ` is at most this; 1 where it never is. What one model does at a timestep another
 /// does where it has as much signal.
-pub fn share_with_signal(config: &SchedulerConfig, alpha_bar: f64) -> Result<f64> {
+pub fn fraction_with_signal(config: &SchedulerConfig, alpha_bar: f64) -> Result<f64> {
     let (table, last) = (Table::new(config)?, config.train_timesteps);
     let above = (0..last).find(|t| table.alpha_bar(*t as i64) <= alpha_bar);
     Ok(above.unwrap_or(last) as f64 / last as f64)

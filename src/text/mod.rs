@@ -40,7 +40,7 @@ pub struct Token {
 
 /// Where learnable tokens stand: after the start of the prompt, or before its end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Place {
+pub enum Position {
     Start,
     #[default]
     End,
@@ -54,7 +54,7 @@ pub struct Encoded {
     /// Index of the first end token, where CLIP pools.
     pub eos: usize,
     /// The prompt's text, token by token, that did not fit.
-    pub cut: Vec<String>,
+    pub truncated: Vec<String>,
 }
 
 impl Tokenizer {
@@ -175,25 +175,25 @@ impl Tokenizer {
         Ok(self.tokens(prompt)?.len())
     }
 
-    /// The prompt between start and end, cut or padded to [`Tokenizer::max_length`].
+    /// The prompt between start and end, truncated or padded to [`Tokenizer::max_length`].
     pub fn encode(&self, prompt: &str) -> Result<Encoded> {
-        Ok(self.frame(&self.tokens(prompt)?, &[], Place::End).0)
+        Ok(self.add_special_tokens(&self.tokens(prompt)?, &[], Position::End).0)
     }
 
-    /// Tokens between start and end, cut or padded to [`Tokenizer::max_length`], with the ids `learnable` before or after them,
+    /// Tokens between start and end, truncated or padded to [`Tokenizer::max_length`], with the ids `learnable` before or after them,
     /// for which room is always made; and the index of the first of those.
-    pub fn frame(&self, tokens: &[Token], learnable: &[i32], place: Place) -> (Encoded, usize) {
+    pub fn add_special_tokens(&self, tokens: &[Token], learnable: &[i32], position: Position) -> (Encoded, usize) {
         let room = (self.max_length - 2).saturating_sub(learnable.len());
-        let (kept, cut) = tokens.split_at(tokens.len().min(room));
+        let (kept, truncated) = tokens.split_at(tokens.len().min(room));
         let kept: Vec<i32> = kept.iter().map(|token| token.id).collect();
-        let (parts, at) = match place {
-            Place::Start => ([learnable, &kept], 1),
-            Place::End => ([&kept[..], learnable], 1 + kept.len()),
+        let (parts, at) = match position {
+            Position::Start => ([learnable, &kept], 1),
+            Position::End => ([&kept[..], learnable], 1 + kept.len()),
         };
         let mut ids = [&[self.start][..], parts[0], parts[1], &[self.end]].concat();
         let eos = ids.iter().position(|&id| id == self.end).unwrap_or(0);
         ids.resize(self.max_length, self.pad);
-        (Encoded { ids, eos, cut: cut.iter().map(|token| token.text.clone()).collect() }, at)
+        (Encoded { ids, eos, truncated: truncated.iter().map(|token| token.text.clone()).collect() }, at)
     }
 
     /// Adds a word that stands for a learnable token and returns its id, the first free one. Matched anywhere in a prompt, in

@@ -97,7 +97,7 @@ pub enum Pack {
 
 impl Pack {
     /// Whether executors hold it as the right operand of products, and not row by row in the order of its shape.
-    pub fn is_factor(self) -> bool {
+    pub fn is_rhs(self) -> bool {
         match self {
             Pack::Linear | Pack::Geglu | Pack::LinearTransposed | Pack::Conv => true,
             Pack::Table | Pack::Vector => false,

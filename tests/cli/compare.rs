@@ -62,17 +62,17 @@ fn a_ledger_per_method() {
 #[test]
 fn a_table_for_people() {
     let out = TempDir::new().unwrap();
-    let told = compare(&out, "null-prompt,minority", &[&FAST[..10], &["--count", "1", "--quiet"]].concat());
-    let words: Vec<Vec<&str>> = told.lines().map(|line| line.split_whitespace().collect()).collect();
+    let output = compare(&out, "null-prompt,minority", &[&FAST[..10], &["--count", "1", "--quiet"]].concat());
+    let words: Vec<Vec<&str>> = output.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(words[0], [path(&out, "sheet.png")]);
     let head = "method forwards backwards equivalents s/image memory log-density impossible agreement";
     assert_eq!(words[1], head.split(' ').collect::<Vec<_>>());
-    assert_eq!((words.len(), words[2][0], words[2][1]), (4, "null-prompted", "8"), "{told}");
+    assert_eq!((words.len(), words[2][0], words[2][1]), (4, "null-prompted", "8"), "{output}");
 
     // Any model: without a reader only what each method costs.
     let model = data_folder("tiny-sd1").display().to_string();
-    let told = compare(&out, "ddim", &["--model", &model, "--steps", "2", "--count", "1", "--quiet"]);
-    assert!(told.lines().nth(1).unwrap().ends_with("memory") && told.lines().count() == 3, "{told}");
+    let output = compare(&out, "ddim", &["--model", &model, "--steps", "2", "--count", "1", "--quiet"]);
+    assert!(output.lines().nth(1).unwrap().ends_with("memory") && output.lines().count() == 3, "{output}");
 }
 
 /// The score is that by which `generate --best-of` chooses.

@@ -203,15 +203,15 @@ fn a_gpu_that_is_not_there() {
 /// Kernels of every op, on a GPU that need not be there.
 #[test]
 fn programs_are_explained() {
-    let told = succeeds(&["inspect", "--explain", "h200", "--dtype", "bf16", "--steps", "4"]);
+    let output = succeeds(&["inspect", "--explain", "h200", "--dtype", "bf16", "--steps", "4"]);
     for what in ["step: ", "on h200", "gemm_rr_", "conv2d_r_", "attention_", "group_norm", "grid", "GFLOP", "us memory"]
     {
-        assert!(told.contains(what), "no '{what}' in:\n{told}");
+        assert!(output.contains(what), "no '{what}' in:\n{output}");
     }
     // Hopper's own kernels: on Hopper, unless they are asked to stay off.
     let without = succeeds(&["inspect", "--explain", "h200", "--dtype", "bf16", "--steps", "4", "--hopper", "off"]);
     let elsewhere = succeeds(&["inspect", "--explain", "l4", "--dtype", "bf16", "--steps", "4", "--hopper", "always"]);
-    assert!(told.contains("_hopper_") && !without.contains("_hopper_") && !elsewhere.contains("_hopper_"));
+    assert!(output.contains("sm90_") && !without.contains("sm90_") && !elsewhere.contains("sm90_"));
     let report: serde_json::Value =
         serde_json::from_str(&succeeds(&["inspect", "--explain", "a100", "--json"])).unwrap();
     let programs = report["explain"].as_array().unwrap();
@@ -365,7 +365,7 @@ fn broken_models() {
     refuses_model(model.path(), 1, &["mid_block.resnets.1.norm2.bias", "missing"], &[]);
 }
 
-/// Whoever finds them: the last look at latents and pixels, which has the run repeated, or a look at every op.
+/// Both ways to find them: the last check of latents and pixels, which has the run repeated, or a check of every op.
 #[test]
 fn nan_weights_are_found() {
     for flags in [&[][..], &["--check-finite"]] {
@@ -426,17 +426,17 @@ fn a_vae_is_planned_in_its_own_type() {
         (&["--device", "cuda", "--dtype", "f32"], "f32", "f32"),
         (&[], "f32", "f32"),
     ] {
-        let told = succeeds(&[&["inspect", &folder, "--ops", "--steps", "2"], flags].concat());
+        let output = succeeds(&[&["inspect", &folder, "--ops", "--steps", "2"], flags].concat());
         for line in [format!("program step ({step})"), format!("program decode ({decode})")] {
-            assert!(told.lines().any(|told| told == line), "{flags:?}: no '{line}'");
+            assert!(output.lines().any(|output| output == line), "{flags:?}: no '{line}'");
         }
     }
     let model = copy_of("tiny-sdxl");
     let file = model.path().join("vae/config.json");
     let fixed = fs::read_to_string(&file).unwrap().replace("\"force_upcast\": true", "\"force_upcast\": false");
     fs::write(&file, fixed).unwrap();
-    let told = succeeds(&["inspect", &model.path().display().to_string(), "--ops", "--device", "cuda"]);
-    assert!(told.contains("program decode (f16)"), "obeys the config");
+    let output = succeeds(&["inspect", &model.path().display().to_string(), "--ops", "--device", "cuda"]);
+    assert!(output.contains("program decode (f16)"), "obeys the config");
 }
 
 #[test]

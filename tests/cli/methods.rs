@@ -63,7 +63,20 @@ fn the_best_of_several_is_an_image_of_its_own() {
 fn events_keep_their_order() {
     let out = TempDir::new().unwrap();
     let folder = path(&out, "images");
-    let args = ["generate", PROMPT, "--steps", "1", "--count", "5", "--batch", "2", "--best-of", "2", "--by", "elbo"];
+    let args = [
+        "generate",
+        PROMPT,
+        "--steps",
+        "1",
+        "--count",
+        "5",
+        "--batch",
+        "2",
+        "--best-of",
+        "2",
+        "--by",
+        "denoising-loss",
+    ];
     let events = lines(&succeeds(&[&args[..], &["--json", "--quiet", "--out", &folder]].concat()));
     let names: Vec<&str> = events.iter().map(|event| event["event"].as_str().unwrap()).collect();
     let batch = ["image", "image", "chosen", "chosen"];
@@ -80,7 +93,7 @@ fn mistakes() {
     generate(&["--cads", "--sgms", "1"], &["--cads", "--sgms"]);
     generate(&["--best-of", "2", "--cads"], &["--best-of", "--cads"]);
     generate(&["--best-of", "0"], &["--best-of"]);
-    generate(&["--by", "elbo"], &["--best-of"]);
+    generate(&["--by", "denoising-loss"], &["--best-of"]);
     generate(&["--cads", "--cads-times", "0.5"], &["--cads-times", "two numbers"]);
     generate(&["--cads", "--cads-times", "0.9,0.6"], &["0.9 to 0.6"]);
     generate(&["--cads", "--cads-scale", "nan"], &["--cads-scale"]);
@@ -213,16 +226,16 @@ fn traces() {
 fn explains_without_running() {
     let flags =
         ["--steps", "50", "--t-lo", "0.9", "--t-hi", "1", "--iterations", "10", "--every", "1", "--guidance", "7.5"];
-    let told = succeeds(&[&["minority", PROMPT, "--explain"][..], &flags].concat());
-    let line = |name: &str| told.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{told}"));
-    assert!(line("optimised steps").contains(" 5: 0 (t 981"), "{told}");
-    assert!(line("UNet forwards").contains(" 200, of them 100 "), "{told}");
-    assert!(line("UNet backwards").ends_with(" 100"), "{told}");
+    let output = succeeds(&[&["minority", PROMPT, "--explain"][..], &flags].concat());
+    let line = |name: &str| output.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{output}"));
+    assert!(line("optimised steps").contains(" 5: 0 (t 981"), "{output}");
+    assert!(line("UNet forwards").contains(" 200, of them 100 "), "{output}");
+    assert!(line("UNet backwards").ends_with(" 100"), "{output}");
     // A model whose own sampler is another: the released code has DDIM alone.
     let pndm = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-sd1");
-    let told = succeeds(&["minority", PROMPT, "--model", pndm, "--mode", "released", "--explain"]);
-    assert!(told.contains(" 5: 0 (t 981 s 750)"), "{told}");
-    assert!(line("memory").contains("MiB"), "{told}");
+    let output = succeeds(&["minority", PROMPT, "--model", pndm, "--mode", "released", "--explain"]);
+    assert!(output.contains(" 5: 0 (t 981 s 750)"), "{output}");
+    assert!(line("memory").contains("MiB"), "{output}");
 }
 
 #[test]
@@ -252,8 +265,8 @@ fn compares_methods_on_one_sheet() {
     let methods = named(&events, "method");
     assert_eq!(methods.iter().map(|event| event["name"].as_str().unwrap()).collect::<Vec<_>>(), names);
     for method in methods {
-        let share = method["agreement"].as_f64().unwrap();
-        assert!((0.0..=1.0).contains(&share) && method["images"] == 3, "{method}");
+        let fraction = method["agreement"].as_f64().unwrap();
+        assert!((0.0..=1.0).contains(&fraction) && method["images"] == 3, "{method}");
     }
     let cells: Vec<(&str, u64)> = named(&events, "compared")
         .iter()
@@ -281,13 +294,13 @@ fn comparisons_for_a_reader_and_without_one() {
     let out = TempDir::new().unwrap();
     let sheet = path(&out, "sheet.png");
     let args = [&["minority", PROMPT, "--compare", &sheet, "--count", "1"][..], &FAST].concat();
-    let told = succeeds(&args);
-    let words: Vec<Vec<&str>> = told.lines().map(|line| line.split_whitespace().collect()).collect();
+    let output = succeeds(&args);
+    let words: Vec<Vec<&str>> = output.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(words[..2], [vec![sheet.as_str()], vec!["method", "log-density", "impossible", "agreement"]]);
-    assert!(words.len() == 7 && words[2..].iter().all(|line| line.len() == 4), "{told}");
+    assert!(words.len() == 7 && words[2..].iter().all(|line| line.len() == 4), "{output}");
     let with_reader = pixels(&sheet).1.len();
-    let told = succeeds(&[&args[..], &["--size", "64x72"]].concat());
-    assert_eq!(told.trim(), sheet, "no reader for images of other sizes");
+    let output = succeeds(&[&args[..], &["--size", "64x72"]].concat());
+    assert_eq!(output.trim(), sheet, "no reader for images of other sizes");
     assert!(pixels(&sheet).1.len() < with_reader, "labels only");
     fails(&["minority", PROMPT, "--compare", &sheet, "--count", "300"], 2, &["--compare", "1500 images", "1024"]);
     fails(&["minority", PROMPT, "--compare", &path(&out, "sheet.jpg")], 2, &["--compare", ".png", ".jpg"]);

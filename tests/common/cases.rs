@@ -6,7 +6,7 @@ mod backward;
 use rarebit::program::*;
 
 /// How a case gets its operands.
-pub struct Feed {
+pub struct Inputs {
     pub b: Builder,
     pub batch: usize,
     /// Operands come out of an op instead of a buffer, so that the planner may let the case's op overwrite them.
@@ -15,17 +15,17 @@ pub struct Feed {
     pub ints: Vec<(String, Vec<i32>)>,
 }
 
-impl Feed {
+impl Inputs {
     /// An operand whose first dimension is the batch.
     pub fn batched(&mut self, name: &str, rest: &[usize]) -> ValueId {
         self.batched.push(name.to_string());
         self.shared(name, &[&[self.batch], rest].concat())
     }
 
-    /// The same of the wide type.
-    pub fn batched_wide(&mut self, name: &str, rest: &[usize]) -> ValueId {
+    /// The same of the accumulator type.
+    pub fn batched_accumulator(&mut self, name: &str, rest: &[usize]) -> ValueId {
         self.batched.push(name.to_string());
-        let id = self.b.wide_input(name, &[&[self.batch], rest].concat());
+        let id = self.b.accumulator_input(name, &[&[self.batch], rest].concat());
         if self.through_op { self.b.affine(id, 1.0, 0.0) } else { id }
     }
 
@@ -45,7 +45,7 @@ impl Feed {
 }
 
 /// Appends the op of a case and returns its outputs.
-pub type Build = dyn Fn(&mut Feed) -> Vec<ValueId> + Sync;
+pub type Build = dyn Fn(&mut Inputs) -> Vec<ValueId> + Sync;
 
 /// A one-op program of any batch.
 pub struct Case {
@@ -62,19 +62,19 @@ pub struct Built {
 }
 
 impl Case {
-    pub fn new(name: impl Into<String>, build: impl Fn(&mut Feed) -> Vec<ValueId> + Sync + 'static) -> Case {
+    pub fn new(name: impl Into<String>, build: impl Fn(&mut Inputs) -> Vec<ValueId> + Sync + 'static) -> Case {
         Case { name: name.into(), build: Box::new(build) }
     }
 
     /// The program, its outputs named `out0`, `out1`, ...
     pub fn program(&self, dtype: DType, batch: usize, through_op: bool) -> Built {
         let b = Builder::new(self.name.clone(), dtype);
-        let mut feed = Feed { b, batch, through_op, batched: vec![], ints: vec![] };
-        let outputs = (self.build)(&mut feed);
+        let mut inputs = Inputs { b, batch, through_op, batched: vec![], ints: vec![] };
+        let outputs = (self.build)(&mut inputs);
         for (i, &id) in outputs.iter().enumerate() {
-            feed.b.output(format!("out{i}"), id);
+            inputs.b.output(format!("out{i}"), id);
         }
-        let Feed { b, batched, ints, .. } = feed;
+        let Inputs { b, batched, ints, .. } = inputs;
         Built { program: b.finish().unwrap(), batched, ints }
     }
 }
@@ -345,7 +345,7 @@ pub fn elementwise() -> Vec<Case> {
             vec![f.b.mul(a, b)]
         }));
         cases.push(Case::new(format!("scale {width}"), move |f| {
-            let (x, by) = (f.batched("x", &[2, width]), f.batched_wide("by", &[]));
+            let (x, by) = (f.batched("x", &[2, width]), f.batched_accumulator("by", &[]));
             vec![f.b.scale(x, by)]
         }));
         cases.push(Case::new(format!("channel_affine {width}"), move |f| {
@@ -372,12 +372,12 @@ pub fn elementwise() -> Vec<Case> {
         vec![f.b.channel_affine(x, &scale, &shift)]
     }));
     for f in [Scalar::Sqrt, Scalar::Square, Scalar::Ln, Scalar::Exp, Scalar::Reciprocal, Scalar::Spherical] {
-        cases.push(Case::new(format!("{f:?}"), move |feed| {
+        cases.push(Case::new(format!("{f:?}"), move |inputs| {
             // Within every function's domain: 0.5 to 1, and 1.
-            let x = feed.batched("x", &[37]);
-            let x = feed.b.affine(x, 0.125, 0.75);
-            let x = feed.b.clamp(x, 0.5, 1.0);
-            vec![feed.b.map(x, f)]
+            let x = inputs.batched("x", &[37]);
+            let x = inputs.b.affine(x, 0.125, 0.75);
+            let x = inputs.b.clamp(x, 0.5, 1.0);
+            vec![inputs.b.map(x, f)]
         }));
     }
     cases
@@ -488,7 +488,7 @@ pub fn underived() -> Vec<Case> {
         let x = f.b.tokens(ids, table, positions);
         vec![f.b.mix(weights, ids, table), f.b.pool(x, at), x]
     }));
-    let state = |f: &mut Feed, squared: &str| {
+    let state = |f: &mut Inputs, squared: &str| {
         let [p, g, a, b] = ["p", "g", "a", "b"].map(|name| {
             let x = f.batched(name, &[33, 129]);
             if name == squared { f.b.map(x, Scalar::Square) } else { x }
@@ -496,7 +496,7 @@ pub fn underived() -> Vec<Case> {
         [p, g, a, b]
     };
     // Scalars within the optimisers' domains, each about its own middle.
-    let scalars = |f: &mut Feed, middles: &[f64]| {
+    let scalars = |f: &mut Inputs, middles: &[f64]| {
         let scalars = f.b.scalars("scalars", middles.len());
         f.b.channel_affine(scalars, &vec![0.2; middles.len()], middles)
     };
@@ -560,7 +560,7 @@ pub fn registers() -> Vec<Case> {
             let logits = f.batched("logits", &[2, width]);
             let targets = f.ints("targets", &[2], |i| (i * 7919 % width) as i32);
             let made = f.b.push(Op::Rowwise(Rowwise::CrossEntropy { logits, targets }));
-            let d_loss = f.batched_wide("d_loss", &[2]);
+            let d_loss = f.batched_accumulator("d_loss", &[2]);
             let d = f.b.push(Op::Rowwise(Rowwise::CrossEntropyBackward { logits, targets, lse: made[1], d_loss }));
             [made, d].concat()
         }));
@@ -605,9 +605,9 @@ pub fn moves_and_sums() -> Vec<Case> {
             let at = f.b.input_i32("at", &[1]);
             vec![f.b.select(x, at)]
         }),
-        // Guidance and a sampler's step: latents of the wide type, both predictions in one value of the program's, fresh noise.
+        // Guidance and a sampler's step: latents of the accumulator type, both predictions in one value of the program's, fresh noise.
         Case::new("combine rows", |f| {
-            let (x, noise) = (f.batched_wide("latents", &[33, 12]), f.batched_wide("noise", &[33, 12]));
+            let (x, noise) = (f.batched_accumulator("latents", &[33, 12]), f.batched_accumulator("noise", &[33, 12]));
             let value = f.shared("predictions", &[2 * f.batch, 33, 12]);
             let coefficients = f.b.scalars("coefficients", 4);
             let terms = [x.into(), Rows { value, at: f.batch }, value.into(), noise.into()];
@@ -615,7 +615,7 @@ pub fn moves_and_sums() -> Vec<Case> {
         }),
         // Second predictions that are not aligned to 16 bytes, of more rows than are read.
         Case::new("combine rows of odd width", |f| {
-            let x = f.batched_wide("latents", &[37]);
+            let x = f.batched_accumulator("latents", &[37]);
             let value = f.shared("predictions", &[f.batch + 2, 37]);
             let coefficients = f.b.scalars("coefficients", 2);
             vec![f.b.combine(&[x.into(), Rows { value, at: 1 }], coefficients)]

@@ -1,6 +1,6 @@
 //! Cases of backward ops; the forward op that makes what they read goes first.
 
-use super::{Case, Feed};
+use super::{Case, Inputs};
 use rarebit::program::*;
 
 pub fn attentions() -> Vec<Case> {
@@ -97,7 +97,7 @@ pub fn norms() -> Vec<Case> {
             let logits = f.batched("logits", &[5, width]);
             let targets = f.ints("targets", &[5], |i| (i * 7 % width) as i32 - i32::from(i % 4 == 3) * 10_000);
             let lse = f.b.push(Op::Rowwise(Rowwise::CrossEntropy { logits, targets }))[1];
-            let d_loss = f.batched_wide("d_loss", &[5]);
+            let d_loss = f.batched_accumulator("d_loss", &[5]);
             f.b.push(Op::Rowwise(Rowwise::CrossEntropyBackward { logits, targets, lse, d_loss }))
         }));
     }
@@ -118,7 +118,7 @@ pub fn across_samples() -> Vec<Case> {
 }
 
 /// `x`, `gamma` and `beta` of a norm.
-pub fn operands(f: &mut Feed, rest: &[usize]) -> (ValueId, ValueId, ValueId) {
+pub fn operands(f: &mut Inputs, rest: &[usize]) -> (ValueId, ValueId, ValueId) {
     let c = rest[rest.len() - 1];
     (f.batched("x", rest), f.shared("gamma", &[c]), f.shared("beta", &[c]))
 }

@@ -1,13 +1,13 @@
 //! Gradients of elementwise ops, resampling, embeddings and updates: each a forward op and the op that takes it back.
 //! Their programs have the buffer `leaf` (the backward also `d_y`) and the output `out`.
 
-use super::cases::{Built, Feed, INTERPOLATIONS};
+use super::cases::{Built, INTERPOLATIONS, Inputs};
 use rarebit::program::*;
 
 /// Appends the forward op to its leaf.
-type Forward = dyn Fn(&mut Feed, ValueId) -> ValueId + Sync;
+type Forward = dyn Fn(&mut Inputs, ValueId) -> ValueId + Sync;
 /// Appends the backward op to the leaf and the gradient of what the forward op made.
-type Backward = dyn Fn(&mut Feed, ValueId, ValueId) -> ValueId + Sync;
+type Backward = dyn Fn(&mut Inputs, ValueId, ValueId) -> ValueId + Sync;
 
 /// Takes noise in [-2, 2] to where an op is smooth.
 type Domain = fn(f64) -> f64;
@@ -30,8 +30,8 @@ impl Gradient {
     fn new(
         name: impl Into<String>,
         leaf: &[usize],
-        forward: impl Fn(&mut Feed, ValueId) -> ValueId + Sync + 'static,
-        backward: impl Fn(&mut Feed, ValueId, ValueId) -> ValueId + Sync + 'static,
+        forward: impl Fn(&mut Inputs, ValueId) -> ValueId + Sync + 'static,
+        backward: impl Fn(&mut Inputs, ValueId, ValueId) -> ValueId + Sync + 'static,
     ) -> Gradient {
         Gradient {
             name: name.into(),
@@ -59,36 +59,36 @@ impl Gradient {
         Gradient { per_sample: false, ..self }
     }
 
-    fn feed(&self, dtype: DType, batch: usize, through_op: bool) -> (Feed, ValueId) {
+    fn inputs(&self, dtype: DType, batch: usize, through_op: bool) -> (Inputs, ValueId) {
         let b = Builder::new(self.name.clone(), dtype);
-        let mut feed = Feed { b, batch, through_op, batched: vec![], ints: vec![] };
-        let leaf = if self.batched { feed.batched("leaf", &self.leaf) } else { feed.shared("leaf", &self.leaf) };
-        (feed, leaf)
+        let mut inputs = Inputs { b, batch, through_op, batched: vec![], ints: vec![] };
+        let leaf = if self.batched { inputs.batched("leaf", &self.leaf) } else { inputs.shared("leaf", &self.leaf) };
+        (inputs, leaf)
     }
 
     pub fn forward(&self, batch: usize) -> Built {
-        let (mut feed, leaf) = self.feed(DType::F64, batch, false);
-        let out = (self.forward)(&mut feed, leaf);
-        finish(feed, out)
+        let (mut inputs, leaf) = self.inputs(DType::F64, batch, false);
+        let out = (self.forward)(&mut inputs, leaf);
+        finish(inputs, out)
     }
 
     pub fn backward(&self, dtype: DType, batch: usize, through_op: bool) -> Built {
         let y = self.forward(batch).program.outputs[0].1;
         let shape = self.forward(batch).program.shape(y).to_vec();
-        let (mut feed, leaf) = self.feed(dtype, batch, through_op);
-        let d_y = if self.per_sample { feed.batched("d_y", &shape[1..]) } else { feed.shared("d_y", &shape) };
-        let out = (self.backward)(&mut feed, leaf, d_y);
-        finish(feed, out)
+        let (mut inputs, leaf) = self.inputs(dtype, batch, through_op);
+        let d_y = if self.per_sample { inputs.batched("d_y", &shape[1..]) } else { inputs.shared("d_y", &shape) };
+        let out = (self.backward)(&mut inputs, leaf, d_y);
+        finish(inputs, out)
     }
 }
 
-fn finish(mut feed: Feed, out: ValueId) -> Built {
-    feed.b.output("out", out);
-    let Feed { b, batched, ints, .. } = feed;
+fn finish(mut inputs: Inputs, out: ValueId) -> Built {
+    inputs.b.output("out", out);
+    let Inputs { b, batched, ints, .. } = inputs;
     Built { program: b.finish().unwrap(), batched, ints }
 }
 
-fn one(f: &mut Feed, op: Op) -> ValueId {
+fn one(f: &mut Inputs, op: Op) -> ValueId {
     f.b.push(op)[0]
 }
 
@@ -138,8 +138,8 @@ fn functions() -> Vec<Gradient> {
         let case = Gradient::new(
             format!("{f:?}"),
             &[37],
-            move |feed, x| feed.b.map(x, f),
-            move |feed, x, d_y| one(feed, Op::Elementwise(Elementwise::MapBackward { x, d_y, f })),
+            move |inputs, x| inputs.b.map(x, f),
+            move |inputs, x, d_y| one(inputs, Op::Elementwise(Elementwise::MapBackward { x, d_y, f })),
         );
         cases.push(case.smooth(domain));
     }
@@ -165,7 +165,7 @@ fn functions() -> Vec<Gradient> {
         },
         |f, _, d_y| {
             let coefficients = f.b.scalars("coefficients", 3);
-            let half = |f: &mut Feed, index: usize, start: usize| {
+            let half = |f: &mut Inputs, index: usize, start: usize| {
                 let scaled = one(f, Op::Update(Update::Scale { x: d_y, coefficients, index }));
                 one(f, Op::Elementwise(Elementwise::Unslice { x: scaled, start, rows: 6 }))
             };
@@ -210,7 +210,7 @@ fn columns_and_rows() -> Vec<Gradient> {
                 })
             },
             move |f, _, d_y| {
-                let part = |f: &mut Feed, at: usize| f.b.columns(Cols { value: d_y, at: at * width }, width);
+                let part = |f: &mut Inputs, at: usize| f.b.columns(Cols { value: d_y, at: at * width }, width);
                 let parts = (0..10).map(|at| Cols { value: part(f, at), at }).collect();
                 one(f, Op::Elementwise(Elementwise::Scatter { parts, width: width + 9 }))
             },
@@ -296,20 +296,20 @@ fn resampling() -> Vec<Gradient> {
 /// Rows of the table, enough for two tasks.
 const VOCABULARY: usize = 300;
 
-fn ids(f: &mut Feed) -> ValueId {
+fn ids(f: &mut Inputs) -> ValueId {
     // Each id at several positions, most at none; the last three are extra rows.
     f.ints("ids", &[9], |i| [0, 5, 299, 0, 302, 300, 5, 256, 255][i * 4 % 9])
 }
 
 fn embeddings() -> Vec<Gradient> {
-    let tokens = |f: &mut Feed, leaf: ValueId, which: usize| {
+    let tokens = |f: &mut Inputs, leaf: ValueId, which: usize| {
         let ids = ids(f);
         let mut rows =
             [(VOCABULARY, "table"), (3, "extra"), (11, "positions")].map(|(rows, name)| f.shared(name, &[rows, 20]));
         rows[which] = leaf;
         f.b.tokens_with(ids, rows[0], rows[1], rows[2])
     };
-    let tokens_backward = |f: &mut Feed, d_y: ValueId, first: usize, rows: usize| {
+    let tokens_backward = |f: &mut Inputs, d_y: ValueId, first: usize, rows: usize| {
         let ids = ids(f);
         one(f, Op::Embedding(Embedding::TokensBackward { ids, d_y, first, rows }))
     };
@@ -336,7 +336,7 @@ fn embeddings() -> Vec<Gradient> {
         )
         .shared(),
     ];
-    let choices = |f: &mut Feed| f.ints("ids", &[5], |i| (i * 7 % 12) as i32 - 1);
+    let choices = |f: &mut Inputs| f.ints("ids", &[5], |i| (i * 7 % 12) as i32 - 1);
     cases.push(Gradient::new(
         "mix",
         &[5],
@@ -361,7 +361,7 @@ fn embeddings() -> Vec<Gradient> {
         );
         cases.push(case.smooth(|x| x));
     }
-    let at = |f: &mut Feed| f.ints("at", &[], |i| (i * 4 % 6) as i32);
+    let at = |f: &mut Inputs| f.ints("at", &[], |i| (i * 4 % 6) as i32);
     cases.push(Gradient::new(
         "pool",
         &[6, 10],
@@ -376,7 +376,7 @@ fn embeddings() -> Vec<Gradient> {
     ));
     for shape in [vec![4, 70], vec![4, 2, 70]] {
         let (name, leaf) = (format!("select {shape:?}"), shape.clone());
-        let at = |f: &mut Feed| {
+        let at = |f: &mut Inputs| {
             f.ints.push(("at".into(), vec![2]));
             f.b.input_i32("at", &[1])
         };

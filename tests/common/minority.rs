@@ -12,7 +12,7 @@ use rarebit::pipeline::Progress;
 use rarebit::pipeline::generate::{self, Generator, Image, Job};
 use rarebit::program::DType;
 use rarebit::sampler::{self, Method, Rng};
-use rarebit::text::Place;
+use rarebit::text::Position;
 
 /// The settings of plain sampling of the same images.
 pub fn images(pipeline: &Pipeline, steps: usize, guidance: f64, dtype: DType) -> generate::Settings {
@@ -22,7 +22,7 @@ pub fn images(pipeline: &Pipeline, steps: usize, guidance: f64, dtype: DType) ->
 }
 
 pub fn token(init: Init) -> TokenSettings {
-    TokenSettings { rows: 1, place: Place::End, init, pool_at: PoolAt::Eos }
+    TokenSettings { rows: 1, position: Position::End, init, pool_at: PoolAt::Eos }
 }
 
 /// The method with little work: 4 steps, of which the first is optimised, twice.

@@ -1,20 +1,20 @@
 //! Shared by the integration tests; each uses a part of it.
 #![allow(dead_code)]
 
-pub mod around;
+pub mod auxiliary;
 pub mod cases;
 pub mod command;
 pub mod emulated;
-pub mod feed;
 pub mod golden;
 pub mod gradients;
+pub mod inputs;
 pub mod layouts;
+pub mod low_precision;
 pub mod minority;
 pub mod naive;
-pub mod noting;
 pub mod optimised;
 pub mod products;
 pub mod published;
-pub mod rounded;
+pub mod recording_driver;
 pub mod sheet;
-pub mod storage;
+pub mod tolerance;

@@ -195,28 +195,28 @@ fn op(
             vec![out]
         }
         Op::Update(Update::AdamW { p, g, m, v: second, scalars }) => {
-            let [rate, gain1, gain2, eps, decay, c1, c2] = v(*scalars)[..] else { panic!("seven scalars") };
+            let [lr, gain1, gain2, eps, decay, c1, c2] = v(*scalars)[..] else { panic!("seven scalars") };
             let average = |old: ValueId, gain: f64, power: i32| -> Vec<f64> {
                 v(old).iter().zip(v(*g)).map(|(x, g)| (1.0 - gain) * x + gain * g.powi(power)).collect()
             };
             let (m, second) = (average(*m, gain1, 1), average(*second, gain2, 2));
-            let steps = m.iter().zip(&second).map(|(m, v)| rate * (m / c1) / ((v / c2).sqrt() + eps));
-            vec![v(*p).iter().zip(steps).map(|(p, step)| p * (1.0 - rate * decay) - step).collect(), m, second]
+            let steps = m.iter().zip(&second).map(|(m, v)| lr * (m / c1) / ((v / c2).sqrt() + eps));
+            vec![v(*p).iter().zip(steps).map(|(p, step)| p * (1.0 - lr * decay) - step).collect(), m, second]
         }
         Op::Update(Update::RmsProp { p, g, v: second, b, scalars }) => {
-            let [rate, alpha, momentum, eps, bound, low, high] = v(*scalars)[..] else { panic!("seven scalars") };
+            let [lr, alpha, momentum, eps, bound, low, high] = v(*scalars)[..] else { panic!("seven scalars") };
             let g: Vec<f64> = v(*g).iter().map(|g| g.clamp(-bound, bound)).collect();
             let second: Vec<f64> =
                 v(*second).iter().zip(&g).map(|(v, g)| alpha * v + (1.0 - alpha) * g.powi(2)).collect();
             let pushes = g.iter().zip(&second).map(|(g, v)| g / (v.sqrt() + eps));
             let b: Vec<f64> = v(*b).iter().zip(pushes).map(|(b, push)| momentum * b + push).collect();
-            vec![v(*p).iter().zip(&b).map(|(p, b)| (p - rate * b).clamp(low, high)).collect(), second, b]
+            vec![v(*p).iter().zip(&b).map(|(p, b)| (p - lr * b).clamp(low, high)).collect(), second, b]
         }
         Op::Update(Update::Nesterov { p, g, b, scalars }) => {
-            let [rate, momentum] = v(*scalars)[..] else { panic!("two scalars") };
+            let [lr, momentum] = v(*scalars)[..] else { panic!("two scalars") };
             let b: Vec<f64> = v(*b).iter().zip(v(*g)).map(|(b, g)| momentum * b + g).collect();
             let directions = v(*g).iter().zip(&b).map(|(g, b)| g + momentum * b);
-            vec![v(*p).iter().zip(directions).map(|(p, d)| p - rate * d).collect(), b]
+            vec![v(*p).iter().zip(directions).map(|(p, d)| p - lr * d).collect(), b]
         }
         Op::Update(Update::Noise { counter, shape }) => {
             let (sample, channels) = (shape[1..].iter().product::<usize>(), shape[shape.len() - 1]);

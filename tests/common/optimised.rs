@@ -61,7 +61,7 @@ pub fn optimise(pipeline: &Pipeline, executor: &mut dyn Executor, dtype: DType, 
 /// each, so many times.
 const MARGIN: f64 = 2.0;
 const MARGIN_OF_DRAWS: f64 = 4.0;
-/// Whatever storage does: an angle, and a share of signs, of which chance alone gets half right.
+/// Whatever storage does: an angle, and a fraction of signs, of which chance alone gets half right.
 const FURTHEST: f64 = 0.5;
 const SIGNS: f64 = 0.25;
 /// Of f32 runs.
@@ -76,7 +76,7 @@ pub struct Distance {
     pub score: f64,
     /// Between the gradients, an angle.
     pub gradient: f64,
-    /// Share of the token's numbers that moved the other way, but for one of each: one whose gradient is next to nothing turns by any
+    /// Fraction of the token's numbers that moved the other way, but for one of each: one whose gradient is next to nothing turns by any
     /// rounding, and of 32 it is more than the share that angles of a fiftieth allow.
     pub signs: f64,
     /// Of the latents, relative.

@@ -1,7 +1,7 @@
 //! Products, convolutions and their gradients as cases: shapes, operands, programs of one op, and the gradients by plain loops.
 
-use super::feed::{noise, weights};
-use super::storage::round;
+use super::inputs::{noise, weights};
+use super::tolerance::round;
 use rarebit::exec::{Data, DataMut, Executor};
 use rarebit::plan::plan;
 use rarebit::program::*;

@@ -1,7 +1,7 @@
 //! Cases at shapes of Stable Diffusion, or as near to them as a host can compute: what the kernels for large products and long rows
 //! have that no small case asks for, as more tiles than multiprocessors, tiles of 160 columns, and rings that go round.
 
-use super::cases::{Case, Feed};
+use super::cases::{Case, Inputs};
 use super::products;
 use rarebit::program::*;
 
@@ -45,7 +45,7 @@ pub fn ops() -> Vec<Case> {
 }
 
 /// Queries that are columns of a fused projection where there are as many keys, else keys and values that are.
-fn attention_of(f: &mut Feed, queries: usize, keys: usize, heads: usize, head_dim: usize) -> Attention {
+fn attention_of(f: &mut Inputs, queries: usize, keys: usize, heads: usize, head_dim: usize) -> Attention {
     let width = heads * head_dim;
     let (q, k, v) = if queries == keys {
         let qkv = f.batched("qkv", &[queries, 3 * width]);

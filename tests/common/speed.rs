@@ -71,7 +71,7 @@ impl Shape {
         let mut b = Builder::new(self.name(), dtype);
         self.build(&mut b);
         let once = b.finish().expect("a valid program");
-        once.alone(&once.nodes[0], times)
+        once.single_op(&once.nodes[0], times)
     }
 
     fn build(&self, b: &mut Builder) {

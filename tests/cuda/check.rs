@@ -4,7 +4,7 @@
 use crate::common::emulated::cuda;
 use crate::common::golden::Golden;
 use crate::common::minority::{job, settings};
-use crate::common::noting::noting;
+use crate::common::recording_driver::recording;
 use rarebit::exec::cuda::Settings as Emulation;
 use rarebit::exec::{Executor, Lockstep};
 use rarebit::methods::minority::Minority;
@@ -48,7 +48,7 @@ fn gradients_agree_too() {
 fn a_kernel_that_does_nothing_is_named() {
     let pipeline = Golden::open("tiny-sd1").pipeline();
     for (skipped, op) in [("group_norm", "group_norm"), ("attention", "attention"), ("gemm", "gemm")] {
-        let mut checked = Lockstep::new(noting(&Rc::default(), Some(skipped)));
+        let mut checked = Lockstep::new(recording(&Rc::default(), Some(skipped)));
         match image(&pipeline, &mut checked, DType::F16) {
             Err(Error::Numeric(what)) => {
                 assert!(what.contains(&format!("({op}")) && what.contains("the CPU's"), "{skipped}: {what}");

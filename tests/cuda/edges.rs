@@ -2,7 +2,7 @@
 //! timesteps as they are, and noise, which is the sampler's bit for bit.
 
 use crate::common::emulated::cuda;
-use crate::common::feed::{no_weights, try_run};
+use crate::common::inputs::{no_weights, try_run};
 use crate::common::naive::Buffers;
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::cuda::Settings;

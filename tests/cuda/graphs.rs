@@ -3,7 +3,7 @@
 
 use crate::common::emulated::cuda;
 use crate::common::golden::Golden;
-use crate::common::noting::{count, noting};
+use crate::common::recording_driver::{count, recording};
 use rarebit::exec::Executor;
 use rarebit::exec::cuda::{Cuda, Settings as Emulation};
 use rarebit::pipeline::Pipeline;
@@ -50,7 +50,7 @@ fn replays_have_the_bits_of_their_launches() {
 fn a_larger_program_moves_the_arena_and_graphs_are_made_anew() {
     let pipeline = Golden::open("tiny-sd1").pipeline();
     let calls = Rc::default();
-    let mut moved = noting(&calls, None);
+    let mut moved = recording(&calls, None);
     let small = Generator::plan(&pipeline, &moved, settings(Method::Ddim), 1).unwrap();
     let mut small_alone = cuda(Emulation::default().workers(2));
     let planned = Generator::plan(&pipeline, &small_alone, settings(Method::Ddim), 1).unwrap();
@@ -75,7 +75,7 @@ fn a_larger_program_moves_the_arena_and_graphs_are_made_anew() {
 fn a_step_is_one_replay_and_waits_for_nothing() {
     let pipeline = Golden::open("tiny-sd1").pipeline();
     let calls = Rc::default();
-    let mut executor = noting(&calls, None);
+    let mut executor = recording(&calls, None);
     let generator = Generator::plan(&pipeline, &executor, settings(Method::Ddim), 1).unwrap();
     let mut loaded = generator.load(&mut executor).unwrap();
     loaded.run(&[job(0)], &mut |_| Ok(())).unwrap();
@@ -100,13 +100,13 @@ fn a_step_ends_in_one_kernel_that_writes_the_latents() {
     let pipeline = Golden::open("tiny-sd1").pipeline();
     for method in [Method::Ddim, Method::EulerAncestral] {
         let calls = Rc::default();
-        let mut executor = noting(&calls, None).with_graphs(false);
+        let mut executor = recording(&calls, None).with_graphs(false);
         let generator = Generator::plan(&pipeline, &executor, settings(method), 2).unwrap();
         let step = executor.load(generator.programs().step.clone(), &pipeline.model).unwrap();
         let kernels: Vec<&str> = executor.launches(step).flatten().map(|launch| launch.kernel.as_str()).collect();
         let [.., before, last] = kernels[..] else { panic!("{kernels:?}") };
         assert!(before.starts_with("conv2d") || before.starts_with("gemm"), "{before}");
-        assert_eq!(last, "combine_f16_f32", "predictions widened, guided and stepped by");
+        assert_eq!(last, "combine_f16_f32", "predictions cast, guided and stepped by");
         executor.run(step).unwrap();
         assert_eq!(count(&calls, "copy"), 0, "{method}: the latents lie where the next step reads them");
     }
@@ -116,7 +116,7 @@ fn a_step_ends_in_one_kernel_that_writes_the_latents() {
 fn an_image_stays_on_the_device_until_it_is_made() {
     let pipeline = Golden::open("tiny-sd1").pipeline();
     let calls = Rc::default();
-    let mut executor = noting(&calls, None);
+    let mut executor = recording(&calls, None);
     let generator = Generator::plan(&pipeline, &executor, settings(Method::Ddim), 2).unwrap();
     let mut loaded = generator.load(&mut executor).unwrap();
     let mut run = |seeds: [u64; 2]| {
@@ -126,7 +126,7 @@ fn an_image_stays_on_the_device_until_it_is_made() {
     };
     run([0, 0]);
     run([0, 1]);
-    // The other way round: one prompt is encoded, and what the unconditional rows are told is there.
+    // The other way round: one prompt is encoded, and the unconditional rows' conditioning is there.
     let (image, decode) = (["stage", "stage", "replay"].repeat(STEPS), ["copy", "replay"]);
     let text = ["stage", "replay", "copy"];
     let condition = ["stage", "replay"];

@@ -2,7 +2,7 @@
 //! memory for need no such launch.
 
 use crate::common::emulated::build;
-use crate::common::feed::no_weights;
+use crate::common::inputs::no_weights;
 use crate::common::published::{decode, gradient};
 use rarebit::exec::Executor;
 use rarebit::exec::cuda::{

@@ -2,12 +2,12 @@
 //! end to end: its image, the gradient of the minority objective to a token, the same bits alone and in a batch.
 
 use crate::common::emulated::cuda;
-use crate::common::feed::noise;
 use crate::common::golden::{Golden, relative_error};
+use crate::common::inputs::noise;
+use crate::common::low_precision::LowPrecision;
 use crate::common::minority::settings;
 use crate::common::optimised::{Distance, Optimised, optimise};
-use crate::common::rounded::Rounded;
-use crate::common::storage::TYPES;
+use crate::common::tolerance::TYPES;
 use rarebit::Result;
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::cuda::Settings as Emulation;
@@ -75,7 +75,7 @@ fn tiny_models_agree_with_the_cpu() {
         let expected = networks(&pipeline, Box::new(Cpu::<f64>::new()), DType::F64);
         for dtype in TYPES {
             let found = networks(&pipeline, Box::new(cuda(emulated())), dtype);
-            let honest = networks(&pipeline, Box::<Rounded>::default(), dtype);
+            let honest = networks(&pipeline, Box::<LowPrecision>::default(), dtype);
             for (((what, found), (_, honest)), (_, expected)) in found.iter().zip(&honest).zip(&expected) {
                 let (error, storage) = (relative_error(found, expected), relative_error(honest, expected));
                 println!("{name:10} {dtype:5} {what:24} {error:.2e}, of storage {storage:.2e}");
@@ -145,8 +145,8 @@ fn a_minority_prompt_agrees_with_the_cpu() {
     let exact = optimised(&pipeline, &mut Cpu::<f64>::new(), DType::F64, &jobs);
     for dtype in TYPES {
         let found = optimised(&pipeline, &mut cuda(emulated()), dtype, &jobs).distance(&exact);
-        let storage =
-            (dtype != DType::F32).then(|| optimised(&pipeline, &mut Rounded::default(), dtype, &jobs).distance(&exact));
+        let storage = (dtype != DType::F32)
+            .then(|| optimised(&pipeline, &mut LowPrecision::default(), dtype, &jobs).distance(&exact));
         println!("{dtype}, of storage: {storage:?}, cosine {:.7}", found.gradient.cos());
         for ((what, error), (_, allowed)) in found.parts().into_iter().zip(Distance::allowed(dtype, storage).parts()) {
             println!("{dtype} {what}: {error:.2e} of {allowed:.2e}");

@@ -5,9 +5,9 @@
 
 use crate::common::cases::{Built, Case};
 use crate::common::emulated::{cuda, cudas, wanted};
-use crate::common::feed::{no_weights, operands, run, try_run};
 use crate::common::gradients::{self, Gradient};
-use crate::common::storage::{TYPES, judge, report, round, same_bits};
+use crate::common::inputs::{no_weights, operands, run, try_run};
+use crate::common::tolerance::{TYPES, judge, report, round, same_bits};
 use crate::common::{cases, naive};
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::cuda::{Copies, Cuda, Order, Settings};

@@ -3,9 +3,9 @@
 //! threads and in any batch.
 
 use crate::common::emulated::{cuda, cudas, wanted};
-use crate::common::feed::no_weights;
+use crate::common::inputs::no_weights;
 use crate::common::products::{self, Case, How, programs, rounded, run, stored};
-use crate::common::storage::{TYPES, judge, report, round};
+use crate::common::tolerance::{TYPES, judge, report, round};
 use rarebit::exec::Executor;
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::cuda::{Copies, Cuda, Hopper, Order, Settings, product};
@@ -114,11 +114,11 @@ fn cases_reach_every_kernel() {
                 assert!(reached.contains(&kernel), "no case launches {} split {split}", kernel.0);
             }
         }
-        assert!(reached.contains(&(format!("finish_{dtype}"), false)));
+        assert!(reached.contains(&(format!("split_k_reduce_{dtype}"), false)));
         // A tile of 160 columns is for shapes that are too large here.
         let tiles = [("r_128", false), ("r_128", true), ("a_128", false), ("a_128", true)];
         for (tile, split) in tiles.into_iter().filter(|_| dtype != DType::F32) {
-            let kernel = (format!("product_hopper_{tile}_{dtype}"), split);
+            let kernel = (format!("sm90_gemm_{tile}_{dtype}"), split);
             assert!(reached.contains(&kernel), "no case launches {} split {split}", kernel.0);
         }
     }
@@ -128,7 +128,7 @@ fn cases_reach_every_kernel() {
 #[test]
 fn bits_do_not_depend_on_the_tile() {
     let (split, wide) = (Case::Input([620, 1472, 160]), Case::Input([2850, 64, 160]));
-    let hopper = |lines: &str, dtype| [160, 128].map(|tile| format!("product_hopper_{lines}_{tile}_{dtype}"));
+    let hopper = |lines: &str, dtype| [160, 128].map(|tile| format!("sm90_gemm_{lines}_{tile}_{dtype}"));
     let any = ["gemm_ra_128_f16", "gemm_ra_64_f16"].map(String::from);
     let ends = [
         (split, DType::F16, false, Hopper::Off, any),
@@ -178,7 +178,7 @@ fn bits_do_not_depend_on_the_forced_cut() {
             let on = || cuda(Settings::default()).with_hopper(Hopper::Forced(cut));
             let (kernel, is_split) = kernels(&mut on(), program.clone(), &model).remove(0);
             let tile = format!("_{}_{dtype}", cut.tile.name);
-            assert!(kernel.ends_with(&tile) && kernel.contains("hopper") == cut.tile.hopper, "{kernel} is no {cut:?}");
+            assert!(kernel.ends_with(&tile) && kernel.contains("sm90") == cut.tile.hopper, "{kernel} is no {cut:?}");
             assert_eq!(is_split, cut.splits > 1, "{cut:?}");
             let bits = run(on().with_guards(true), &program, &values, &model, 1);
             let first = found.entry((cut.tile.hopper, cut.splits)).or_insert_with(|| bits.clone());
@@ -199,6 +199,6 @@ fn a_cut_that_a_shape_cannot_have_is_refused() {
         executor.load(planned, &no_weights()).map(|_| ()).map_err(|error| error.to_string())
     };
     assert_eq!(load(half), Ok(()));
-    let told = load(program(DType::F32)).unwrap_err();
-    assert!(told.contains("for Hopper") && told.contains("f32: kernels/product_hopper.cu cannot make"), "{told}");
+    let message = load(program(DType::F32)).unwrap_err();
+    assert!(message.contains("for Hopper") && message.contains("f32: kernels/sm90_gemm.cu cannot make"), "{message}");
 }

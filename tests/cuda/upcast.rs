@@ -2,11 +2,11 @@
 //! where it may not, the error names the op.
 
 use crate::common::emulated::cuda;
-use crate::common::feed::noise;
 use crate::common::golden::relative_error;
+use crate::common::inputs::noise;
 use crate::common::layouts::{copy_of, scale_tensors, weights_of};
+use crate::common::low_precision::LowPrecision;
 use crate::common::minority::{images, job};
-use crate::common::rounded::Rounded;
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::cuda::{Cuda, Settings as Emulation};
 use rarebit::exec::{Data, Executor, Lockstep};
@@ -62,7 +62,7 @@ fn finite(values: &[f32]) -> bool {
 fn networks_keep_their_numbers() {
     let (plain, swollen) = (swollen(1.0), swollen(FACTOR));
     let expected = network(&swollen, Box::new(Cpu::<f64>::new()), DType::F64);
-    let honest = network(&swollen, Box::<Rounded>::default(), DType::F16);
+    let honest = network(&swollen, Box::<LowPrecision>::default(), DType::F16);
     let found = network(&swollen, Box::new(emulated()), DType::F16);
     let of_plain = network(&plain, Box::new(emulated()), DType::F16);
     assert!(found[..2] == of_plain[..2], "a factor of two changes no bit of the image or its gradient");
@@ -146,7 +146,7 @@ fn gradients_of_runs_pass_through_the_decoder() {
     let (plain, swollen) = (swollen(1.0), swollen(FACTOR));
     let exact = evaluate(&swollen, &mut Cpu::<f64>::new(), DType::F64, false);
     for at_once in [false, true] {
-        let honest = evaluate(&swollen, &mut Rounded::default(), DType::F16, at_once);
+        let honest = evaluate(&swollen, &mut LowPrecision::default(), DType::F16, at_once);
         let found = evaluate(&swollen, &mut emulated(), DType::F16, at_once);
         let [error, storage] = [&found, &honest].map(|of| relative_error(&of.gradients[0], &exact.gradients[0]));
         println!("gradient {error:.2e}, of storage {storage:.2e}; loss {:?}, exact {:?}", found.losses, exact.losses);
@@ -178,7 +178,7 @@ fn bf16_is_exact_enough_for_pixels() {
     let exact = decode(Box::new(Cpu::<f64>::new()), DType::F64, false);
     let byte = |x: f32| f64::from((x / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round();
     for (what, dtype, upcast) in [("f16", DType::F16, false), ("bf16", DType::F16, true), ("f32", DType::F32, false)] {
-        let (image, gradient) = decode(Box::<Rounded>::default(), dtype, upcast);
+        let (image, gradient) = decode(Box::<LowPrecision>::default(), dtype, upcast);
         let squares: f64 = image.iter().zip(&exact.0).map(|(a, b)| (byte(*a) - byte(*b)).powi(2)).sum();
         let psnr = 10.0 * (255.0f64.powi(2) / (squares / image.len() as f64).max(1e-9)).log10();
         let most = image.iter().zip(&exact.0).map(|(a, b)| (byte(*a) - byte(*b)).abs()).fold(0.0, f64::max);

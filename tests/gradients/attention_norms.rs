@@ -1,7 +1,7 @@
 //! What the shared cases do not say of attention's and the norms' gradients: parts equal the whole, bad targets are named,
 //! rows without a target count nothing, and large logits overflow nowhere.
 
-use crate::common::feed::{no_weights, noise, run};
+use crate::common::inputs::{no_weights, noise, run};
 use crate::common::naive::Buffers;
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::{Data, Executor};

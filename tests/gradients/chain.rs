@@ -1,8 +1,8 @@
 //! Gradients of whole sampling runs: central differences in f64, the same bits for every way of storing activations, memory as
 //! planned, no work that no leaf asked for.
 
-use crate::common::feed;
 use crate::common::golden::{Golden, data_folder};
+use crate::common::inputs;
 use rarebit::Error;
 use rarebit::autodiff::{Cotangent, Request, differentiate};
 use rarebit::exec::cpu::{Cpu, Real};
@@ -21,7 +21,7 @@ const MODELS: [&str; 3] = ["tiny-sd1", "tiny-sd2", "tiny-sdxl"];
 
 /// Uniform in [-2, 2].
 fn noise(seed: usize, len: usize) -> Vec<f64> {
-    feed::noise("chain", seed, len)
+    inputs::noise("chain", seed, len)
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {

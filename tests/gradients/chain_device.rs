@@ -1,7 +1,7 @@
 //! A chain whose noise lives on the device: what crosses the host, objectives that predict, optimizers, and single networks beside it.
 
-use crate::common::feed;
 use crate::common::golden::{Golden, data_folder};
+use crate::common::inputs;
 use crate::common::minority::relative;
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::{Data, DataMut, Executor, ProgramId};
@@ -90,7 +90,7 @@ fn options(pipeline: &Pipeline, dtype: DType, method: Method, budget: Option<usi
 }
 
 fn noise(name: &str, chain: &Chain<'_>) -> Vec<f64> {
-    feed::noise(name, 1, chain.noise_parameter().len())
+    inputs::noise(name, 1, chain.noise_parameter().len())
 }
 
 fn single(values: &[f64]) -> Vec<f32> {
@@ -125,7 +125,7 @@ fn the_noise_stays_on_the_device() {
         let adam =
             || Optimizer::ADAM.plan(&Cpu::<f32>::new(), DType::F32, std::slice::from_ref(&parameter), 1.0).unwrap();
         let steps = if method == Method::EulerAncestral { 4 } else { 0 };
-        let draws: Vec<Vec<f32>> = (0..steps).map(|k| single(&feed::noise("draw", k, start.len()))).collect();
+        let draws: Vec<Vec<f32>> = (0..steps).map(|k| single(&inputs::noise("draw", k, start.len()))).collect();
 
         let mut chain = chain.load::<f32>(&mut cpu).unwrap();
         let mut optimizer = adam().load(chain.executor(), &pipeline.model).unwrap();
@@ -245,9 +245,9 @@ fn objectives_predict_in_a_chain() {
             let chain = Chain::plan(&pipeline, &cpu, &options, &[Entry::Latents, Entry::Context], terms()).unwrap();
             let start = noise("start", &chain);
             let mut chain = chain.load::<f64>(&mut cpu).unwrap();
-            let context = feed::noise("context", 3, 4 * pipeline.tokens() * pipeline.config.unet.context_width);
+            let context = inputs::noise("context", 3, 4 * pipeline.tokens() * pipeline.config.unet.context_width);
             let pooled = pipeline.config.text.last().and_then(|tower| tower.projection).unwrap_or(0);
-            let pooled = feed::noise("pooled", 3, 4 * pooled);
+            let pooled = inputs::noise("pooled", 3, 4 * pooled);
             chain.set_seeds(&[5, 6], 7).unwrap();
             let mut at = |start: &[f64], context: &[f64]| {
                 chain.condition(Data::F64(context), Data::F64(&pooled)).unwrap();
@@ -255,7 +255,7 @@ fn objectives_predict_in_a_chain() {
             };
             let found = at(&start, &context);
             for (index, (what, from)) in [("noise", &start), ("text", &context)].into_iter().enumerate() {
-                let along = feed::noise("along", 4, from.len());
+                let along = inputs::noise("along", 4, from.len());
                 let slope: f64 = found.gradients[index].iter().zip(&along).map(|(a, b)| a * b).sum();
                 let mut loss = |h: f64| {
                     let moved: Vec<f64> = from.iter().zip(&along).map(|(x, a)| x + h * a).collect();
@@ -290,7 +290,7 @@ fn networks_beside_a_chain() {
     chain.prompts(&[PROMPT; 2], &[""; 2]).unwrap();
     let before = chain.evaluate(&start, &[]).unwrap();
     let side = options.width;
-    let image = Tensor { shape: vec![1, 3, side, side], data: single(&feed::noise("image", 1, 3 * side * side)) };
+    let image = Tensor { shape: vec![1, 3, side, side], data: single(&inputs::noise("image", 1, 3 * side * side)) };
     let beside = Networks::new(&pipeline, chain.executor(), DType::F32).encode(&image).unwrap();
     let after = chain.evaluate(&start, &[]).unwrap();
     assert!(before.losses == after.losses && before.gradients == after.gradients);
@@ -329,7 +329,7 @@ fn a_reward_is_an_objective() {
     // What stands beside it does not change it: features of the held-out CLIP on the same executor.
     let held_out = detect::clip_config(&pipeline.model, Component::HeldOutClip).unwrap();
     let mut b = Builder::new("held out", DType::F32);
-    let image = b.wide_input("held out image", &[1, 64, 64, 3]);
+    let image = b.accumulator_input("held out image", &[1, 64, 64, 3]);
     let image = held_out.preprocess.append(&mut b, image);
     let features = clip_image::features(&mut b, &held_out.image, Component::HeldOutClip, image);
     b.output("held out features", features);

@@ -2,8 +2,8 @@
 //! whatever the batch and the threads, and touch no memory that is not theirs.
 
 use crate::common::cases::Built;
-use crate::common::feed::{self, lesser_archs, no_weights, noise};
 use crate::common::gradients::{self, Gradient};
+use crate::common::inputs::{self, lesser_archs, no_weights, noise};
 use rarebit::exec::cpu::{Cpu, Real};
 use rarebit::exec::{Data, DataMut, Executor, ProgramId};
 use rarebit::plan::plan;
@@ -15,7 +15,7 @@ type Buffers = HashMap<String, Vec<f64>>;
 
 /// Contents of the float buffers; sample `i` of a batched buffer is that of sample `first + i` in any batch.
 fn fill(case: &Gradient, built: &Built, first: usize, batch: usize) -> Buffers {
-    let mut buffers = feed::fill(built, first, batch).floats;
+    let mut buffers = inputs::fill(built, first, batch).floats;
     if let Some(leaf) = buffers.get_mut("leaf") {
         leaf.iter_mut().for_each(|x| *x = (case.domain)(*x) as f32 as f64);
     }

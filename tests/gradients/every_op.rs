@@ -1,7 +1,7 @@
 //! Gradients against central differences in f64: every op alone, with respect to every operand that has one.
 
 use crate::common::cases::{self, Case};
-use crate::common::feed::{fill, no_weights, noise, run};
+use crate::common::inputs::{fill, no_weights, noise, run};
 use crate::common::naive::Buffers;
 use rarebit::autodiff::{Cotangent, Request, differentiate};
 use rarebit::exec::cpu::Cpu;

@@ -2,7 +2,7 @@
 //! op, f32 against f64, weights as held in panels against plain inputs, and the same bits whatever the batch, the number of
 //! threads and the runs before; no op touches memory that is not its own.
 
-use crate::common::feed::{lesser_archs, no_weights, noise};
+use crate::common::inputs::{lesser_archs, no_weights, noise};
 use crate::common::products::{Case, How, Values, cases, run, stored, weight};
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::{Data, DataMut, Executor};

@@ -8,7 +8,7 @@ use rarebit::methods::baselines::best_of;
 use rarebit::methods::baselines::cads::Cads;
 use rarebit::methods::baselines::sgms::Sgms;
 use rarebit::methods::{ImageMethod, PlannedMethod, Request};
-use rarebit::metrics::denoising_loss as elbo;
+use rarebit::metrics::denoising_loss;
 use rarebit::pipeline::Pipeline;
 use rarebit::pipeline::generate::{Generator, Image, Job, Loaded, Settings};
 use rarebit::program::DType;
@@ -188,19 +188,19 @@ fn the_best_of_n_is_the_best_of_their_seeds() {
 }
 
 #[test]
-fn the_elbo_score_tells_noise_from_images() {
+fn the_denoising_loss_tells_noise_from_images() {
     let pipeline = Pipeline::open(rarebit::assets::shapes().unwrap(), None).unwrap();
     let score = |steps: usize| {
         let mut cpu = Cpu::<f32>::new();
         let jobs = [job("a red star", 3), job("a red star", 4)];
         let generator = Generator::plan(&pipeline, &cpu, settings(&pipeline, steps), 2).unwrap();
-        let planned = elbo::Planner::plan(&pipeline, &cpu, &generator, DType::F32, 8).unwrap();
+        let planned = denoising_loss::Planner::plan(&pipeline, &cpu, &generator, DType::F32, 8).unwrap();
         assert_eq!(planned.nfe().forward, 16);
         let mut loaded = generator.load(&mut cpu).unwrap();
-        let elbo = planned.load(&mut loaded).unwrap();
+        let scorer = planned.load(&mut loaded).unwrap();
         loaded.run(&jobs, &mut |_| Ok(())).unwrap();
-        let scores = elbo.score(&mut loaded, &jobs).unwrap();
-        assert_eq!(scores, elbo.score(&mut loaded, &jobs).unwrap(), "the grid is fixed");
+        let scores = scorer.score(&mut loaded, &jobs).unwrap();
+        assert_eq!(scores, scorer.score(&mut loaded, &jobs).unwrap(), "the grid is fixed");
         scores
     };
     // Two steps leave a blur that the model itself finds unlikely.

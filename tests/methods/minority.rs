@@ -17,7 +17,7 @@ use rarebit::pipeline::generate::Image;
 use rarebit::pipeline::programs::Sizes;
 use rarebit::plan::plan;
 use rarebit::program::{DType, Program};
-use rarebit::text::Place;
+use rarebit::text::Position;
 
 const FAMILIES: [&str; 3] = ["tiny-sd1", "tiny-sd2", "tiny-sdxl"];
 const PROMPT: &str = "a red star on a dark blue background";
@@ -98,7 +98,7 @@ fn a_token_that_is_not_optimised_is_a_learned_token() {
     }
 }
 
-fn passes(pipeline: &Pipeline, settings: Settings, batch: usize) -> (Nfe, Vec<usize>) {
+fn nfe(pipeline: &Pipeline, settings: Settings, batch: usize) -> (Nfe, Vec<usize>) {
     let planned = Minority::plan(pipeline, &cpu(), settings, &vec![PROMPT; batch]).unwrap();
     (planned.nfe(), planned.optimized())
 }
@@ -109,17 +109,17 @@ fn every_iteration_costs_two_passes_each_way() {
     let counted = |iterations: usize, batch: usize| {
         let s = settings(&pipeline, DType::F32);
         let schedule = Schedule { iterations, t_lo: 0.4, ..s.schedule };
-        passes(&pipeline, Settings { schedule, ..s }, batch)
+        nfe(&pipeline, Settings { schedule, ..s }, batch)
     };
     // 4 steps of two branches; steps 0 and 1 are optimised.
     assert_eq!(counted(0, 1), (Nfe { forward: 8, backward: 0 }, vec![0, 1]));
     assert_eq!(counted(3, 1).0, Nfe { forward: 8 + 2 * 3 * 2, backward: 2 * 3 * 2 });
     assert_eq!(counted(3, 2).0, Nfe { forward: 2 * (8 + 12), backward: 2 * 12 });
     let repelled = Settings { objectives: vec![repulsion()], ..settings(&pipeline, DType::F32) };
-    assert_eq!(passes(&pipeline, repelled, 2).0, Nfe { forward: 2 * (8 + 2), backward: 2 * 2 });
+    assert_eq!(nfe(&pipeline, repelled, 2).0, Nfe { forward: 2 * (8 + 2), backward: 2 * 2 });
     let distilled = settings(&pipeline, DType::F32);
     let distilled = Settings { images: images(&pipeline, 4, 1.0, DType::F32), ..distilled };
-    assert_eq!(passes(&pipeline, distilled, 1).0, Nfe { forward: 4 + 4, backward: 4 }, "no unconditional branch");
+    assert_eq!(nfe(&pipeline, distilled, 1).0, Nfe { forward: 4 + 4, backward: 4 }, "no unconditional branch");
 }
 
 #[test]
@@ -128,7 +128,7 @@ fn steps_are_optimised_above_the_gate() {
     let between = |steps: usize, t_lo: f64, t_hi: f64, every: usize| {
         let s = settings(&pipeline, DType::F32);
         let schedule = Schedule { t_lo, t_hi, every, renoise: Renoise::Annealed, ..s.schedule };
-        passes(&pipeline, Settings { images: images(&pipeline, steps, 3.0, DType::F32), schedule, ..s }, 1).1
+        nfe(&pipeline, Settings { images: images(&pipeline, steps, 3.0, DType::F32), schedule, ..s }, 1).1
     };
     let optimised = |steps: usize, t_lo: f64, every: usize| between(steps, t_lo, 1.0, every);
     assert_eq!(optimised(50, 0.9, 1), [0, 1, 2, 3, 4], "timesteps 981 to 901");
@@ -215,10 +215,10 @@ const TWO: [&str; 2] = [PROMPT, "a red heart"];
 
 fn towers(pipeline: &Pipeline) -> Towers {
     let settings = token(Init::White { scale: 1.0 });
-    let placed = settings.place(pipeline, &TWO).unwrap();
+    let token_batch = settings.tokenize(pipeline, &TWO).unwrap();
     let variable = Variable::Token(settings);
     let sizes = Sizes { batch: 2, height: 8, width: 8, tokens: pipeline.tokens() };
-    let prefix = placed.prefix;
+    let prefix = token_batch.prefix;
     let spec = VariableSpec { pipeline, dtype: DType::F32, sizes, variable: &variable, prefix };
     let mut executor = cpu();
     let forward = spec.forward().unwrap().unwrap();
@@ -227,22 +227,22 @@ fn towers(pipeline: &Pipeline) -> Towers {
         let planned = plan(program, |program, node| executor.workspace(program, node));
         executor.load(planned, &pipeline.model).unwrap()
     });
-    let (names, tokens) = (Names::of(placed.prefix), pipeline.tokens());
-    for (tower, ids) in placed.ids.iter().enumerate() {
+    let (names, tokens) = (Names::of(token_batch.prefix), pipeline.tokens());
+    for (tower, ids) in token_batch.ids.iter().enumerate() {
         let [first, rest] = names.ids(tower);
         let part = |from: usize, to: usize| -> Vec<i32> {
             ids.chunks(tokens).flat_map(|ids| &ids[from..to]).copied().collect()
         };
-        executor.write(&first, Data::I32(&part(0, placed.prefix))).unwrap();
-        executor.write(&rest, Data::I32(&part(placed.prefix, tokens))).unwrap();
+        executor.write(&first, Data::I32(&part(0, token_batch.prefix))).unwrap();
+        executor.write(&rest, Data::I32(&part(token_batch.prefix, tokens))).unwrap();
     }
-    if placed.ids.len() > 1 {
-        let pool_at: Vec<i32> = placed.pool_at.iter().map(|at| at - placed.prefix as i32).collect();
+    if token_batch.ids.len() > 1 {
+        let pool_at: Vec<i32> = token_batch.pool_at.iter().map(|at| at - token_batch.prefix as i32).collect();
         executor.write(&names.pool_at(), Data::I32(&pool_at)).unwrap();
     }
     executor.run(prefix).unwrap();
     let widths = pipeline.config.text.iter().map(|tower| tower.width).collect();
-    Towers { executor, forward, backward, prefix: placed.prefix, widths }
+    Towers { executor, forward, backward, prefix: token_batch.prefix, widths }
 }
 
 /// Gradients of the text states → gradients of the rows.
@@ -346,8 +346,8 @@ fn pooled_text_leads_to_the_second_tower() {
     let (both, detached) = (towers.gradient(&pipeline, 1.0, 1.0), towers.gradient(&pipeline, 1.0, 0.0));
     assert!(both[0] == detached[0] && both[1] != detached[1]);
     assert!(detached.iter().all(|rows| rows.iter().any(|g| *g != 0.0)));
-    let placed = |pool_at| TokenSettings { pool_at, ..token(Init::Unit) }.place(&pipeline, &[PROMPT]).unwrap();
-    let (eos, placeholder) = (placed(PoolAt::Eos), placed(PoolAt::Placeholder));
+    let token_batch = |pool_at| TokenSettings { pool_at, ..token(Init::Unit) }.tokenize(&pipeline, &[PROMPT]).unwrap();
+    let (eos, placeholder) = (token_batch(PoolAt::Eos), token_batch(PoolAt::Placeholder));
     let at = pipeline.tokenize(PROMPT).unwrap()[1].eos as i32;
     assert_eq!((placeholder.pool_at[0], eos.pool_at[0]), (at, at + 1));
 }
@@ -356,24 +356,24 @@ fn pooled_text_leads_to_the_second_tower() {
 fn long_prompts_make_room() {
     let pipeline = open("tiny-sdxl");
     let long = "red star ".repeat(40);
-    for (rows, place) in [(1, Place::End), (3, Place::End), (2, Place::Start)] {
-        let settings = TokenSettings { rows, place, ..token(Init::Unit) };
-        let placed = settings.place(&pipeline, &[&long, PROMPT]).unwrap();
+    for (rows, position) in [(1, Position::End), (3, Position::End), (2, Position::Start)] {
+        let settings = TokenSettings { rows, position, ..token(Init::Unit) };
+        let token_batch = settings.tokenize(&pipeline, &[&long, PROMPT]).unwrap();
         for (tower, config) in pipeline.config.text.iter().enumerate() {
             for image in 0..2 {
-                let ids = &placed.ids[tower][image * pipeline.tokens()..][..pipeline.tokens()];
+                let ids = &token_batch.ids[tower][image * pipeline.tokens()..][..pipeline.tokens()];
                 let first = (config.vocab_size + image * rows) as i32;
                 let own: Vec<i32> = ids.iter().copied().filter(|id| *id >= config.vocab_size as i32).collect();
                 assert_eq!(own, (first..first + rows as i32).collect::<Vec<_>>());
                 assert!(ids.contains(&pipeline.tokenizers[tower].end()));
             }
         }
-        assert!(!placed.cut[0].is_empty() && placed.cut[1].is_empty());
+        assert!(!token_batch.truncated[0].is_empty() && token_batch.truncated[1].is_empty());
     }
     let found = run(&pipeline, &mut cpu(), settings(&pipeline, DType::F32), &[job(&long, 3)], &[9]);
     assert!(found.gradient.iter().all(|rows| rows.iter().any(|g| *g != 0.0)), "the token is read");
     let whole = TokenSettings { rows: pipeline.tokens() - 1, ..token(Init::Unit) };
-    assert_eq!(whole.place(&pipeline, &[PROMPT]).unwrap_err().exit_code(), 2);
+    assert_eq!(whole.tokenize(&pipeline, &[PROMPT]).unwrap_err().exit_code(), 2);
 }
 
 #[test]
@@ -427,9 +427,9 @@ fn a_batch_has_the_bits_of_its_images() {
 fn seeds_decide_everything() {
     let pipeline = open("tiny-sd2");
     // The latents at the first step, which nothing has touched.
-    let make = |seed: u64, opt_seed: u64, rate: f64| {
+    let make = |seed: u64, opt_seed: u64, lr: f64| {
         let s = settings(&pipeline, DType::F32);
-        let s = Settings { schedule: Schedule { lr: rate, ..s.schedule }, ..s };
+        let s = Settings { schedule: Schedule { lr, ..s.schedule }, ..s };
         run(&pipeline, &mut cpu(), s, &[job(PROMPT, seed)], &[opt_seed])
     };
     let (one, again, other) = (make(3, 9, 0.002), make(3, 9, 0.002), make(3, 10, 0.002));
@@ -512,17 +512,17 @@ fn first_embeddings_have_the_tables_moments() {
     let pipeline = open("tiny-sd1");
     let spread = rarebit::optimize::variable::token::spread(&pipeline, 0).unwrap();
     let seeds: Vec<u64> = (0..400).collect();
-    let deviation = |init: Init| {
+    let std = |init: Init| {
         let rows = token(init).initial(&pipeline, &seeds).unwrap().remove(0);
         let mean = rows.iter().map(|x| f64::from(*x)).sum::<f64>() / rows.len() as f64;
         (rows.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>() / rows.len() as f64).sqrt()
     };
     let close = |found: f64, expected: f64| assert!((found / expected - 1.0).abs() < 0.1, "{found}, not {expected}");
-    close(deviation(Init::White { scale: 1.0 }), spread);
-    close(deviation(Init::White { scale: 2.0 }), 2.0 * spread);
-    close(deviation(Init::Gaussian { scale: 1.0 }), spread);
-    close(deviation(Init::RandomWord), spread);
-    close(deviation(Init::Unit), 1.0);
+    close(std(Init::White { scale: 1.0 }), spread);
+    close(std(Init::White { scale: 2.0 }), 2.0 * spread);
+    close(std(Init::Gaussian { scale: 1.0 }), spread);
+    close(std(Init::RandomWord), spread);
+    close(std(Init::Unit), 1.0);
     let rows = |init: Init| token(init).initial(&pipeline, &[1, 1, 2]).unwrap().remove(0);
     let (random, width) = (rows(Init::RandomWord), pipeline.config.text[0].width);
     assert!(random[..width] == random[width..2 * width] && random[..width] != random[2 * width..]);

@@ -49,8 +49,8 @@ fn two_terms(lambda: f64, cut: bool) -> Objective<'static> {
     })
 }
 
-/// A look at the first step from given rows, in f64: J and its gradient.
-fn look(pipeline: &Pipeline, objective: Objective<'static>, rows: &[Vec<f32>]) -> (f64, Vec<Vec<f64>>) {
+/// An evaluation of the objective at the first step from given rows, in f64: J and its gradient.
+fn evaluate(pipeline: &Pipeline, objective: Objective<'static>, rows: &[Vec<f32>]) -> (f64, Vec<Vec<f64>>) {
     let variable = Variable::Token(token(Init::Given(rows.to_vec())));
     let settings = looking(pipeline, DType::F64, objective, variable);
     let found = run(pipeline, &mut Cpu::<f64>::new(), settings, &[job(PROMPT, 3)], &[9]);
@@ -70,7 +70,7 @@ fn gradients_are_central_differences() {
     for name in FAMILIES {
         let pipeline = Golden::open(name).pipeline();
         let begin = rows(&pipeline, 1);
-        let (_, gradient) = look(&pipeline, minority(Minority::default()), &begin);
+        let (_, gradient) = evaluate(&pipeline, minority(Minority::default()), &begin);
         // Along the gradient and along another direction, in every tower.
         for (tower, slope) in gradient.iter().enumerate() {
             let length = slope.iter().map(|x| x * x).sum::<f64>().sqrt();
@@ -86,7 +86,7 @@ fn gradients_are_central_differences() {
                     moved
                 };
                 let (up, down) = (moved(1.0), moved(-1.0));
-                let value = |rows: &[Vec<f32>]| look(&pipeline, minority(Minority::default()), rows).0;
+                let value = |rows: &[Vec<f32>]| evaluate(&pipeline, minority(Minority::default()), rows).0;
                 let expected = value(&up) - value(&down);
                 let steps = up[tower].iter().zip(&down[tower]).map(|(a, b)| f64::from(*a) - f64::from(*b));
                 // J is reported as (1 + λ) ‖f − g‖, and at λ = 1 its gradient with stop-gradients is that of ‖f − g‖.
@@ -106,8 +106,8 @@ fn the_closed_form_is_the_two_terms() {
         let begin = rows(&pipeline, 2);
         let mut at_one = vec![];
         for lambda in [0.0, 0.5, 1.0, 2.0] {
-            let closed = look(&pipeline, minority(Minority { lambda, ..Minority::default() }), &begin);
-            let terms = look(&pipeline, two_terms(lambda, false), &begin);
+            let closed = evaluate(&pipeline, minority(Minority { lambda, ..Minority::default() }), &begin);
+            let terms = evaluate(&pipeline, two_terms(lambda, false), &begin);
             let error = relative(&flat(&closed.1), &flat(&terms.1));
             println!("{name} λ {lambda}: J {:.9} and {:.9}, gradients {error:.1e} apart", closed.0, terms.0);
             assert!((closed.0 - terms.0).abs() < 1e-9 * terms.0, "{name} λ {lambda}: {} and {}", closed.0, terms.0);
@@ -117,10 +117,10 @@ fn the_closed_form_is_the_two_terms() {
             }
         }
         // The other way to lose a path is seen.
-        let cut = look(&pipeline, two_terms(1.0, true), &begin).1;
+        let cut = evaluate(&pipeline, two_terms(1.0, true), &begin).1;
         assert!(relative(&flat(&cut), &at_one) > 0.1, "{name}: the path through the noised estimate counts");
         // Without a gradient through the second estimate only that of the first is left.
-        let stopped = look(&pipeline, minority(Minority { detach_second: true, ..Minority::default() }), &begin).1;
+        let stopped = evaluate(&pipeline, minority(Minority { detach_second: true, ..Minority::default() }), &begin).1;
         let second_alone = Objective::new("second term", |s: &mut StepContext<'_>| {
             let (f, g) = estimates(s, false);
             let g = s.b.detach(g);
@@ -128,13 +128,13 @@ fn the_closed_form_is_the_two_terms() {
             let distance = norm(s, d);
             s.raise(distance)
         });
-        let expected = look(&pipeline, second_alone, &begin).1;
+        let expected = evaluate(&pipeline, second_alone, &begin).1;
         assert!(relative(&flat(&stopped), &flat(&expected)) < 1e-7, "{name}");
     }
 }
 
 #[test]
-fn the_second_look_sees_the_first_prompt() {
+fn the_second_estimate_has_the_users_prompt() {
     // With the first estimate held still, what the token is changes nothing: the second estimate has the user's prompt.
     let pipeline = Golden::open("tiny-sd1").pipeline();
     let held = || {
@@ -151,7 +151,7 @@ fn the_second_look_sees_the_first_prompt() {
             Loss { minimize: s.negated(moving), report }
         })
     };
-    let values = [1, 2].map(|seed| look(&pipeline, held(), &rows(&pipeline, seed)).0);
+    let values = [1, 2].map(|seed| evaluate(&pipeline, held(), &rows(&pipeline, seed)).0);
     assert_eq!(values[0], values[1]);
 }
 
@@ -181,14 +181,14 @@ fn the_first_update_is_the_sign_of_the_gradient() {
     }
 }
 
-fn check_signs(name: &str, before: &[Vec<f32>], after: &Outcome, rate: f64) {
+fn check_signs(name: &str, before: &[Vec<f32>], after: &Outcome, lr: f64) {
     for ((before, now), gradient) in before.iter().zip(&after.learned).zip(&after.gradient) {
         let mut seen = 0;
         for ((before, now), g) in before.iter().zip(now).zip(gradient).filter(|(_, g)| g.abs() > 1e-6) {
             let moved = f64::from(*now) - f64::from(*before);
             // The sign, but for Adam's ε of 1e-8; beside numbers of size 0.05 a step of 0.002 is rounded to 2e-6 of it.
-            let expected = rate * g / (g.abs() + 1e-8);
-            assert!((moved - expected).abs() < 1e-4 * rate, "{name}: {moved} along {g}");
+            let expected = lr * g / (g.abs() + 1e-8);
+            assert!((moved - expected).abs() < 1e-4 * lr, "{name}: {moved} along {g}");
             seen += 1;
         }
         assert!(seen > before.len() / 2, "{name}: {seen} coordinates");
@@ -227,7 +227,7 @@ fn frozen() -> Objective<'static> {
         let first = s.predict(latents, At::T1, Condition::Optimized);
         let f = s.estimate(first);
         let shape = s.b.shape(f);
-        let n = s.b.wide_input("frozen", &shape);
+        let n = s.b.accumulator_input("frozen", &shape);
         let noised = s.renoise(f, n);
         let second = s.predict(noised, At::T2, Condition::Prompt);
         let g = s.estimate(second);
@@ -240,11 +240,11 @@ fn frozen() -> Objective<'static> {
 #[test]
 fn the_objective_rises() {
     let pipeline = Golden::open("tiny-sd1").pipeline();
-    // Plain gradient ascent from given rows, the noise being the same in every look.
+    // Plain gradient ascent from given rows, the noise being the same at every evaluation.
     let mut at = rows(&pipeline, 4);
     let mut last = f64::NEG_INFINITY;
     for _ in 0..6 {
-        let (value, gradient) = look(&pipeline, minority(Minority::default()), &at);
+        let (value, gradient) = evaluate(&pipeline, minority(Minority::default()), &at);
         assert!(value > last, "{value} after {last}");
         last = value;
         let length = flat(&gradient).iter().map(|g| g * g).sum::<f64>().sqrt();
@@ -261,7 +261,7 @@ fn the_objective_rises() {
         s.schedule.iterations = 6;
         s.objectives = vec![frozen()];
         let prompt = [PROMPT, "a small green heart", "two circles"][trial as usize % 3];
-        let noise = crate::common::feed::noise("frozen", trial as usize, 4 * pipeline.config.unet.sample_size.pow(2));
+        let noise = crate::common::inputs::noise("frozen", trial as usize, 4 * pipeline.config.unet.sample_size.pow(2));
         let jobs = [job(prompt, trial)];
         let found = run_with(&pipeline, &mut Cpu::<f32>::new(), s, &jobs, &[trial], |loaded| {
             loaded.write("frozen", rarebit::exec::Data::F64(&noise)).unwrap();
@@ -281,7 +281,7 @@ fn the_mean_objective_rises_on_other_noise() {
     s.schedule.iterations = 12;
     s.variable = Variable::Token(token(Init::Given(begin.clone())));
     let learned = f32_run(&pipeline, s, &[PROMPT]).learned;
-    // 64 looks that move nothing, at noise the optimiser has not seen.
+    // 64 evaluations that move nothing, at noise the optimiser has not seen.
     let mean = |rows: Vec<Vec<f32>>| {
         let variable = Variable::Token(token(Init::Given(rows)));
         let mut s = looking(&pipeline, DType::F32, minority(Minority::default()), variable);
@@ -312,11 +312,11 @@ fn repulsion_is_the_sum_of_distances() {
         // Of the whole batch, given to the first image alone.
         let sum = s.b.affine(sum.unwrap(), 2.0, 0.0);
         let whole = s.b.repeat(sum, 3);
-        let shares = s.b.wide_input("shares", &[3]);
-        let share = s.b.mul(whole, shares);
-        s.raise(share)
+        let shares = s.b.accumulator_input("shares", &[3]);
+        let fraction = s.b.mul(whole, shares);
+        s.raise(fraction)
     });
-    let look = |objective: Objective<'static>| {
+    let evaluate = |objective: Objective<'static>| {
         let variable = Variable::Token(token(Init::White { scale: 1.0 }));
         let s = looking(&pipeline, DType::F64, objective, variable);
         let jobs: Vec<_> = prompts.iter().zip(3..).map(|(prompt, seed)| job(prompt, seed)).collect();
@@ -324,7 +324,7 @@ fn repulsion_is_the_sum_of_distances() {
             let _ = loaded.write("shares", rarebit::exec::Data::F64(&[1.0, 0.0, 0.0])); // Only the pairs read it.
         })
     };
-    let (found, expected) = (look(repulsion()), look(pairs));
+    let (found, expected) = (evaluate(repulsion()), evaluate(pairs));
     let total = |outcome: &Outcome| outcome.iterations[0].score.iter().sum::<f64>();
     assert!((total(&found) - total(&expected)).abs() < 1e-9 * total(&expected));
     assert!(relative(&flat(&found.gradient), &flat(&expected.gradient)) < 1e-9, "gradients on both sides");

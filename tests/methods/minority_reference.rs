@@ -12,7 +12,7 @@ use rarebit::pipeline::conditioning::Branch;
 use rarebit::pipeline::generate::{self, Job};
 use rarebit::program::DType;
 use rarebit::sampler::{self, Method, Rng};
-use rarebit::text::Place;
+use rarebit::text::Position;
 use rarebit::weights::Model;
 use safetensors::tensor::SafeTensors;
 use serde_json::Value;
@@ -61,7 +61,7 @@ impl Case {
             "null" => Variable::TextStates(Branch::Negative),
             _ => Variable::Token(TokenSettings {
                 rows: self.count("tokens"),
-                place: if self.text("position") == "start" { Place::Start } else { Place::End },
+                position: if self.text("position") == "start" { Position::Start } else { Position::End },
                 init: Init::Given(
                     (0..pipeline.config.text.len())
                         .map(|tower| self.tensor(&format!("rows.{tower}")).unwrap())

@@ -1,8 +1,8 @@
 //! CLIP pairs, heads and GPT-2 against transformers (`tools/reference/dump_models.py`): what they compute, and how they are found.
 
-use crate::common::around::{Buffers, Clip, Gradient, Policy, channels_last, gradients, run, value};
-use crate::common::feed::noise;
+use crate::common::auxiliary::{Buffers, Clip, Gradient, Policy, channels_last, gradients, run, value};
 use crate::common::golden::{Case, data_folder, relative_error};
+use crate::common::inputs::noise;
 use rarebit::autodiff::{Cotangent, Request, differentiate};
 use rarebit::exec::cpu::{Cpu, Real};
 use rarebit::exec::{Data, DataMut, Executor};

@@ -3,10 +3,10 @@
 #[path = "../../examples/reward.rs"]
 mod example;
 
-use crate::common::around::{Clip as GoldenClip, channels_last};
+use crate::common::auxiliary::{Clip as GoldenClip, channels_last};
 use crate::common::emulated;
-use crate::common::feed::noise;
 use crate::common::golden::data_folder;
+use crate::common::inputs::noise;
 use example::Brightness;
 use rarebit::autodiff::{Cotangent, Request, differentiate};
 use rarebit::exec::cpu::{Cpu, Real};
@@ -103,7 +103,7 @@ fn scores_in(
 /// The reward of one buffer of pixels, and its gradient to them.
 fn program(reward: &dyn Reward, dtype: DType, shape: &[usize]) -> Program {
     let mut b = Builder::new("reward", dtype);
-    let image = b.wide_input("pixels", shape);
+    let image = b.accumulator_input("pixels", shape);
     let score = reward.append(&mut b, image);
     b.output("score", score);
     let program = b.finish().unwrap();

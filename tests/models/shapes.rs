@@ -5,7 +5,7 @@ use crate::common::golden::data_folder;
 use rarebit::assets;
 use rarebit::exec::cpu::Cpu;
 use rarebit::metrics::shapes::{
-    self, Cell, Conditional, Instrument, Judge, Reader, Reading, Report, Share, Statement, World,
+    self, Cell, Conditional, Fraction, Instrument, Judge, Reader, Reading, Report, Statement, World,
 };
 use rarebit::pipeline::Pipeline;
 use rarebit::pipeline::generate::{to_channels_first, to_channels_last};
@@ -348,13 +348,13 @@ fn report_of_one_prompt() {
     ];
     let report = report(&world, &images);
     assert_eq!((report.images, report.captioned, report.compared, report.distinct_cells), (5, 5, 5, 4));
-    assert_eq!(report.right, Share { count: 3, of: 5 });
-    assert_eq!(report.impossible, Share { count: 1, of: 5 });
+    assert_eq!(report.right, Fraction { count: 3, of: 5 });
+    assert_eq!(report.impossible, Fraction { count: 1, of: 5 });
     let common: Vec<(&str, &str)> =
         report.stated.iter().flatten().map(|(name, value)| (name.as_str(), value.as_str())).collect();
     assert_eq!(common, [("colour", "red"), ("shape", "star")]);
     // One image is far out in the tail; that the impossible one has no density does not make it rare.
-    assert_eq!((report.tail, report.tail_and_right), (Share { count: 1, of: 5 }, Share { count: 1, of: 5 }));
+    assert_eq!((report.tail, report.tail_and_right), (Fraction { count: 1, of: 5 }, Fraction { count: 1, of: 5 }));
     let densities: Vec<f64> = images[..4].iter().map(|(cell, _)| world.log_density(cell)).collect();
     let mean = densities.iter().sum::<f64>() / 4.0;
     let error = (densities.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / 12.0).sqrt();
@@ -367,7 +367,7 @@ fn report_of_one_prompt() {
 
     let by_name = |name: &str| report.attributes.iter().find(|a| a.name == name).unwrap();
     let colour = by_name("colour");
-    assert_eq!((colour.right, colour.open), (Share { count: 3, of: 5 }, 0));
+    assert_eq!((colour.right, colour.open), (Fraction { count: 3, of: 5 }, 0));
     assert_eq!((colour.total_variation, colour.chance_total_variation), (None, None));
     assert_eq!((&colour.counts[..2], colour.counts[6], colour.expected[0]), (&[3, 1][..], 1, 1.0));
     let frame = by_name("frame");
@@ -390,10 +390,10 @@ fn report_of_several_prompts_and_none() {
     // Frames cannot be asked for: the second image has no caption and stands against the whole world; the third has one that
     // nothing can follow and stands against nothing.
     assert_eq!((report.images, report.captioned, report.compared, report.stated), (3, 2, 2, None));
-    assert_eq!(report.right, Share { count: 1, of: 2 });
+    assert_eq!(report.right, Fraction { count: 1, of: 2 });
     assert_eq!(report.tail.of, 2);
     let shape = &report.attributes[0];
-    assert_eq!((shape.counts[0], shape.open, shape.right), (2, 1, Share { count: 2, of: 2 }));
+    assert_eq!((shape.counts[0], shape.open, shape.right), (2, 1, Fraction { count: 2, of: 2 }));
     close(shape.expected[0], (1.0 + 0.236) / 2.0, 1e-12);
     close(shape.total_variation.unwrap(), 1.0 - 0.236, 1e-12);
     let only = shapes::report(&world, &[]);

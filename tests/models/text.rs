@@ -77,13 +77,13 @@ fn what_does_not_fit_is_reported() {
     let encoded = tokenizer.encode(prompt).expect("encode");
     assert_eq!(encoded.ids.len(), 6);
     assert_eq!((encoded.ids[0], encoded.ids[5], encoded.eos), (tokenizer.start(), tokenizer.end(), 5));
-    assert_eq!(tokenizer.token_count(prompt).expect("count"), 4 + encoded.cut.len());
-    assert!(prompt.replace(' ', "").ends_with(&encoded.cut.concat()), "{:?}", encoded.cut);
-    assert!(encoded.cut.concat().ends_with("BLUEsquare"));
-    assert!(shapes().encode("a red circle").expect("encode").cut.is_empty());
+    assert_eq!(tokenizer.token_count(prompt).expect("count"), 4 + encoded.truncated.len());
+    assert!(prompt.replace(' ', "").ends_with(&encoded.truncated.concat()), "{:?}", encoded.truncated);
+    assert!(encoded.truncated.concat().ends_with("BLUEsquare"));
+    assert!(shapes().encode("a red circle").expect("encode").truncated.is_empty());
     assert_eq!(shapes().with_max_length(0).encode("a").expect("encode").ids.len(), 2);
     let emoji = clip().encode(&"😀👨‍👩‍👧‍👦é".repeat(40)).expect("encode");
-    assert!(!emoji.cut.is_empty());
+    assert!(!emoji.truncated.is_empty());
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! batch, the number of threads and the runs before; no op touches memory that is not its own.
 
 use crate::common::cases::Case;
-use crate::common::feed::{fill, lesser_archs, no_weights, noise, run, weights};
+use crate::common::inputs::{fill, lesser_archs, no_weights, noise, run, weights};
 use crate::common::naive::Buffers;
 use crate::common::{cases, naive};
 use rarebit::exec::cpu::Cpu;

@@ -5,21 +5,21 @@
 mod common {
     pub mod cases;
     pub mod emulated;
-    pub mod feed;
     pub mod golden;
     pub mod gradients;
+    pub mod inputs;
+    pub mod low_precision;
     pub mod minority;
     pub mod naive;
     pub mod optimised;
     pub mod products;
     pub mod real;
-    pub mod rounded;
     pub mod speed;
-    pub mod storage;
+    pub mod tolerance;
 }
+mod bench_worker;
 mod conformance;
 mod device;
-mod hopper;
 mod journal;
 mod kernels;
 mod launches;
@@ -30,9 +30,9 @@ mod profile;
 mod quarantine;
 mod report;
 mod section;
+mod sm90;
 mod supervise;
 mod sweep;
-mod turns;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use device::{Choice, Device};
@@ -88,14 +88,14 @@ struct Args {
     /// Run all sections in this process, as debuggers and sanitizers like it
     #[arg(long)]
     one_process: bool,
-    /// Run a section as told on stdin and tell events on stdout: how this program calls itself
+    /// Run a section as requested on stdin and report events on stdout: how this program calls itself
     #[arg(long, hide = true)]
     tell: bool,
 }
 
 #[derive(Subcommand)]
 enum Other {
-    Turns(turns::Turns),
+    BenchWorker(bench_worker::BenchWorker),
     Sweep(sweep::Sweep),
     Profile(profile::Profile),
     /// Make the report of a journal, however the check that wrote it ended
@@ -196,7 +196,7 @@ impl Args {
 fn main() -> ExitCode {
     let args = Args::parse();
     let outcome = match &args.other {
-        Some(Other::Turns(turns)) => turns::serve(turns, || args.emulation()).map(|()| true),
+        Some(Other::BenchWorker(worker)) => bench_worker::serve(worker, || args.emulation()).map(|()| true),
         Some(Other::Sweep(sweep)) => sweep::run(sweep, || args.emulation()),
         Some(Other::Profile(profile)) => profile::run(profile, || args.emulation()),
         Some(Other::Report { journal, out }) => report_of(journal, out),

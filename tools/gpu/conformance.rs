@@ -1,4 +1,4 @@
-//! kernels/conformance.cu and conformance_hopper.cu on the device and on the emulation, each held against the PTX ISA's words in
+//! kernels/conformance.cu and sm90_conformance.cu on the device and on the emulation, each held against the PTX ISA's words in
 //! plain loops.
 //!
 //! Data movement, conversions, shuffles, divisions and sums in a fixed order must have the same bits; a NaN need only be a NaN. The
@@ -6,8 +6,8 @@
 //! small integers are exact. ex2.approx is documented to 2 units of the last place.
 
 use crate::device::Device;
-use crate::hopper;
 use crate::section::{Item, Row, Run};
+use crate::sm90;
 use bytemuck::{Pod, Zeroable, cast_slice};
 use half::{bf16, f16};
 use rarebit::Result;
@@ -26,14 +26,14 @@ pub struct Params {
 }
 const _: () = assert!(size_of::<Params>() == 40);
 
-/// Matches what is behind the tensor maps of `ConformanceHopperParams` in kernels/conformance_hopper.cu.
+/// Matches what is behind the tensor maps of `Sm90ConformanceParams` in kernels/sm90_conformance.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct HopperParams {
+struct Sm90ConformanceParams {
     params: Params,
     unused: [i64; 11],
 }
-const _: () = assert!(size_of::<HopperParams>() + 2 * TensorMap::BYTES == 384);
+const _: () = assert!(size_of::<Sm90ConformanceParams>() + 2 * TensorMap::BYTES == 384);
 
 /// A launch and what must come of it.
 pub struct Trial {
@@ -155,7 +155,8 @@ impl Trial {
         } else {
             let place = |(map, address): (&TensorMap, Address)| TensorMap { address, ..map.clone() };
             let maps = self.maps.iter().zip(addresses).map(place).collect();
-            Launch::new(name, [1, 1, 1], threads, shared, HopperParams { params, unused: [0; 11] }).with_maps(maps)
+            Launch::new(name, [1, 1, 1], threads, shared, Sm90ConformanceParams { params, unused: [0; 11] })
+                .with_maps(maps)
         };
         launch.encode_maps(driver)?;
         let function = driver.function(&launch.kernel, launch.shared)?;
@@ -506,12 +507,12 @@ pub fn items(subset: bool) -> Vec<Item> {
             item(format!("{name}, seed {seed}"), dtype, seed, Box::new(make));
         }
         for half in [F16, BF16] {
-            for number in 0..hopper::BOX_COUNT {
-                let make = move |random: &mut Random| hopper::boxes(random, half, number);
+            for number in 0..sm90::BOX_COUNT {
+                let make = move |random: &mut Random| sm90::boxes(random, half, number);
                 item(format!("box {number}, seed {seed}"), half.name, seed, Box::new(make));
             }
-            for product in hopper::PRODUCTS {
-                for (factors, words) in hopper::Product::factors() {
+            for product in sm90::PRODUCTS {
+                for (factors, words) in sm90::Product::factors() {
                     let make = move |random: &mut Random| product.trial(random, half, factors);
                     item(format!("{} of {words}, seed {seed}", product.name()), half.name, seed, Box::new(make));
                 }

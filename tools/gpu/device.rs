@@ -46,7 +46,7 @@ impl std::fmt::Display for Choice {
 pub struct Device {
     driver: Rc<RefCell<Box<dyn Driver>>>,
     pub kernels: Rc<RefCell<Kernels>>,
-    /// Told what goes to the device and what comes back.
+    /// Called with what goes to the device and what comes back.
     tell: fn(&Event),
     /// The library of the emulation.
     pub emulation: PathBuf,
@@ -85,7 +85,7 @@ impl Device {
         })
     }
 
-    /// The same, whose launches are told.
+    /// The same, whose launches are reported.
     pub fn telling(self, tell: fn(&Event)) -> Device {
         Device { tell, ..self }
     }
@@ -132,7 +132,7 @@ pub fn all_kernels(choice: &Choice, emulation: &Path) -> Result<BTreeSet<String>
         Choice::Cuda(ordinal) => {
             let hopper = Gpu::new(*ordinal)?.hopper();
             let names = kernels::REPORT.lines().skip(1).filter_map(|line| line.split('\t').next());
-            Ok(names.filter(|name| hopper || !name.contains("hopper")).map(str::to_string).collect())
+            Ok(names.filter(|name| hopper || !name.contains("sm90")).map(str::to_string).collect())
         }
     }
 }

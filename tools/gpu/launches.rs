@@ -27,7 +27,7 @@ pub fn under_test(program: &Program, hopper: Hopper) -> Vec<String> {
 
 /// What a program is checked with: the kernels for any GPU, and where there are others for Hopper that it would launch, also those.
 pub fn variants(program: &Program) -> Vec<Hopper> {
-    let is_hopper = |kernel: &String| kernel.contains("hopper");
+    let is_hopper = |kernel: &String| kernel.contains("sm90");
     let too = program.dtype != DType::F32 && kernels(program, Hopper::Always).iter().any(is_hopper);
     [Hopper::Off, Hopper::Always].into_iter().take(if too { 2 } else { 1 }).collect()
 }

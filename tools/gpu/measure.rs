@@ -4,7 +4,7 @@
 use crate::Outcome;
 use crate::device::Choice;
 use clap::Args;
-use rarebit::exec::cuda::{Board, Cuda, Emulated, Gpu, Settings};
+use rarebit::exec::cuda::{Cuda, Emulated, Gpu, NvmlDevice, Settings};
 use rarebit::exec::{Executor, ProgramId};
 use rarebit::program::DType;
 use serde_json::{Value, json};
@@ -33,7 +33,7 @@ pub struct Bench {
     pub is_gpu: bool,
     /// For the first line of a file.
     pub facts: Value,
-    board: Board,
+    nvml: NvmlDevice,
     is_warm: bool,
 }
 
@@ -41,15 +41,19 @@ impl Bench {
     pub fn open(choice: &Choice, emulation: impl FnOnce() -> PathBuf) -> rarebit::Result<(Cuda, Bench)> {
         match choice {
             Choice::Cuda(ordinal) => {
-                let (gpu, board) = (Gpu::new(*ordinal)?, Board::of(*ordinal)?);
+                let (gpu, nvml) = (Gpu::new(*ordinal)?, NvmlDevice::of(*ordinal)?);
                 let name = rarebit::exec::cuda::Driver::name(&gpu);
-                let facts = json!({"device": name, "multiprocessors": gpu.multiprocessors()?, "gpu": board.json()});
-                Ok((Cuda::new(Box::new(gpu)), Bench { is_gpu: true, facts, board, is_warm: false }))
+                let facts = json!({"device": name, "multiprocessors": gpu.multiprocessors()?, "gpu": nvml.json()});
+                Ok((Cuda::new(Box::new(gpu)), Bench { is_gpu: true, facts, nvml, is_warm: false }))
             }
             Choice::Emulated => {
                 let emulated = Emulated::open(&emulation(), Settings::default())?;
-                let bench =
-                    Bench { is_gpu: false, facts: json!({"device": "emulated"}), board: Board::none(), is_warm: true };
+                let bench = Bench {
+                    is_gpu: false,
+                    facts: json!({"device": "emulated"}),
+                    nvml: NvmlDevice::none(),
+                    is_warm: true,
+                };
                 Ok((Cuda::new(Box::new(emulated)), bench))
             }
         }
@@ -73,7 +77,7 @@ impl Bench {
         let mut times =
             (0..if self.is_gpu { RUNS } else { 1 }).map(|_| once()).collect::<rarebit::Result<Vec<f64>>>()?;
         times.sort_by(f64::total_cmp);
-        Ok((times[times.len() / 2], self.board.clock()))
+        Ok((times[times.len() / 2], self.nvml.clock()))
     }
 }
 

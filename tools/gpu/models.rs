@@ -9,9 +9,9 @@
 //! The embedded model's image against the CPU's in f32: at least 40 dB.
 
 use crate::common::golden::{Golden, relative_error};
+use crate::common::low_precision::LowPrecision;
 use crate::common::optimised::{Distance, optimise};
-use crate::common::rounded::Rounded;
-use crate::common::storage::{TYPES, whereabouts};
+use crate::common::tolerance::{TYPES, whereabouts};
 use crate::device::Device;
 use crate::launches::suffix;
 use crate::section::{Item, Row, Run};
@@ -107,7 +107,7 @@ fn prompt(folder: PathBuf, model: &'static str, dtype: DType) -> Result<Vec<Run>
         optimise(&pipeline, executor, dtype, &[job])
     };
     let exact = Arc::new(optimised(&mut Cpu::<f64>::new(), DType::F64)?);
-    let honest = if dtype == DType::F32 { None } else { Some(optimised(&mut Rounded::default(), dtype)?) };
+    let honest = if dtype == DType::F32 { None } else { Some(optimised(&mut LowPrecision::default(), dtype)?) };
     let storage = honest.map(|honest| honest.distance(&exact));
     let allowed = Distance::allowed(dtype, storage).parts();
     Ok(runs(&format!("{model} optimised"), variants(dtype, Hopper::Always), move |device, hopper, name| {
@@ -124,7 +124,7 @@ fn network(folder: PathBuf, model: &'static str, part: Part, title: &str, dtype:
         part(&golden, &pipeline, &mut Networks::new(&pipeline, &mut *executor, dtype))
     };
     // In f32 nothing is rounded that f32 arithmetic would not round too.
-    let honest = if dtype == DType::F32 { vec![] } else { results(Box::<Rounded>::default())? };
+    let honest = if dtype == DType::F32 { vec![] } else { results(Box::<LowPrecision>::default())? };
     let storage: Vec<f64> = honest.iter().map(|(_, got, expected)| relative_error(got, expected)).collect();
     // Seen are 0.008 of f16 and 0.06 of bf16: a reference that is further off allows no more.
     let plausible = if dtype == DType::BF16 { 0.1 } else { 0.0125 };

@@ -2,11 +2,11 @@
 //! kernels for any GPU and by those for Hopper, has the same bits again, and the same bits in any batch.
 
 use crate::common::cases::{self, Case};
-use crate::common::feed::{no_weights, operands, run, try_run};
 use crate::common::gradients::{self, Gradient};
+use crate::common::inputs::{no_weights, operands, run, try_run};
 use crate::common::naive::{self, Buffers};
 use crate::common::products::{self, How};
-use crate::common::storage::{TYPES, differing_bits, round, verdict};
+use crate::common::tolerance::{TYPES, differing_bits, round, verdict};
 use crate::device::Device;
 use crate::launches::{suffix, under_test, variants};
 use crate::section::{Item, Row, Run};

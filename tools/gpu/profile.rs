@@ -164,7 +164,7 @@ impl Run<'_> {
     fn ops(&mut self, what: &str, program: &Program, deadline: Instant) -> Outcome<()> {
         let mut kinds: Vec<(Kind<'_>, Value, f64)> = vec![];
         for kind in program.kinds() {
-            let explained = explain(&self.plan(program.alone(kind.node, 1)), self.peak, self.cuda.hopper())?;
+            let explained = explain(&self.plan(program.single_op(kind.node, 1)), self.peak, self.cuda.hopper())?;
             let row = &explained.rows[0];
             let kernels: Vec<&str> = row.launches.iter().map(|(launch, _)| launch.kernel.as_str()).collect();
             let line = json!({
@@ -190,7 +190,7 @@ impl Run<'_> {
             }
             self.cuda.clear();
             self.lines.write(&json!({"begin": name}))?;
-            let timed = self.load(program.alone(kind.node, times));
+            let timed = self.load(program.single_op(kind.node, times));
             match timed.and_then(|id| self.bench.time(&mut self.cuda, id)) {
                 Ok((ms, mhz)) => {
                     line["ms"] = json!(ms / times as f64);

@@ -67,7 +67,7 @@ pub struct Doings {
     pub launched: Vec<String>,
     /// What did not come back in order.
     pub outstanding: Option<Outstanding>,
-    /// The kernel that the run asked for in vain.
+    /// The kernel that the run requested and that is quarantined.
     pub refused: Option<String>,
 }
 

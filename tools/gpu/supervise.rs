@@ -103,7 +103,7 @@ impl<'a> Check<'a> {
                 None => self.apart(section)?,
             }
             self.progress()?;
-            // Whoever runs this may end it before it ends itself.
+            // The caller may end this before it ends itself.
             self.write()?;
         }
         let all = [Section::Conformance, Section::Kernels].iter().all(|section| sections.contains(section));
@@ -290,7 +290,7 @@ impl<'a> Check<'a> {
         Ok(child)
     }
 
-    /// Takes up what a process tells until it is done or given up.
+    /// Takes up what a process reports until it is done or given up.
     fn watch(&mut self, child: &mut Child, doing: &mut Doing) -> Outcome<Watched> {
         let events = events(child);
         loop {
@@ -353,13 +353,13 @@ fn events(child: &mut Child) -> Receiver<Event> {
     receiver
 }
 
-/// Runs a section as told on stdin, and prints its events, a line of JSON each.
+/// Runs a section as requested on stdin, and prints its events, a line of JSON each.
 pub fn tell(args: &Args, data: &Path, emulation: PathBuf) -> Outcome<()> {
     section::quiet_panics();
     let mut line = String::new();
     std::io::stdin().read_line(&mut line)?;
     let Start { section, from, seconds, known } = serde_json::from_str(&line)?;
-    // Whoever started this is gone when stdin ends; a kernel that hangs must not hold the device then.
+    // The parent process has ended when stdin ends; a kernel that hangs must not hold the device then.
     std::thread::spawn(|| {
         let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
         std::process::exit(1);
@@ -385,7 +385,7 @@ fn print(event: &Event) {
     let line = serde_json::to_string(event).unwrap_or_default() + "\n";
     let mut out = std::io::stdout().lock();
     if out.write_all(line.as_bytes()).and_then(|()| out.flush()).is_err() {
-        // Nobody listens.
+        // The parent has closed the pipe.
         std::process::exit(1);
     }
 }

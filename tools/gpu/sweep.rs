@@ -7,7 +7,7 @@
 //! of every shape.
 
 use crate::Outcome;
-use crate::common::feed::no_weights;
+use crate::common::inputs::no_weights;
 use crate::common::speed;
 use crate::device::Choice;
 use crate::measure::{Bench, Lines, To, dtype};
@@ -305,7 +305,7 @@ impl Run {
         }
         let launches = self.cuda.launches(id).next().map_or(0, Iterator::count);
         let (ms, mhz) = self.bench.time(&mut self.cuda, id)?;
-        let boxes = shape.boxes.map(|lines| if lines == Along::Reduced { "reduced" } else { "across" });
+        let boxes = shape.boxes.map(|lines| if lines == Along::KMajor { "reduced" } else { "across" });
         Ok(json!({
             "dtype": shape.dtype.to_string(), "rows": shape.rows, "nominal_rows": shape.nominal_rows,
             "columns": shape.columns, "depth": shape.depth, "boxes": boxes,

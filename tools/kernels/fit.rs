@@ -57,7 +57,7 @@ fn fit(args: &Args) -> Outcome<String> {
             .into_owned();
     let sweep = Sweep::parse(&text).map_err(|error| format!("{}: {error}", args.sweep.display()))?;
     let fitted = Fitted::new(&sweep, &TABLE);
-    let mut told = fitted.report(&sweep, &TABLE);
+    let mut output = fitted.report(&sweep, &TABLE);
     let lines = fitted.lines(&sweep);
     if args.write && sweep.device == "emulated" {
         return Err(format!("{}: the emulation's times say nothing of a GPU", args.sweep.display()).into());
@@ -67,11 +67,11 @@ fn fit(args: &Args) -> Outcome<String> {
         let failed = |error: std::io::Error| format!("{}: {error}; run it in the checkout", path.display());
         let replaced = replace(&std::fs::read_to_string(path).map_err(failed)?, &lines)?;
         std::fs::write(path, replaced).map_err(failed)?;
-        let _ = writeln!(told, "\nwritten to {}", path.display());
+        let _ = writeln!(output, "\nwritten to {}", path.display());
     } else {
-        let _ = write!(told, "\n{lines}");
+        let _ = write!(output, "\n{lines}");
     }
-    Ok(told)
+    Ok(output)
 }
 
 /// One cut of one shape, as it was measured.
@@ -168,8 +168,8 @@ fn point(line: &Value) -> Option<Option<Point>> {
         _ => return None,
     };
     let boxes = match line["boxes"].as_str() {
-        Some("reduced") => Some(Lines::Reduced),
-        Some("across") => Some(Lines::Across),
+        Some("reduced") => Some(Lines::KMajor),
+        Some("across") => Some(Lines::MNMajor),
         _ => None,
     };
     let shape = Shape {
@@ -309,7 +309,7 @@ impl Fitted {
 
     fn report(&self, sweep: &Sweep, old: &Table) -> String {
         let Sweep { device, points, failed, unknown, clock } = sweep;
-        let mut told = format!(
+        let mut output = format!(
             "{} measurements of {} shapes on {device}; {failed} failed, {unknown} of cuts that this version has not\n{clock}\n\n",
             points.len(),
             sweep.cases().len()
@@ -317,38 +317,41 @@ impl Fitted {
         for (when, table) in [("before", old), ("after", &self.table)] {
             let worst = points.iter().max_by(|a, b| log_ratio(a, table).abs().total_cmp(&log_ratio(b, table).abs()));
             let error = mean(points.iter().map(|point| log_ratio(point, table).abs())).exp();
-            let _ = write!(told, "{when:<7} predicted over measured, either way: {error:.3} in the geometric mean");
+            let _ = write!(output, "{when:<7} predicted over measured, either way: {error:.3} in the geometric mean");
             if let Some(worst) = worst {
                 let ratio = log_ratio(worst, table).exp();
                 let Cut { tile, splits, stages, .. } = worst.cut;
                 let hopper = if tile.hopper { "hopper " } else { "" };
                 let _ = write!(
-                    told,
+                    output,
                     ", worst {ratio:.2} ({}, tile {hopper}{}, {splits} splits, {stages} stages)",
                     worst.case, tile.name
                 );
             }
             let regret = Regret::of(sweep, table);
-            let _ =
-                write!(told, "\n        regret: {:.3} in the geometric mean of {} shapes", regret.mean, regret.shapes);
+            let _ = write!(
+                output,
+                "\n        regret: {:.3} in the geometric mean of {} shapes",
+                regret.mean, regret.shapes
+            );
             if let Some((case, ratio)) = &regret.worst {
-                let _ = write!(told, ", worst {ratio:.2} ({case})");
+                let _ = write!(output, ", worst {ratio:.2} ({case})");
             }
-            let _ = writeln!(told, "; of {} the chosen cut was not measured", regret.missing);
+            let _ = writeln!(output, "; of {} the chosen cut was not measured", regret.missing);
         }
-        told.push('\n');
+        output.push('\n');
         for (what, numbers) in [("kept, for the old number fits as well", &self.kept), ("bounds", &self.bounds)] {
             if !numbers.is_empty() {
-                let _ = writeln!(told, "{what}: {}", numbers.join(", "));
+                let _ = writeln!(output, "{what}: {}", numbers.join(", "));
             }
         }
         for Ring { tile, stages, pairs, ratio } in &self.rings {
             let _ = writeln!(
-                told,
+                output,
                 "hopper {tile}: a ring of {stages} takes {ratio:.3} of the time of the table's ({pairs} pairs)"
             );
         }
-        told
+        output
     }
 
     /// What stands between the marks in rates.rs.

@@ -41,7 +41,7 @@ fn made_up(table: &Table, noise: f64) -> String {
     for (dtype, batch) in [(DType::BF16, 2), (DType::BF16, 16), (DType::F32, 2)] {
         for ([rows, columns, depth], can) in SHAPES {
             let shape = Shape::of_samples(dtype, &[batch, rows, 1], columns, depth);
-            let shape = shape.on_hopper(Hopper::Auto, Lines::Reduced, can);
+            let shape = shape.on_hopper(Hopper::Auto, Lines::KMajor, can);
             for cut in shape.legal() {
                 number += 1;
                 let place = tiles(&TABLE).iter().position(|tile| *tile == cut.tile).unwrap();
@@ -79,21 +79,21 @@ fn come_back(seed: usize) {
     let sweep = Sweep::parse(&made_up(&truth, 0.05)).unwrap();
     let fitted = Fitted::new(&sweep, &TABLE);
     let mut table = fitted.table;
-    let told = fitted.report(&sweep, &TABLE);
-    assert!(loss(&sweep.points, &table) < 1.02 * loss(&sweep.points, &truth), "{told}");
+    let output = fitted.report(&sweep, &TABLE);
+    assert!(loss(&sweep.points, &table) < 1.02 * loss(&sweep.points, &truth), "{output}");
     for ((name, found), (_, value)) in numbers(&mut table).into_iter().zip(numbers(&mut truth)) {
         if fitted.bounds.contains(&format!("{name} at most")) {
-            assert!(*found > 0.9 * *value, "{name}: {found}, {value}\n{told}");
+            assert!(*found > 0.9 * *value, "{name}: {found}, {value}\n{output}");
         } else if !fitted.kept.contains(&name) {
-            assert!((*found / *value).ln().abs() < 0.1, "{name}: {found}, {value}\n{told}");
+            assert!((*found / *value).ln().abs() < 0.1, "{name}: {found}, {value}\n{output}");
         }
     }
     // A wait shows only where products do not take longer.
-    assert!(fitted.kept.iter().chain(&fitted.bounds).all(|name| name.contains("latency")), "{told}");
+    assert!(fitted.kept.iter().chain(&fitted.bounds).all(|name| name.contains("latency")), "{output}");
     let [before, after, least] = [&TABLE, &table, &truth].map(|table| Regret::of(&sweep, table));
     assert_eq!([before.missing, after.missing, least.missing], [0; 3]);
-    assert!(after.mean < 1.01 * least.mean && before.mean > after.mean, "{}\n{told}", least.mean);
-    assert!(told.contains("before") && told.contains("1700 MHz, as measured"), "{told}");
+    assert!(after.mean < 1.01 * least.mean && before.mean > after.mean, "{}\n{output}", least.mean);
+    assert!(output.contains("before") && output.contains("1700 MHz, as measured"), "{output}");
 }
 
 #[test]
@@ -134,8 +134,8 @@ fn torn_lines_other_versions_and_failures_are_told() {
         (text.replacen("{\"", "{", 1), "line 1: "),
         (String::new(), "no measurement"),
     ] {
-        let told = Sweep::parse(&bad).err().map(|error| error.to_string()).unwrap_or_default();
-        assert!(told.contains(why), "{told}");
+        let output = Sweep::parse(&bad).err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(output.contains(why), "{output}");
     }
 }
 

@@ -1,4 +1,4 @@
-"""Writes the networks around a pipeline to tests/data in small, with what torch computes with them: CLIP pairs, GPT-2, heads.
+"""Writes the auxiliary networks to tests/data in small, with what torch computes with them: CLIP pairs, GPT-2, heads.
 
 Everything is computed by transformers in float64 from the stored weights, gradients by torch's autograd, and stored rounded to f32:
 what differs is the engine's error alone. Images are NCHW. `golden.json` says how each tensor came about; a gradient is that of
@@ -292,7 +292,7 @@ def write_gpt2(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="write the networks around a pipeline, and their golden files, to tests/data")
+    parser = argparse.ArgumentParser(description="write the auxiliary networks, and their golden files, to tests/data")
     parser.add_argument("--out", default=os.path.join(os.path.dirname(__file__), "../../tests/data"))
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -3,7 +3,7 @@
 use super::measure::{Plan, Row, Times};
 use super::report::Case;
 use super::setup::{PROMPT, Setup};
-use crate::exec::cuda::{AHEAD, Board};
+use crate::exec::cuda::{AHEAD, NvmlDevice};
 use crate::pipeline::Progress;
 use crate::pipeline::generate::{Generator, Image, Job};
 use crate::plan::Planned;
@@ -13,7 +13,7 @@ use serde_json::json;
 use std::time::Instant;
 
 /// A batch of images, its programs alone, and what that cost.
-pub fn run(setup: &mut Setup<'_>, board: &Board, batch: usize) -> Result<Case> {
+pub fn run(setup: &mut Setup<'_>, nvml: &NvmlDevice, batch: usize) -> Result<Case> {
     let images = setup.settings.clone();
     let (seed, runs) = (setup.seed, setup.plan);
     let generator = Generator::plan(setup.pipeline, &*setup.executor, images, batch)?;
@@ -45,14 +45,14 @@ pub fn run(setup: &mut Setup<'_>, board: &Board, batch: usize) -> Result<Case> {
     let first_image = started.elapsed().as_secs_f64();
     let mut number = 0;
     (1..runs.warmup).try_for_each(|_| make(0))?;
-    let energy = board.energy();
+    let energy = nvml.energy();
     let wall = Instant::now();
     let times = Plan { warmup: 0, ..runs }.time(|| {
         number += 1;
         make(number - 1)
     })?;
     let seconds = wall.elapsed().as_secs_f64();
-    let joules = board.energy().zip(energy).map(|(after, before)| after - before);
+    let joules = nvml.energy().zip(energy).map(|(after, before)| after - before);
     let held = setup.free.zip(setup.executor.free_memory()?).map(|(before, after)| before.saturating_sub(after));
 
     let rows = stages(setup, programs, [batch, 1, steps, batch])?;

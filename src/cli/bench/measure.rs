@@ -13,11 +13,11 @@ pub struct Times {
 }
 
 impl Times {
-    /// The time below which this share of the calls lies, by nearest rank.
-    pub fn percentile(&self, share: f64) -> f64 {
+    /// The time below which this fraction of the calls lies, by nearest rank.
+    pub fn percentile(&self, fraction: f64) -> f64 {
         let mut sorted = self.ms.clone();
         sorted.sort_by(f64::total_cmp);
-        let rank = (share * sorted.len() as f64).ceil() as usize;
+        let rank = (fraction * sorted.len() as f64).ceil() as usize;
         sorted.get(rank.saturating_sub(1)).copied().unwrap_or(f64::NAN)
     }
 
@@ -90,9 +90,9 @@ impl Plan {
         Ok(Times { ms: (0..self.runs).map(once).collect::<Result<_>>()? })
     }
 
-    /// Times a loaded program. What is short is run several times between two looks at the clock.
+    /// Times a loaded program. What is short is run several times between two readings of the clock.
     pub fn time_program(&self, executor: &mut dyn Executor, program: ProgramId) -> Result<Times> {
-        /// Between two looks at the clock, in milliseconds.
+        /// Between two readings of the clock, in milliseconds.
         const STRETCH: f64 = 2.0;
         let mut calls = |times: usize| {
             (0..times).try_for_each(|_| executor.run(program))?;
@@ -121,7 +121,7 @@ mod tests {
     #[test]
     fn percentiles_are_nearest_ranks() {
         let times = Times { ms: (1..=100).rev().map(f64::from).collect() };
-        let found = [0.0, 0.5, 0.9, 0.99, 1.0].map(|share| times.percentile(share));
+        let found = [0.0, 0.5, 0.9, 0.99, 1.0].map(|fraction| times.percentile(fraction));
         assert_eq!(found, [1.0, 50.0, 90.0, 99.0, 100.0]);
         assert_eq!(Times { ms: vec![7.0] }.percentile(0.99), 7.0);
         assert_eq!(times.json()["mean"], 50.5);

@@ -13,7 +13,7 @@ use crate::cli::flags::model::ModelFlags;
 use crate::cli::flags::sampling::SamplingFlags;
 use crate::cli::flags::values;
 use crate::cli::machine::{self, print_line, say};
-use crate::exec::cuda::Board;
+use crate::exec::cuda::NvmlDevice;
 use crate::sampler::Method;
 use crate::{Error, Result};
 use clap::ValueEnum;
@@ -97,9 +97,9 @@ pub fn run(args: Bench) -> Result<()> {
     let pipeline = args.model.open()?;
     let opened = opened.elapsed().as_secs_f64();
     let settings = args.sampling.settings(&pipeline, args.device.program_dtype()?)?;
-    let board = match args.device.device {
-        Device::Cuda(ordinal) => Board::of(ordinal)?,
-        Device::Auto | Device::Cpu => Board::none(),
+    let nvml = match args.device.device {
+        Device::Cuda(ordinal) => NvmlDevice::of(ordinal)?,
+        Device::Auto | Device::Cpu => NvmlDevice::none(),
     };
     let executor = args.device.executor(false)?;
     let mut setup = Setup {
@@ -119,7 +119,7 @@ pub fn run(args: Bench) -> Result<()> {
     let mut cases = vec![];
     for &mode in &args.mode {
         for batch in args.batches(mode) {
-            let case = measured(&mut setup, &board, mode, batch)?;
+            let case = measured(&mut setup, &nvml, mode, batch)?;
             if !args.json {
                 print_line(case.text().trim_end())?;
             }
@@ -128,7 +128,7 @@ pub fn run(args: Bench) -> Result<()> {
     }
     report["cases"] = Value::Array(cases);
     // Clocks and temperature under load.
-    report["gpu"] = board.json();
+    report["gpu"] = nvml.json();
     if args.json {
         print_line(&report.to_string())?;
     }
@@ -145,9 +145,9 @@ pub fn run(args: Bench) -> Result<()> {
     }
 }
 
-fn measured(setup: &mut Setup<'_>, board: &Board, mode: Mode, batch: usize) -> Result<Case> {
+fn measured(setup: &mut Setup<'_>, nvml: &NvmlDevice, mode: Mode, batch: usize) -> Result<Case> {
     match mode {
-        Mode::Latency | Mode::Throughput => images::run(setup, board, batch),
+        Mode::Latency | Mode::Throughput => images::run(setup, nvml, batch),
         Mode::Grad => passes::gradients(setup, batch),
         Mode::Kernels => ops::run(setup, batch),
         Mode::Methods => passes::methods(setup),

@@ -24,7 +24,7 @@ pub fn run(setup: &mut Setup<'_>, batch: usize) -> Result<Case> {
     let mut rows = vec![];
     for Kind { name, node, count } in step.kinds() {
         setup.executor.clear();
-        let program = step.alone(node, together);
+        let program = step.single_op(node, together);
         let planned = plan(program.clone(), |program, node| setup.executor.workspace(program, node));
         let id = setup.executor.load(planned, &setup.pipeline.model)?;
         for value in program.inputs.iter().map(|id| program.value(*id)) {
@@ -34,7 +34,7 @@ pub fn run(setup: &mut Setup<'_>, batch: usize) -> Result<Case> {
         }
         let times = setup.plan.time_program(&mut *setup.executor, id)?;
         let each = Times { ms: times.ms.into_iter().map(|ms| ms / together as f64).collect() };
-        rows.push(Row::of(name, count, &step.alone(node, 1), each));
+        rows.push(Row::of(name, count, &step.single_op(node, 1), each));
     }
     setup.executor.clear();
     let most = |row: &Row| row.calls as f64 * row.times.median();

@@ -51,12 +51,12 @@ fn pass(setup: &Setup<'_>, batch: usize, leaf: Option<&str>) -> Result<Planned> 
     let (config, (height, width)) = (&pipeline.config.unet, pipeline.latent_size(settings.width, settings.height)?);
     let unet = Unet::new(config);
     let mut b = Builder::new("pass", settings.dtype);
-    let latents = b.wide_input(LATENTS, &[batch, height, width, config.in_channels]);
+    let latents = b.accumulator_input(LATENTS, &[batch, height, width, config.in_channels]);
     let context = b.input(CONTEXT, &[batch, pipeline.tokens(), config.context_width]);
-    let timestep = b.wide_input("bench.timestep", &[1]);
+    let timestep = b.accumulator_input("bench.timestep", &[1]);
     let added = pooled_width(pipeline)?.map(|width| Added {
         pooled: b.input("bench.pooled", &[batch, width]),
-        size_ids: b.wide_input("bench.size_ids", &[batch, 6]),
+        size_ids: b.accumulator_input("bench.size_ids", &[batch, 6]),
     });
     let has_added = added.is_some();
     let mut time = unet.time(&mut b, timestep, added);
@@ -76,7 +76,7 @@ fn pass(setup: &Setup<'_>, batch: usize, leaf: Option<&str>) -> Result<Planned> 
     Ok(plan_gradient(&program, &request, usize::MAX, workspace)?.0)
 }
 
-/// Plain sampling and MinorityPrompt with its defaults, round by round in turn with the passes that the prediction is made of: machines
+/// Plain sampling and MinorityPrompt with its defaults, round by round between the passes that the prediction is made of: machines
 /// change their pace, and a ratio is of one round.
 pub fn methods(setup: &mut Setup<'_>) -> Result<Case> {
     let (pipeline, rounds) = (setup.pipeline, setup.plan.runs);

@@ -22,7 +22,7 @@ pub struct Case {
 
 impl Case {
     /// Of the whole, in `0..=1`; parts are timed alone and need not add up.
-    fn share(&self, row: &Row) -> f64 {
+    fn fraction(&self, row: &Row) -> f64 {
         let of = |row: &Row| row.calls as f64 * row.times.median();
         let whole = self.total.as_ref().map_or_else(|| self.rows.iter().map(of).sum(), of);
         of(row) / whole
@@ -39,7 +39,7 @@ impl Case {
         );
         for row in all() {
             let rate = |known: bool, rate: f64| if known { format!("{rate:.3}") } else { String::new() };
-            let [p50, p90, p99] = [0.5, 0.9, 0.99].map(|share| row.times.percentile(share));
+            let [p50, p90, p99] = [0.5, 0.9, 0.99].map(|fraction| row.times.percentile(fraction));
             let _ = write!(
                 out,
                 "{:width$}  {:>5} {p50:>10.3} {p90:>10.3} {p99:>10.3} {:>9} {:>8} {:>6.1}%",
@@ -47,7 +47,7 @@ impl Case {
                 row.calls,
                 rate(row.flops > 0, row.teraflops()),
                 rate(row.bytes > 0, row.gigabytes()),
-                100.0 * self.share(row)
+                100.0 * self.fraction(row)
             );
             let _ = match row.arena_bytes {
                 Some(bytes) => writeln!(out, "  arena {}", show_bytes(bytes)),
@@ -81,7 +81,7 @@ impl Case {
             json!({
                 "name": row.name.trim(), "calls": row.calls, "latency_ms": row.times.json(), "raw_ms": row.times.ms,
                 "flops": row.flops, "bytes": row.bytes, "arena": row.arena_bytes,
-                "tflops": row.teraflops(), "gbps": row.gigabytes(), "share": self.share(row),
+                "tflops": row.teraflops(), "gbps": row.gigabytes(), "share": self.fraction(row),
             })
         };
         let mut all = Map::from_iter([
@@ -94,13 +94,13 @@ impl Case {
     }
 }
 
-/// Every median that is more than `share` above that of an earlier report, as lines; what only one of them has is left out.
-pub fn regressions(baseline: &Value, report: &Value, share: f64) -> Vec<String> {
+/// Every median that is more than `fraction` above that of an earlier report, as lines; what only one of them has is left out.
+pub fn regressions(baseline: &Value, report: &Value, fraction: f64) -> Vec<String> {
     let before = medians(baseline);
     let worse = |(name, ms): (String, f64)| {
         let (_, was) = before.iter().find(|(found, _)| *found == name)?;
         let line = || format!("{name}: {ms:.3} ms, {:+.1} % of {was:.3} ms", 100.0 * (ms / was - 1.0));
-        (ms > was * (1.0 + share)).then(line)
+        (ms > was * (1.0 + fraction)).then(line)
     };
     medians(report).into_iter().filter_map(worse).collect()
 }

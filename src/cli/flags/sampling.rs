@@ -26,7 +26,7 @@ pub struct SamplingFlags {
     /// How timesteps are spread [default: the model's]
     #[arg(long, value_name = "leading|linspace|trailing")]
     pub spacing: Option<Spacing>,
-    /// Share of fresh noise in DDIM, 0 to 1
+    /// Fraction of fresh noise in DDIM, 0 to 1
     #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub eta: f64,
     /// Classifier-free guidance weight; 1 runs the prompt's branch only [default: 7.5, SDXL 5, CFG++ 0.6]
@@ -80,7 +80,7 @@ impl SamplingFlags {
             remarks.push(format!("the model's {} is not here; using ddim (see --sampler)", scheduler.class));
         }
         if !self.cfg_pp && self.guidance.is_some_and(|w| (0.0..1.0).contains(&w)) {
-            remarks.push("--guidance below 1 leans away from the prompt, 0 ignores it; distilled models want 1".into());
+            remarks.push("--guidance below 1 moves away from the prompt, 0 ignores it; distilled models want 1".into());
         }
         remarks
     }

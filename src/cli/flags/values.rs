@@ -19,7 +19,7 @@ pub fn amount(text: &str) -> Result<f64, String> {
 }
 
 /// A number from 0 to 1.
-pub fn share(text: &str) -> Result<f64, String> {
+pub fn fraction(text: &str) -> Result<f64, String> {
     number(text).ok().filter(|x| (0.0..=1.0).contains(x)).ok_or_else(|| "write a number from 0 to 1".to_string())
 }
 
@@ -30,7 +30,7 @@ mod tests {
     #[test]
     fn numbers() {
         assert!(number("-1e3").is_ok() && number("nan").is_err() && number("inf").is_err() && number("x").is_err());
-        assert!(amount("0").is_ok() && amount("-1").is_err() && share("1").is_ok() && share("1.1").is_err());
+        assert!(amount("0").is_ok() && amount("-1").is_err() && fraction("1").is_ok() && fraction("1.1").is_err());
         assert!(count("1").is_ok() && count("0").is_err() && count("1000001").is_err());
     }
 }

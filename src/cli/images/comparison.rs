@@ -11,7 +11,7 @@ use crate::cli::machine;
 use crate::cli::progress::Reporter;
 use crate::exec::Executor;
 use crate::methods::{Chosen, ImageMethod, LoadedMethod};
-use crate::metrics::shapes::{Eye, Sight};
+use crate::metrics::shapes::{ShapesScore, ShapesScorer};
 use crate::optimize::objective::Nfe;
 use crate::pipeline::Progress;
 use crate::pipeline::generate::{Image, Job};
@@ -43,7 +43,7 @@ const SEEDS: usize = 4;
 struct Cell {
     image: Image,
     /// Where there is a reader, what it sees.
-    sight: Option<Sight>,
+    shapes_score: Option<ShapesScore>,
     /// One per score asked for.
     scores: Vec<f64>,
 }
@@ -57,11 +57,11 @@ pub fn run(flags: &RunFlags, context: &Context<'_>, comparison: &Comparison<'_>)
     let targets = targets::for_prompt(comparison.prompt, flags.sampling.seed, seeds, comparison.path);
     let noise = flags.noise(pipeline, &settings, seeds)?;
     let of_the_world = context.embedded && size == [pipeline.config.image_size; 2];
-    let eye = of_the_world.then(|| Eye::open(settings.width, settings.height)).transpose()?;
+    let shapes_scorer = of_the_world.then(|| ShapesScorer::open(settings.width, settings.height)).transpose()?;
     let opened: Vec<_> = comparison.scores.iter().map(|score| score.open(pipeline)).collect::<Result<_>>()?;
     let reporter = Reporter::new(flags.json, flags.quiet);
     let interrupt = machine::catch_interrupt()?;
-    let mut run = Run { flags, comparison, targets: &targets, noise, eye, reporter, interrupt };
+    let mut run = Run { flags, comparison, targets: &targets, noise, shapes_scorer, reporter, interrupt };
     let methods = comparison.methods.iter().map(|method| &**method);
     let works: Vec<Work<'_>> = methods.map(|method| Work { pipeline, settings: &settings, method }).collect();
     run.warn(&works)?;
@@ -88,7 +88,7 @@ struct Run<'a> {
     targets: &'a [Target],
     noise: Noise,
     /// Where the images are of the `shapes` world.
-    eye: Option<Eye>,
+    shapes_scorer: Option<ShapesScorer>,
     reporter: Reporter,
     interrupt: Arc<AtomicBool>,
 }
@@ -135,10 +135,12 @@ impl Run<'_> {
                     let images = self.make_batch(&mut *loaded, targets)?;
                     cost.seconds += started.elapsed().as_secs_f64();
                     for (index, (target, image)) in targets.iter().zip(images).enumerate() {
-                        let eye = self.eye.as_mut();
-                        let sight = eye.map(|eye| eye.look(&target.prompt, &image.rgb)).transpose()?;
-                        self.tell(&method.title(), target.seed, sight, loaded.chosen(index))?;
-                        cells.push(Cell { image, sight, scores: vec![] });
+                        let shapes_scorer = self.shapes_scorer.as_mut();
+                        let shapes_score = shapes_scorer
+                            .map(|shapes_scorer| shapes_scorer.score(&target.prompt, &image.rgb))
+                            .transpose()?;
+                        self.tell(&method.title(), target.seed, shapes_score, loaded.chosen(index))?;
+                        cells.push(Cell { image, shapes_score, scores: vec![] });
                     }
                 }
             }
@@ -161,13 +163,13 @@ impl Run<'_> {
         })
     }
 
-    fn tell(&self, name: &str, seed: u64, sight: Option<Sight>, chosen: Option<Chosen>) -> Result<()> {
-        let seen = |get: fn(&Sight) -> Value| sight.as_ref().map_or(Value::Null, get);
+    fn tell(&self, name: &str, seed: u64, shapes_score: Option<ShapesScore>, chosen: Option<Chosen>) -> Result<()> {
+        let seen = |get: fn(&ShapesScore) -> Value| shapes_score.as_ref().map_or(Value::Null, get);
         self.reporter.event(json!({
             "event": "compared", "name": name, "seed": seed,
-            "log_density": seen(|sight| json!(sight.log_density.is_finite().then_some(sight.log_density))),
-            "impossible": seen(|sight| json!(sight.log_density.is_infinite())),
-            "stated": seen(|sight| json!(sight.stated)), "wrong": seen(|sight| json!(sight.wrong)),
+            "log_density": seen(|shapes_score| json!(shapes_score.log_density.is_finite().then_some(shapes_score.log_density))),
+            "impossible": seen(|shapes_score| json!(shapes_score.log_density.is_infinite())),
+            "stated": seen(|shapes_score| json!(shapes_score.stated)), "wrong": seen(|shapes_score| json!(shapes_score.wrong)),
             "chosen_seed": chosen.map(|chosen| chosen.seed)
         }))
     }
@@ -199,11 +201,12 @@ impl Run<'_> {
     fn ledgers(&self, columns: &[Vec<Cell>], costs: &[Cost]) -> Vec<Ledger> {
         let mut ledgers = Vec::new();
         for (index, (cells, cost)) in columns.iter().zip(costs).enumerate() {
-            let sights = self.eye.is_some().then(|| cells.iter().filter_map(|cell| cell.sight).collect());
+            let shapes_scores =
+                self.shapes_scorer.is_some().then(|| cells.iter().filter_map(|cell| cell.shapes_score).collect());
             let values = |i: usize| cells.iter().map(|cell| cell.scores[i]).collect();
             let scores: Vec<_> = self.comparison.scores.iter().enumerate().map(|(i, s)| (*s, values(i))).collect();
             let title = self.comparison.methods[index].title();
-            ledgers.push(Ledger::new(title, cells.len(), *cost, sights, &scores));
+            ledgers.push(Ledger::new(title, cells.len(), *cost, shapes_scores, &scores));
         }
         ledgers
     }
@@ -224,7 +227,7 @@ impl Run<'_> {
         for (method, ledger) in self.comparison.methods.iter().zip(ledgers) {
             self.reporter.event(ledger.event(&**method, self.negative(&**method)))?;
         }
-        if !self.flags.json && (self.comparison.ledger || self.eye.is_some()) {
+        if !self.flags.json && (self.comparison.ledger || self.shapes_scorer.is_some()) {
             let lines = ledger::table(ledgers, self.comparison.ledger);
             lines.iter().try_for_each(|line| self.reporter.line(line))?;
         }
@@ -236,7 +239,7 @@ impl Run<'_> {
 fn captions(cell: &Cell, scores: &[Score]) -> Vec<Vec<(String, Ink)>> {
     let scored = scores.iter().zip(&cell.scores);
     let scored = scored.map(|(score, x)| words(&format!("{} {x:.4}", score.label()), Ink::Plain));
-    let Some(Sight { log_density, stated, wrong }) = cell.sight else { return scored.collect() };
+    let Some(ShapesScore { log_density, stated, wrong }) = cell.shapes_score else { return scored.collect() };
     let density =
         if log_density.is_finite() { format!("log-density {log_density:.2}") } else { "impossible".to_string() };
     let mistakes = if wrong > 0 { format!("{wrong} of {stated} wrong") } else { String::new() };

@@ -2,7 +2,7 @@
 
 use crate::cli::images::scores::Score;
 use crate::methods::ImageMethod;
-use crate::metrics::shapes::Sight;
+use crate::metrics::shapes::ShapesScore;
 use crate::optimize::objective::Nfe;
 use crate::plan::show_bytes;
 use serde_json::{Value, json};
@@ -36,17 +36,19 @@ pub struct Cost {
 }
 
 impl Ledger {
-    /// `sights` and each score have a value per image, `sights` where the images are of the `shapes` world.
+    /// `shapes_scores` and each score have a value per image, `shapes_scores` where the images are of the `shapes` world.
     pub fn new(
         title: String,
         images: usize,
         cost: Cost,
-        sights: Option<Vec<Sight>>,
+        shapes_scores: Option<Vec<ShapesScore>>,
         scores: &[(Score, Vec<f64>)],
     ) -> Ledger {
-        let seen = sights.as_deref().unwrap_or_default();
-        let possible: Vec<f64> = seen.iter().map(|sight| sight.log_density).filter(|x| x.is_finite()).collect();
-        let stated: Vec<f64> = seen.iter().filter(|sight| sight.stated > 0).map(Sight::agreement).collect();
+        let seen = shapes_scores.as_deref().unwrap_or_default();
+        let possible: Vec<f64> =
+            seen.iter().map(|shapes_score| shapes_score.log_density).filter(|x| x.is_finite()).collect();
+        let stated: Vec<f64> =
+            seen.iter().filter(|shapes_score| shapes_score.stated > 0).map(ShapesScore::agreement).collect();
         Ledger {
             title,
             images,
@@ -54,7 +56,7 @@ impl Ledger {
             seconds: cost.seconds,
             peak_bytes: cost.peak_bytes,
             log_density: mean(&possible),
-            impossible: sights.as_ref().map(|sights| sights.len() - possible.len()),
+            impossible: shapes_scores.as_ref().map(|shapes_scores| shapes_scores.len() - possible.len()),
             agreement: mean(&stated),
             scores: scores.iter().map(|(score, values)| (*score, mean(values))).collect(),
         }
@@ -172,16 +174,16 @@ fn mean(values: &[f64]) -> Option<f64> {
 mod tests {
     use super::*;
 
-    fn ledger(sights: Option<Vec<Sight>>, scores: &[(Score, Vec<f64>)]) -> Ledger {
+    fn ledger(shapes_scores: Option<Vec<ShapesScore>>, scores: &[(Score, Vec<f64>)]) -> Ledger {
         let cost = Cost { nfe: Nfe { forward: 201, backward: 50 }, seconds: 3.0, peak_bytes: 3 << 20 };
-        Ledger::new("MinorityPrompt".into(), 2, cost, sights, scores)
+        Ledger::new("MinorityPrompt".into(), 2, cost, shapes_scores, scores)
     }
 
     #[test]
     fn a_backward_counts_as_two_forwards() {
-        let sight = |log_density, stated, wrong| Sight { log_density, stated, wrong };
-        let sights = vec![sight(-4.0, 4, 1), sight(f64::NEG_INFINITY, 4, 3)];
-        let lines = table(&[ledger(Some(sights), &[(Score::DenoisingLoss, vec![0.5, 0.25])])], true);
+        let shapes_score = |log_density, stated, wrong| ShapesScore { log_density, stated, wrong };
+        let shapes_scores = vec![shapes_score(-4.0, 4, 1), shapes_score(f64::NEG_INFINITY, 4, 3)];
+        let lines = table(&[ledger(Some(shapes_scores), &[(Score::DenoisingLoss, vec![0.5, 0.25])])], true);
         let cells: Vec<Vec<&str>> = lines.iter().map(|line| line.split_whitespace().collect()).collect();
         let head =
             "method forwards backwards equivalents s/image memory log-density impossible agreement denoising-loss";

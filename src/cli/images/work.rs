@@ -10,7 +10,7 @@ use crate::exec::Executor;
 use crate::methods::{ImageMethod, PlannedMethod, Request};
 use crate::pipeline::Pipeline;
 use crate::pipeline::generate::{Job, Settings};
-use crate::text::Place;
+use crate::text::Position;
 use serde_json::json;
 use std::slice::Chunks;
 
@@ -86,7 +86,7 @@ pub fn warn_of_cut_tokens<'a>(
     let mut texts: Vec<(&str, usize)> = prompts.map(|prompt| (prompt, reserved)).chain(negatives).collect();
     texts.dedup();
     for (prompt, reserved) in texts {
-        let cut = pipeline.frame(prompt, reserved, Place::End)?.swap_remove(0).0.cut;
+        let cut = pipeline.add_special_tokens(prompt, reserved, Position::End)?.swap_remove(0).0.truncated;
         if !cut.is_empty() {
             let kept = (pipeline.tokens() - 2).saturating_sub(reserved);
             reporter.warn(&format!("'{prompt}': only {kept} tokens fit, cut: {}", cut.join(" ")));

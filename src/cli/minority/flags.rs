@@ -10,7 +10,7 @@ use crate::optimize::objective;
 use crate::optimize::variable::Variable;
 use crate::optimize::variable::token::{Init, PoolAt, TokenSettings};
 use crate::pipeline::conditioning::Branch;
-use crate::text::Place;
+use crate::text::Position;
 use crate::{Error, Result};
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
@@ -40,7 +40,7 @@ pub struct MinorityFlags {
     tokens: Option<usize>,
     /// Where in the prompt they stand [default: end]
     #[arg(long, value_enum, help_heading = "Token")]
-    place: Option<PlaceFlag>,
+    place: Option<PositionFlag>,
     /// What they begin as: word:WORD, random, gaussian[:SCALE], white[:SCALE], unit
     /// [default: the model's recommended.json, else word:cool where that is one token, else white; released unit]
     #[arg(long, value_name = "INIT", value_parser = minority::parse_init, help_heading = "Token")]
@@ -51,7 +51,7 @@ pub struct MinorityFlags {
     /// SDXL: where the pooled text is read [default: eos; released placeholder]
     #[arg(long, value_enum, help_heading = "Token")]
     pool_at: Option<PoolFlag>,
-    /// Noise level of the second estimate: annealed, or a share of the training steps [default: annealed; released 0.75]
+    /// Noise level of the second estimate: annealed, or a fraction of the training steps [default: annealed; released 0.75]
     #[arg(long, value_name = "annealed|SHARE", value_parser = parse_renoise, help_heading = "Objective (ablations)")]
     renoise: Option<Renoise>,
     /// Weight of the term whose second estimate has no gradient [default: 1]
@@ -60,7 +60,7 @@ pub struct MinorityFlags {
     /// No gradient through the second estimate
     #[arg(long, help_heading = "Objective (ablations)")]
     stop_second: bool,
-    /// The second estimate is told the learned prompt too
+    /// The second estimate is conditioned on the learned prompt too
     #[arg(long, help_heading = "Objective (ablations)")]
     second_learned: bool,
     /// Estimates under classifier-free guidance
@@ -91,7 +91,7 @@ pub enum What {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum PlaceFlag {
+enum PositionFlag {
     Start,
     End,
 }
@@ -105,8 +105,8 @@ enum PoolFlag {
 fn parse_renoise(text: &str) -> Result<Renoise, String> {
     match (text, text.parse::<f64>()) {
         ("annealed", _) => Ok(Renoise::Annealed),
-        (_, Ok(share)) if share > 0.0 && share < 1.0 => Ok(Renoise::Fixed(share)),
-        (_, _) => Err("write annealed, or a share of the training steps between 0 and 1".to_string()),
+        (_, Ok(fraction)) if fraction > 0.0 && fraction < 1.0 => Ok(Renoise::Fixed(fraction)),
+        (_, _) => Err("write annealed, or a fraction of the training steps between 0 and 1".to_string()),
     }
 }
 
@@ -220,7 +220,7 @@ impl MinorityFlags {
         let show_after = |base: &bool| if *base { "prompt".to_string() } else { "learned".to_string() };
         let show_renoise = |renoise: &Renoise| match renoise {
             Renoise::Annealed => "annealed".to_string(),
-            Renoise::Fixed(share) => share.to_string(),
+            Renoise::Fixed(fraction) => fraction.to_string(),
         };
         Schedule {
             iterations: chooser.choose("iterations", o.iterations, r.iterations, usual.iterations, usize::to_string),
@@ -250,12 +250,12 @@ impl MinorityFlags {
             PoolFlag::Placeholder => PoolAt::Placeholder,
         });
         let place = self.place.map(|place| match place {
-            PlaceFlag::Start => Place::Start,
-            PlaceFlag::End => Place::End,
+            PositionFlag::Start => Position::Start,
+            PositionFlag::End => Position::End,
         });
         Ok(TokenSettings {
             rows: chooser.choose("tokens", rows, r.tokens, usual.rows, usize::to_string),
-            place: chooser.choose("place", place, None, usual.place, lower),
+            position: chooser.choose("place", place, None, usual.position, lower),
             init: chooser.choose("init", init, r.init.clone(), usual.init, minority::show_init),
             pool_at: chooser.choose("pool-at", pool_at, None, usual.pool_at, lower),
         })

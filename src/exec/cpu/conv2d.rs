@@ -1,19 +1,19 @@
 //! Convolution as an implicit matrix product: `out = conv(x, w) + bias + shift + residual`, no unfolded copy of the image.
 //!
-//! Contract: `x [B, H, W, I]`, `w [kh, kw, I, O]` held as a `[kh·kw·I, O]` matrix (see `factor`), `out` and `residual [B, Ho, Wo, O]`, any
+//! Contract: `x [B, H, W, I]`, `w [kh, kw, I, O]` held as a `[kh·kw·I, O]` matrix (see `rhs`), `out` and `residual [B, Ho, Wo, O]`, any
 //! stride and asymmetric zero padding. Rows of the product are output pixels. A K block is a stretch of input channels at one
 //! kernel tap, so the left operand's row is a slice of an input pixel, or of zeros outside the image. With few input channels
-//! the blocks would be too short, and a chunk's patches are gathered into thread scratch instead. Cut and bits: see `product`;
+//! the blocks would be too short, and a chunk's patches are gathered into thread scratch instead. Cut and bits: see `gemm_mainloop`;
 //! the K blocks depend on the kernel's shape only.
 
 use super::context::{Cx, Machine, Outputs};
 use super::gemm::Matrix;
+use super::gemm_mainloop::K_BLOCK;
+use super::gemm_mainloop::{Cut, MOST_ROWS, Operand, Product, Shift};
 use super::microkernel::{Block, Blocks, Dense, Left};
 use super::pack::Tiling;
-use super::product::K_BLOCK;
-use super::product::{Cut, MOST_ROWS, Operand, Product, Shift};
 use super::real::Float;
-use super::{factor, store};
+use super::{rhs, store};
 use crate::program::{Activation, Conv2d, Program};
 use std::ops::Range;
 
@@ -184,14 +184,14 @@ pub fn workspace(op: &Conv2d, program: &Program, machine: &Machine) -> usize {
 pub fn scratch(op: &Conv2d, program: &Program, tiling: Tiling) -> usize {
     let geometry = Geometry::of(op, program);
     let patches = if geometry.gathers() { MOST_ROWS * geometry.taps * geometry.channels } else { 0 };
-    patches + factor::scratch(store::columns(program, op.w, 1, tiling), tiling)
+    patches + rhs::scratch(store::columns(program, op.w, 1, tiling), tiling)
 }
 
 pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Conv2d, outputs: Outputs<'_, T>) {
     let Outputs { values: [out, ..], workspace, in_place } = outputs;
     let geometry = Geometry::of(op, cx.program);
     let Geometry { taps, channels, .. } = geometry;
-    let right = [cx.factor(op.w, 1)];
+    let right = [cx.rhs(op.w, 1)];
     let product = Product {
         left: (),
         rows: cx.shape(op.x)[0] * geometry.rows_per_sample(),

@@ -1,25 +1,25 @@
 //! Gradient of a convolution to its input, `d_x = convᵀ(d_y, w) + residual`, as an implicit product with the weight transposed.
 //!
-//! Contract: `d_y [B, Ho, Wo, O]`, `w [kh, kw, I, O]` as the forward holds it (see `factor`), `residual` and `out [B, H, W, I]`,
+//! Contract: `d_y [B, Ho, Wo, O]`, `w [kh, kw, I, O]` as the forward holds it (see `rhs`), `residual` and `out [B, H, W, I]`,
 //! any stride and asymmetric zero padding. Rows of the product are input pixels; a K block is a stretch of output channels at
 //! one tap, so the left operand's row is a slice of the output pixel that the tap carried there, or of zeros outside.
 //!
 //! Under a stride a tap reaches only the input pixels whose coordinates leave its own remainders. The pixels of a row chunk
-//! are sorted by these remainders: those of a tap are then neighbours, and nothing is multiplied in vain.
+//! are sorted by these remainders: those of a tap are then neighbours, and no product with zero padding is computed.
 //!
 //! With few output channels a chunk's patches of `d_y` are gathered, as in the forward. With few input channels the panels
 //! would be mostly padding, and all taps are multiplied at once, `d_y wᵀ [B·Ho·Wo, kh·kw·I]` in the workspace; each input pixel
-//! then sums its own in order. Cut and bits: see `product`; the K blocks depend on the kernel's shape only.
+//! then sums its own in order. Cut and bits: see `gemm_mainloop`; the K blocks depend on the kernel's shape only.
 
 use super::context::{Cx, Machine, Outputs};
 use super::conv2d::{FEW_CHANNELS, Geometry};
-use super::factor::{self, Transposed};
 use super::gemm::{K_STEP, Matrix};
+use super::gemm_mainloop::K_BLOCK;
+use super::gemm_mainloop::{Cut, MOST_ROWS_TURNED, Operand, Product, Residual};
 use super::microkernel::{Block, Blocks, Dense, Left};
 use super::pack::{Columns, Tiling};
-use super::product::K_BLOCK;
-use super::product::{Cut, MOST_ROWS_TURNED, Operand, Product, Residual};
 use super::real::Float;
+use super::rhs::{self, Transposed};
 use crate::program::{Conv2dBackward, Program};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -84,13 +84,13 @@ pub fn workspace(op: &Conv2dBackward, program: &Program, machine: &Machine) -> u
 pub fn scratch(op: &Conv2dBackward, program: &Program, tiling: Tiling) -> usize {
     let sizes = Sizes::new(op, program, tiling);
     let patches = if sizes.way == Way::Gather { MOST_ROWS_TURNED * sizes.geometry.taps * sizes.depth } else { 0 };
-    patches + factor::scratch(sizes.columns, tiling)
+    patches + rhs::scratch(sizes.columns, tiling)
 }
 
 pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Conv2dBackward, outputs: Outputs<'_, T>) {
     let Outputs { values: [out, ..], workspace, in_place } = outputs;
     let Sizes { geometry, depth, way, rows, columns } = Sizes::new(op, cx.program, cx.machine.tiling);
-    let right = [Transposed::new(cx.factor(op.w, 1), columns)];
+    let right = [Transposed::new(cx.rhs(op.w, 1), columns)];
     let values = cx.value(op.d_y);
     let residual = cx.residual(op.residual, in_place);
     let product = |taps: usize, depth: usize, residual| {

@@ -1,19 +1,19 @@
 //! Matrix product with its epilogue: `out = activation(x w + bias) + residual`, and its gradients.
 //!
-//! Contract: `x [.., K]` row-major, `w [K, N]` in column panels where it is a weight, else row-major (see `factor`), `bias [N]`,
+//! Contract: `x [.., K]` row-major, `w [K, N]` in column panels where it is a weight, else row-major (see `rhs`), `bias [N]`,
 //! `residual` and `out` `[.., N]`; GEGLU: `w [K, 2H]`, `out [.., H] = a * gelu(g)`, where value and gate panels of the same
-//! columns are computed side by side and `[.., 2H]` never exists. Cut and bits: see `product`; the K blocks depend on `K`
+//! columns are computed side by side and `[.., 2H]` never exists. Cut and bits: see `gemm_mainloop`; the K blocks depend on `K`
 //! only, so a row's bits depend on nothing but that row.
 //!
 //! Gradients: `d_x = d_y wᵀ + residual` is the same product with the same `w` read transposed. `d_w = xᵀ d_y` is a sum over
 //! passes over rows, in order, of products whose left operand is `x` of these rows transposed chunk by chunk.
 
 use super::context::{Cx, Machine, Outputs};
-use super::factor::{self, Factor, Transposed};
+use super::gemm_mainloop::{Cut, K_BLOCK, MOST_ROWS, MOST_ROWS_TURNED, Operand, Product, Residual, tile_scratch};
 use super::microkernel::{Blocks, Dense};
 use super::pack::{Columns, Tiling};
-use super::product::{Cut, K_BLOCK, MOST_ROWS, MOST_ROWS_TURNED, Operand, Product, Residual, tile_scratch};
 use super::real::Float;
+use super::rhs::{self, Rhs, Transposed};
 use super::store;
 use super::transpose::{ROWS_OF_PASS, Transpose};
 use crate::program::{Activation, Gemm, GemmBackward, Program, ValueId};
@@ -69,14 +69,14 @@ pub fn workspace(op: &Gemm, program: &Program, machine: &Machine) -> usize {
 
 pub fn scratch(op: &Gemm, program: &Program, tiling: Tiling) -> usize {
     let (_, columns) = columns(op, program, tiling);
-    factor::scratch(columns, tiling) + tile_scratch(columns, op.activation, MOST_ROWS)
+    rhs::scratch(columns, tiling) + tile_scratch(columns, op.activation, MOST_ROWS)
 }
 
 pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Gemm, outputs: Outputs<'_, T>) {
     let Outputs { values: [out, ..], workspace, in_place } = outputs;
-    let w = cx.factor(op.w, parts(op));
+    let w = cx.rhs(op.w, parts(op));
     let k = cx.shape(op.w)[0];
-    let halves: &[Factor<'_, T>] = if parts(op) == 2 { &[w.part(0), w.part(1)] } else { &[w] };
+    let halves: &[Rhs<'_, T>] = if parts(op) == 2 { &[w.part(0), w.part(1)] } else { &[w] };
     let product = Product {
         left: Matrix { values: cx.value(op.x), width: k },
         rows: rows(cx.program, op.x),
@@ -109,7 +109,7 @@ pub fn backward_workspace(op: &GemmBackward, program: &Program, machine: &Machin
 }
 
 pub fn backward_scratch(op: &GemmBackward, program: &Program, tiling: Tiling) -> usize {
-    let block = factor::scratch(backward_columns(op, program, tiling), tiling);
+    let block = rhs::scratch(backward_columns(op, program, tiling), tiling);
     match op {
         GemmBackward::Input { .. } => block,
         GemmBackward::Weight { .. } => block + MOST_ROWS * ROWS_OF_PASS,
@@ -122,7 +122,7 @@ pub fn backward<T: Float>(cx: &Cx<'_, T>, op: &GemmBackward, outputs: Outputs<'_
     match *op {
         GemmBackward::Input { d_y, w, residual } => {
             let n = cx.shape(w)[1];
-            let right = [Transposed::new(cx.factor(w, 1), columns)];
+            let right = [Transposed::new(cx.rhs(w, 1), columns)];
             let blocks = Blocks::new(1, n, K_BLOCK).stepped(K_STEP);
             Product::of(rows(cx.program, d_y), blocks, &right, cx.residual(residual, in_place))
                 .with(Matrix { values: cx.value(d_y), width: n })
@@ -134,7 +134,7 @@ pub fn backward<T: Float>(cx: &Cx<'_, T>, op: &GemmBackward, outputs: Outputs<'_
             for start in (0..rows).step_by(ROWS_OF_PASS) {
                 let depth = ROWS_OF_PASS.min(rows - start);
                 let left = Upright { values: &cx.value(x)[start * k..], width: k, depth, arch: cx.machine.arch };
-                let right = [Factor::rows(&cx.value(d_y)[start * n..], columns)];
+                let right = [Rhs::rows(&cx.value(d_y)[start * n..], columns)];
                 let residual = if start == 0 { Residual::None } else { Residual::InPlace };
                 Product::of(k, Blocks::new(1, depth, K_BLOCK), &right, residual).with(left).run(
                     &cx.machine,

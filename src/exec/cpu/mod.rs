@@ -14,17 +14,17 @@ mod conv2d;
 mod conv2d_backward;
 mod elementwise;
 mod embedding;
-mod factor;
 mod gemm;
+mod gemm_mainloop;
 mod microkernel;
 mod norm;
 mod norm_backward;
 mod pack;
-mod product;
 mod real;
 mod reduce;
 mod resample;
 mod resize;
+mod rhs;
 mod rowwise;
 mod store;
 mod transpose;
@@ -33,7 +33,7 @@ mod update;
 pub use real::Float;
 
 use super::guard::{Guard, describe};
-use super::{Data, DataMut, Executor, ProgramId, held};
+use super::{Data, DataMut, Executor, ProgramId, weight_layout};
 use crate::plan::{Planned, Region};
 use crate::program::{Node, Op, Origin, Program};
 use crate::weights::Model;
@@ -153,7 +153,7 @@ impl<T: Float> Cpu<T> {
             let what = format!("computes in {}, this executor in {}", program.dtype, T::DTYPE);
             return Err(Error::Program { program: program.name.clone(), what, at: "load".into() });
         }
-        held::check(program)?;
+        weight_layout::check(program)?;
         let mut places = Vec::with_capacity(program.values.len());
         for (index, value) in program.values.iter().enumerate() {
             places.push(match &value.origin {

@@ -13,7 +13,7 @@ use crate::program::{Rowwise, ValueId};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Elements between two looks at the running maximum: a stretch that stays in the first-level cache.
+/// Elements between two updates of the running maximum: a stretch that stays in the first-level cache.
 const STRETCH: usize = 1024;
 
 /// Returns what is wrong with an index, if anything.

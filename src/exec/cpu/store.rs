@@ -40,7 +40,7 @@ pub fn columns(program: &Program, id: ValueId, parts: usize, tiling: Tiling) -> 
     let value = program.value(id);
     let n = value.shape[value.shape.len() - 1];
     match &value.origin {
-        Origin::Weight(weight) if weight.pack.is_factor() => weight_columns(weight, tiling),
+        Origin::Weight(weight) if weight.pack.is_rhs() => weight_columns(weight, tiling),
         Origin::Weight(_) | Origin::Input(_) | Origin::Op(_) => Columns::in_parts(n, parts, tiling),
     }
 }
@@ -58,7 +58,7 @@ impl<T: Float> Store<T> {
             return Ok(index);
         }
         let rows = model.rows(weight)?;
-        let held = if weight.pack.is_factor() {
+        let held = if weight.pack.is_rhs() {
             panels(&rows, weight_columns(weight, tiling), tiling.lanes)
         } else {
             plain(&rows)

@@ -1,6 +1,6 @@
 //! Transposition of small blocks, at the speed of the first-level cache.
 
-use super::product::K_BLOCK;
+use super::gemm_mainloop::K_BLOCK;
 use super::real::Float;
 use pulp::{Simd, WithSimd};
 

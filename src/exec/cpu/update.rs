@@ -25,25 +25,25 @@ pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Update, outputs: Outputs<'_, T>) {
             transform(out, source, |_, out| out.iter_mut().for_each(|x| *x *= coefficient));
         }
         Update::AdamW { p, g, m, v, scalars: s } => {
-            let [rate, gain1, gain2, eps, decay, correction1, correction2] = scalars(cx, s);
+            let [lr, gain1, gain2, eps, decay, correction1, correction2] = scalars(cx, s);
             step(cx, [p, g, m, v], outputs, |[p, g, m, v]| {
                 let m = m + gain1 * (g - m);
                 let v = v + gain2 * (g * g - v);
                 let direction = m / correction1 / ((v / correction2).sqrt() + eps);
-                [p * (1.0 - rate * decay) - rate * direction, m, v]
+                [p * (1.0 - lr * decay) - lr * direction, m, v]
             });
         }
         Update::RmsProp { p, g, v, b, scalars: s } => {
-            let [rate, alpha, momentum, eps, bound, low, high] = scalars(cx, s);
+            let [lr, alpha, momentum, eps, bound, low, high] = scalars(cx, s);
             step(cx, [p, g, v, b], outputs, |[p, g, v, b]| {
                 let g = g.clip(-bound, bound);
                 let v = alpha * v + (1.0 - alpha) * g * g;
                 let b = momentum * b + g / (v.sqrt() + eps);
-                [(p - rate * b).clip(low, high), v, b]
+                [(p - lr * b).clip(low, high), v, b]
             });
         }
         Update::Nesterov { p, g, b, scalars: s } => {
-            let [rate, momentum] = scalars(cx, s);
+            let [lr, momentum] = scalars(cx, s);
             let Outputs { values: [to_p, to_b, _], .. } = outputs;
             let (p, g, b) = (cx.value(p), cx.value(g), cx.value(b));
             to_p.par_chunks_mut(CHUNK).zip(to_b.par_chunks_mut(CHUNK)).enumerate().for_each(|(i, (to_p, to_b))| {
@@ -51,7 +51,7 @@ pub fn run<T: Float>(cx: &Cx<'_, T>, op: &Update, outputs: Outputs<'_, T>) {
                 for ((to_p, to_b), ((p, g), b)) in to_p.iter_mut().zip(to_b).zip(held) {
                     let g = g.to_f64();
                     let b = momentum * b.to_f64() + g;
-                    (*to_p, *to_b) = (T::from_f64(p.to_f64() - rate * (g + momentum * b)), T::from_f64(b));
+                    (*to_p, *to_b) = (T::from_f64(p.to_f64() - lr * (g + momentum * b)), T::from_f64(b));
                 }
             });
         }

@@ -3,8 +3,8 @@
 use super::cx::Cx;
 use super::gemm::{aligned, pitch};
 use super::kernels::constants::{
-    BACKWARD_HALF, BACKWARD_SINGLE, DELTA_ROWS, FORWARD_HALF, FORWARD_HOPPER, FORWARD_SINGLE, HOPPER_ATTENTION_THREADS,
-    HOPPER_QUERIES, HOPPER_SLOTS, STREAMED_COLUMNS, STREAMED_OTHER, STREAMED_OWN, STREAMED_THREADS,
+    BACKWARD_HALF, BACKWARD_SINGLE, DELTA_ROWS, FORWARD_HALF, FORWARD_SINGLE, FORWARD_SM90, SM90_ATTENTION_THREADS,
+    SM90_QUERIES, SM90_SLOTS, STREAMED_COLUMNS, STREAMED_OTHER, STREAMED_OWN, STREAMED_THREADS,
 };
 use super::launch::{Address, Divisor, Launch, TensorMap};
 use super::shape::Hopper;
@@ -137,10 +137,10 @@ impl ForwardTiles {
     }
 }
 
-/// Matches what is behind the tensor maps of `AttentionHopperParams` in kernels/attention_hopper.cu.
+/// Matches what is behind the tensor maps of `Sm90AttentionParams` in kernels/sm90_attention.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct HopperParams {
+struct Sm90AttentionParams {
     out: Address,
     lse: Address,
     out_stride: i32,
@@ -150,27 +150,27 @@ struct HopperParams {
     scale: f32,
     unused: [i32; 23],
 }
-const _: () = assert!(size_of::<HopperParams>() + 3 * TensorMap::BYTES == 512);
+const _: () = assert!(size_of::<Sm90AttentionParams>() + 3 * TensorMap::BYTES == 512);
 
 /// Tiles of the forward on Hopper.
-struct HopperTiles {
+struct Sm90Tiles {
     dim: usize,
     keys: usize,
 }
 
-impl HopperTiles {
+impl Sm90Tiles {
     /// None for heads and masks that the kernels do not have.
-    fn new(op: &Attention, sizes: &Sizes) -> Option<HopperTiles> {
-        let [dim, keys] = row_of(&FORWARD_HOPPER, op.head_dim)?;
+    fn new(op: &Attention, sizes: &Sizes) -> Option<Sm90Tiles> {
+        let [dim, keys] = row_of(&FORWARD_SM90, op.head_dim)?;
         let possible = sizes.half() && !op.causal && op.head_dim.is_multiple_of(8);
-        possible.then_some(HopperTiles { dim, keys })
+        possible.then_some(Sm90Tiles { dim, keys })
     }
 
     fn shared(&self) -> usize {
         let boxes = self.dim.div_ceil(TensorMap::LINE);
-        let (queries, others) = (HOPPER_QUERIES, 2 * HOPPER_SLOTS * self.keys);
+        let (queries, others) = (SM90_QUERIES, 2 * SM90_SLOTS * self.keys);
         // Queries, slots of keys and of values; a barrier for the queries and two for each slot.
-        boxes * TensorMap::LINE_BYTES * (queries + others) + 8 * (1 + 2 * 2 * HOPPER_SLOTS)
+        boxes * TensorMap::LINE_BYTES * (queries + others) + 8 * (1 + 2 * 2 * SM90_SLOTS)
     }
 }
 
@@ -188,12 +188,12 @@ fn tensor_map(cx: &Cx, cols: Cols, sizes: &Sizes, tokens: usize, rows: usize) ->
 
 /// On Hopper, if its kernels can: rows and heads begin at multiples of 16 bytes.
 fn hopper(op: &Attention, cx: &Cx, sizes: &Sizes) -> Option<Launch> {
-    let tiles = HopperTiles::new(op, sizes).filter(|_| matches!(cx.hopper, Hopper::Auto | Hopper::Always))?;
+    let tiles = Sm90Tiles::new(op, sizes).filter(|_| matches!(cx.hopper, Hopper::Auto | Hopper::Always))?;
     let columns = [op.q, op.k, op.v].map(|cols| Columns::new(cx, cols, op.head_dim));
     if columns.iter().any(|columns| columns.aligned == 0) {
         return None;
     }
-    let params = HopperParams {
+    let params = Sm90AttentionParams {
         out: cx.address(cx.output(0)),
         lse: cx.address(cx.output(1)),
         out_stride: cx.width(cx.output(0)) as i32,
@@ -205,13 +205,13 @@ fn hopper(op: &Attention, cx: &Cx, sizes: &Sizes) -> Option<Launch> {
     };
     let map = |cols, tokens, rows| tensor_map(cx, cols, sizes, tokens, rows);
     let maps = vec![
-        map(op.q, sizes.queries, HOPPER_QUERIES),
+        map(op.q, sizes.queries, SM90_QUERIES),
         map(op.k, sizes.keys, tiles.keys),
         map(op.v, sizes.keys, tiles.keys),
     ];
-    let name = format!("attention_hopper_{}_{}", tiles.dim, sizes.dtype);
-    let grid = sizes.grid(sizes.queries, HOPPER_QUERIES);
-    Some(Launch::new(name, grid, HOPPER_ATTENTION_THREADS, tiles.shared(), params).with_maps(maps))
+    let name = format!("sm90_attention_{}_{}", tiles.dim, sizes.dtype);
+    let grid = sizes.grid(sizes.queries, SM90_QUERIES);
+    Some(Launch::new(name, grid, SM90_ATTENTION_THREADS, tiles.shared(), params).with_maps(maps))
 }
 
 pub fn launches(op: &Attention, cx: &Cx) -> Vec<Launch> {

@@ -1,12 +1,12 @@
 //! Launches of convolutions: products that gather one operand; a 1x1 kernel that touches every pixel once is a plain one.
 //! Contract: kernels/conv2d.cu.
 
-use super::cx::{Cx, is_factor};
-use super::epilogue::{Epilogue, Split, finish};
+use super::cx::{Cx, is_rhs};
+use super::epilogue::{Epilogue, Split, split_k_reduce};
 use super::gemm::{Operand, Product, aligned, ring_bytes, threads};
-use super::hopper::{HopperProduct, HopperRight};
 use super::launch::{Address, Divisor, Launch, TensorMap};
 use super::shape::{Hopper, Lines, Shape};
+use super::sm90_gemm::{Sm90Gemm, Sm90Rhs};
 use crate::program::{Cols, Conv2d, Conv2dBackward, Program, ValueId};
 use bytemuck::{Pod, Zeroable};
 
@@ -51,16 +51,16 @@ fn store(cx: &Cx, y: ValueId, residual: Option<ValueId>) -> Epilogue {
     Epilogue { sample: Divisor::new(height * width), ..Epilogue::new(cx, y, residual) }
 }
 
-/// Whether kernels/product_hopper.cu can make it: a chunk of channels lies in one tap, and every line begins at a multiple of 16
+/// Whether kernels/sm90_gemm.cu can make it: a chunk of channels lies in one tap, and every line begins at a multiple of 16
 /// bytes. Of the right operand lines run along the `channels`, or across them.
 fn hopper_can(taps: usize, stride: usize, channels: usize, lines: Lines, columns: usize) -> bool {
     let whole = channels.is_multiple_of(if taps > 1 { TensorMap::LINE } else { 8 });
-    stride == 1 && whole && (lines == Lines::Reduced || columns.is_multiple_of(8))
+    stride == 1 && whole && (lines == Lines::KMajor || columns.is_multiple_of(8))
 }
 
 pub fn shape(op: &Conv2d, program: &Program, y: ValueId, hopper: Hopper) -> Shape {
     let [kh, kw, c, o] = program.shape(op.w)[..] else { unreachable!("checked by infer") };
-    let lines = if is_factor(program, op.w) { Lines::Reduced } else { Lines::Across };
+    let lines = if is_rhs(program, op.w) { Lines::KMajor } else { Lines::MNMajor };
     Shape::of_samples(program.value(op.x).dtype, program.shape(y), o, kh * kw * c).on_hopper(
         hopper,
         lines,
@@ -70,7 +70,7 @@ pub fn shape(op: &Conv2d, program: &Program, y: ValueId, hopper: Hopper) -> Shap
 
 pub fn backward_shape(op: &Conv2dBackward, program: &Program, d_x: ValueId, hopper: Hopper) -> Shape {
     let [kh, kw, i, o] = program.shape(op.w)[..] else { unreachable!("checked by infer") };
-    let lines = if is_factor(program, op.w) { Lines::Across } else { Lines::Reduced };
+    let lines = if is_rhs(program, op.w) { Lines::MNMajor } else { Lines::KMajor };
     Shape::of_samples(program.value(op.d_y).dtype, program.shape(d_x), i, kh * kw * o).on_hopper(
         hopper,
         lines,
@@ -79,12 +79,12 @@ pub fn backward_shape(op: &Conv2dBackward, program: &Program, d_x: ValueId, hopp
 }
 
 pub fn launches(op: &Conv2d, cx: &Cx) -> Vec<Launch> {
-    let (y, held) = (cx.output(0), cx.is_factor(op.w));
+    let (y, held) = (cx.output(0), cx.is_rhs(op.w));
     let [kh, kw, c, o] = cx.shape(op.w)[..] else { unreachable!("checked by infer") };
     let shape = shape(op, cx.program, y, cx.hopper);
     let epilogue = Epilogue { bias: cx.optional(op.bias), ..store(cx, y, op.residual) };
     let epilogue = shifted(cx, epilogue, op.shift);
-    let (lines, w_stride, tap_stride) = if held { (Lines::Reduced, shape.depth, c) } else { (Lines::Across, o, c * o) };
+    let (lines, w_stride, tap_stride) = if held { (Lines::KMajor, shape.depth, c) } else { (Lines::MNMajor, o, c * o) };
     let gather = Gather {
         shape,
         x: op.x,
@@ -98,12 +98,12 @@ pub fn launches(op: &Conv2d, cx: &Cx) -> Vec<Launch> {
 }
 
 pub fn backward(op: &Conv2dBackward, cx: &Cx) -> Vec<Launch> {
-    let (d_x, held) = (cx.output(0), cx.is_factor(op.w));
+    let (d_x, held) = (cx.output(0), cx.is_rhs(op.w));
     let [kh, kw, i, o] = cx.shape(op.w)[..] else { unreachable!("checked by infer") };
     let shape = backward_shape(op, cx.program, d_x, cx.hopper);
     let epilogue = store(cx, d_x, op.residual);
     // Held [O, kh, kw, I], a line is one reduced channel; given [kh, kw, I, O], one output channel.
-    let (lines, w_stride, tap_stride) = if held { (Lines::Across, kh * kw * i, i) } else { (Lines::Reduced, o, i * o) };
+    let (lines, w_stride, tap_stride) = if held { (Lines::MNMajor, kh * kw * i, i) } else { (Lines::KMajor, o, i * o) };
     let gather = Gather {
         shape,
         x: op.d_y,
@@ -137,13 +137,13 @@ struct Right {
 }
 
 impl Gather {
-    fn on_hopper(&self, cx: &Cx, right: &Right) -> HopperProduct {
+    fn on_hopper(&self, cx: &Cx, right: &Right) -> Sm90Gemm {
         let [batch, height, width, channels] = cx.shape(self.x)[..] else { unreachable!("checked by infer") };
         let [_, y_height, y_width, _] = cx.shape(self.output)[..] else { unreachable!("checked by infer") };
         let direction = if self.is_backward { -1 } else { 1 };
         let [top, left, ..] = self.padding.map(|n| -direction * n as i32);
         let Right { w, lines, w_stride, tap_stride } = *right;
-        HopperProduct {
+        Sm90Gemm {
             shape: self.shape,
             x: cx.address(self.x),
             extents: [channels, width, height, batch],
@@ -151,7 +151,7 @@ impl Gather {
             kernel: self.kernel,
             offset: [top, left],
             direction,
-            right: HopperRight { w: cx.address(w), lines, stride: w_stride, tap_stride, half: 0 },
+            right: Sm90Rhs { w: cx.address(w), lines, stride: w_stride, tap_stride, half: 0 },
         }
     }
 
@@ -163,7 +163,7 @@ impl Gather {
     fn launches(&self, cx: &Cx, epilogue: Epilogue, right: Right) -> Vec<Launch> {
         if self.is_plain() {
             let operand = |id, lines, stride| Operand { address: cx.address(id), lines, stride };
-            let left = operand(self.x, Lines::Reduced, cx.width(self.x));
+            let left = operand(self.x, Lines::KMajor, cx.width(self.x));
             let right = operand(right.w, right.lines, right.w_stride);
             return Product { shape: self.shape, left, right, half: 0 }.launches(epilogue, cx.workspace);
         }
@@ -200,15 +200,15 @@ impl Gather {
             unused: 0,
             split,
         };
-        let shared = ring_bytes(&cut.tile, dtype, Lines::Reduced, right.lines);
+        let shared = ring_bytes(&cut.tile, dtype, Lines::KMajor, right.lines);
         let name = match (self.is_backward, right.lines) {
-            (false, Lines::Reduced) => "conv2d_r",
-            (false, Lines::Across) => "conv2d_a",
-            (true, Lines::Reduced) => "conv2d_backward_r",
-            (true, Lines::Across) => "conv2d_backward_a",
+            (false, Lines::KMajor) => "conv2d_r",
+            (false, Lines::MNMajor) => "conv2d_a",
+            (true, Lines::KMajor) => "conv2d_backward_r",
+            (true, Lines::MNMajor) => "conv2d_backward_a",
         };
         let kernel = format!("{name}_{}_{dtype}", cut.tile.name);
         let product = Launch::new(kernel, grid, threads(&cut.tile), shared, params);
-        [Some(product), finish(&self.shape, &cut, epilogue, cx.workspace)].into_iter().flatten().collect()
+        [Some(product), split_k_reduce(&self.shape, &cut, epilogue, cx.workspace)].into_iter().flatten().collect()
     }
 }

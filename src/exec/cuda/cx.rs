@@ -55,15 +55,15 @@ impl Cx<'_> {
     }
 
     /// Whether a weight is held as the right operand of products, `[N, K]`, and not in the order of its shape.
-    pub fn is_factor(&self, id: ValueId) -> bool {
-        is_factor(self.program, id)
+    pub fn is_rhs(&self, id: ValueId) -> bool {
+        is_rhs(self.program, id)
     }
 }
 
-/// As [`Cx::is_factor`].
-pub fn is_factor(program: &Program, id: ValueId) -> bool {
+/// As [`Cx::is_rhs`].
+pub fn is_rhs(program: &Program, id: ValueId) -> bool {
     match &program.value(id).origin {
-        Origin::Weight(weight) => weight.pack.is_factor(),
+        Origin::Weight(weight) => weight.pack.is_rhs(),
         Origin::Input(_) | Origin::Op(_) => false,
     }
 }

@@ -102,7 +102,7 @@ struct GegluParams {
 }
 const _: () = assert!(size_of::<GegluParams>() == 56);
 
-/// Rows of pieces, one for each thread: 16 bytes, or single elements. Matches `Pieces` in kernels/pieces.cuh.
+/// Rows of pieces, one for each thread: 16 bytes, or single elements. Matches `Pieces` in kernels/vectorized.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub struct Pieces {

@@ -61,7 +61,7 @@ impl Default for Settings {
     }
 }
 
-/// What the emulation takes for a tensor map. Matches `TensorMap` in kernels/host/hopper.h.
+/// What the emulation takes for a tensor map. Matches `TensorMap` in kernels/host/sm90.h.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct HostTensorMap {

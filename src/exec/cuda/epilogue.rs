@@ -1,5 +1,5 @@
 //! What happens to the sums of a product: the epilogue, and where a product is split the launch that makes outputs of its parts.
-//! Contracts: kernels/epilogue.cuh and kernels/finish.cu.
+//! Contracts: kernels/epilogue.cuh and kernels/split_k_reduce.cu.
 
 use super::cx::{Cx, activation};
 use super::elementwise::{Pieces, THREADS};
@@ -44,7 +44,7 @@ impl Epilogue {
     }
 }
 
-/// How a product is split over blocks. Matches `Split` in kernels/product.cuh.
+/// How a product is split over blocks. Matches `Split` in kernels/gemm_mainloop.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub struct Split {
@@ -63,10 +63,10 @@ impl Split {
     }
 }
 
-/// Matches `FinishParams` in kernels/finish.cu.
+/// Matches `SplitKReduceParams` in kernels/split_k_reduce.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct FinishParams {
+struct SplitKReduceParams {
     epilogue: Epilogue,
     partial: Address,
     stride: i64,
@@ -75,16 +75,16 @@ struct FinishParams {
     pieces: Pieces,
     unused: i32,
 }
-const _: () = assert!(size_of::<FinishParams>() == 112);
+const _: () = assert!(size_of::<SplitKReduceParams>() == 112);
 
 /// Makes outputs of the parts in `workspace`, where there are several.
-pub fn finish(shape: &Shape, cut: &Cut, epilogue: Epilogue, workspace: Address) -> Option<Launch> {
+pub fn split_k_reduce(shape: &Shape, cut: &Cut, epilogue: Epilogue, workspace: Address) -> Option<Launch> {
     if cut.splits == 1 {
         return None;
     }
     // Four neighbours of f32 parts are 16 bytes, whatever the outputs are.
     let pieces = Pieces::new(DType::F32, shape.rows, epilogue.columns as usize, &[workspace]);
-    let params = FinishParams {
+    let params = SplitKReduceParams {
         epilogue,
         partial: workspace,
         stride: (shape.rows * shape.columns) as i64,
@@ -93,5 +93,5 @@ pub fn finish(shape: &Shape, cut: &Cut, epilogue: Epilogue, workspace: Address) 
         pieces,
         unused: 0,
     };
-    Some(Launch::new(format!("finish_{}", shape.dtype), pieces.grid(), THREADS, 0, params))
+    Some(Launch::new(format!("split_k_reduce_{}", shape.dtype), pieces.grid(), THREADS, 0, params))
 }

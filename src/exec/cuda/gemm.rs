@@ -1,11 +1,11 @@
 //! Launches of matrix products. Contract: kernels/gemm.cu.
 
-use super::cx::{Cx, activation, is_factor};
-use super::epilogue::{Epilogue, Split, finish};
-use super::hopper::{HopperProduct, HopperRight};
-use super::kernels::constants::{PRODUCT_TILES, STAGE_DEPTH_BYTES, STAGES};
+use super::cx::{Cx, activation, is_rhs};
+use super::epilogue::{Epilogue, Split, split_k_reduce};
+use super::kernels::constants::{GEMM_TILES, STAGE_DEPTH_BYTES, STAGES};
 use super::launch::{Address, Launch};
 use super::shape::{Hopper, Lines, Shape, Tile};
+use super::sm90_gemm::{Sm90Gemm, Sm90Rhs};
 use crate::program::{Activation, DType, Gemm, GemmBackward, Program};
 use bytemuck::{Pod, Zeroable};
 
@@ -33,19 +33,19 @@ pub fn pitch(dtype: DType, elements: usize) -> usize {
     ((elements * dtype.bytes() / 16) | 1) * 16
 }
 
-/// Bytes of a block's ring of stages (`stage_bytes` in kernels/product.cuh).
+/// Bytes of a block's ring of stages (`stage_bytes` in kernels/gemm_mainloop.cuh).
 pub fn ring_bytes(tile: &Tile, dtype: DType, left: Lines, right: Lines) -> usize {
     let depth = STAGE_DEPTH_BYTES / dtype.bytes();
     let stage = |lines, extent| match lines {
-        Lines::Reduced => extent * pitch(dtype, depth),
-        Lines::Across => depth * pitch(dtype, extent),
+        Lines::KMajor => extent * pitch(dtype, depth),
+        Lines::MNMajor => depth * pitch(dtype, extent),
     };
     STAGES * (stage(left, tile.rows) + stage(right, tile.columns))
 }
 
 /// Threads of a block that has a square tile.
 pub fn threads(tile: &Tile) -> usize {
-    let row = PRODUCT_TILES.iter().find(|row| [row[0]; 2] == [tile.rows, tile.columns]);
+    let row = GEMM_TILES.iter().find(|row| [row[0]; 2] == [tile.rows, tile.columns]);
     let [_, down, across] = row.expect("a tile of kernels/constants.cuh");
     32 * down * across
 }
@@ -81,12 +81,12 @@ impl Product {
             return self.on_hopper().launches(epilogue, workspace);
         }
         let name = match (left.lines, right.lines) {
-            (Lines::Reduced, Lines::Reduced) => "gemm_rr",
-            (Lines::Reduced, Lines::Across) => "gemm_ra",
-            (Lines::Across, _) => "gemm_aa",
+            (Lines::KMajor, Lines::KMajor) => "gemm_rr",
+            (Lines::KMajor, Lines::MNMajor) => "gemm_ra",
+            (Lines::MNMajor, _) => "gemm_aa",
         };
         // In a GEGLU a chunk of columns must lie in one half.
-        let whole = (half * dtype.bytes()).is_multiple_of(16) || right.lines == Lines::Reduced;
+        let whole = (half * dtype.bytes()).is_multiple_of(16) || right.lines == Lines::KMajor;
         let across = if *half > 0 { 2 * half.next_multiple_of(8) } else { columns };
         let tiles = [rows.div_ceil(cut.tile.rows), across.div_ceil(cut.tile.columns)];
         let (split, grid) = Split::new(&cut, tiles, workspace);
@@ -107,15 +107,14 @@ impl Product {
         let shared = ring_bytes(&cut.tile, dtype, left.lines, right.lines);
         let kernel = format!("{name}_{}_{dtype}", cut.tile.name);
         let product = Launch::new(kernel, grid, threads(&cut.tile), shared, params);
-        [Some(product), finish(shape, &cut, epilogue, workspace)].into_iter().flatten().collect()
+        [Some(product), split_k_reduce(shape, &cut, epilogue, workspace)].into_iter().flatten().collect()
     }
 
     /// An image of one row.
-    fn on_hopper(&self) -> HopperProduct {
+    fn on_hopper(&self) -> Sm90Gemm {
         let Product { shape, left, right, half } = self;
-        let right =
-            HopperRight { w: right.address, lines: right.lines, stride: right.stride, tap_stride: 0, half: *half };
-        HopperProduct {
+        let right = Sm90Rhs { w: right.address, lines: right.lines, stride: right.stride, tap_stride: 0, half: *half };
+        Sm90Gemm {
             shape: *shape,
             x: left.address,
             extents: [shape.depth, shape.rows, 1, 1],
@@ -128,13 +127,13 @@ impl Product {
     }
 }
 
-/// Whether kernels/product_hopper.cu can make it: every line begins at a multiple of 16 bytes. Lines of the right operand along the
+/// Whether kernels/sm90_gemm.cu can make it: every line begins at a multiple of 16 bytes. Lines of the right operand along the
 /// reduced dimension, or across it, and the columns of each half of a GEGLU.
 fn hopper_can(shape: &Shape, lines: Lines, half: usize) -> bool {
     let eights = |n: usize| n.is_multiple_of(8);
     match lines {
-        Lines::Reduced => eights(shape.depth) && eights(half),
-        Lines::Across => eights(shape.depth) && eights(shape.columns) && half == 0,
+        Lines::KMajor => eights(shape.depth) && eights(half),
+        Lines::MNMajor => eights(shape.depth) && eights(shape.columns) && half == 0,
     }
 }
 
@@ -146,7 +145,7 @@ fn half(op: &Gemm, columns: usize) -> usize {
 pub fn shape(op: &Gemm, program: &Program, hopper: Hopper) -> Shape {
     let [depth, columns] = program.shape(op.w)[..] else { unreachable!("checked by infer") };
     let shape = Shape::of_samples(program.value(op.x).dtype, program.shape(op.x), columns, depth);
-    let lines = if is_factor(program, op.w) { Lines::Reduced } else { Lines::Across };
+    let lines = if is_rhs(program, op.w) { Lines::KMajor } else { Lines::MNMajor };
     shape.on_hopper(hopper, lines, hopper_can(&shape, lines, half(op, columns)))
 }
 
@@ -155,7 +154,7 @@ pub fn backward_shape(op: &GemmBackward, program: &Program, hopper: Hopper) -> S
         GemmBackward::Input { d_y, w, .. } => {
             let [k, n] = program.shape(w)[..] else { unreachable!("checked by infer") };
             let shape = Shape::of_samples(program.value(d_y).dtype, program.shape(d_y), k, n);
-            let lines = if is_factor(program, w) { Lines::Across } else { Lines::Reduced };
+            let lines = if is_rhs(program, w) { Lines::MNMajor } else { Lines::KMajor };
             shape.on_hopper(hopper, lines, hopper_can(&shape, lines, 0))
         }
         GemmBackward::Weight { x, d_y } => {
@@ -172,12 +171,12 @@ pub fn backward_shape(op: &GemmBackward, program: &Program, hopper: Hopper) -> S
 pub fn launches(op: &Gemm, cx: &Cx) -> Vec<Launch> {
     let shape = shape(op, cx.program, cx.hopper);
     let Shape { columns, depth, .. } = shape;
-    let right = if cx.is_factor(op.w) {
-        Operand { address: cx.address(op.w), lines: Lines::Reduced, stride: depth }
+    let right = if cx.is_rhs(op.w) {
+        Operand { address: cx.address(op.w), lines: Lines::KMajor, stride: depth }
     } else {
-        Operand { address: cx.address(op.w), lines: Lines::Across, stride: columns }
+        Operand { address: cx.address(op.w), lines: Lines::MNMajor, stride: columns }
     };
-    let left = Operand { address: cx.address(op.x), lines: Lines::Reduced, stride: depth };
+    let left = Operand { address: cx.address(op.x), lines: Lines::KMajor, stride: depth };
     let product = Product { shape, left, right, half: half(op, columns) };
     let epilogue = Epilogue::new(cx, cx.output(0), op.residual);
     let epilogue = Epilogue { bias: cx.optional(op.bias), activation: activation(op.activation), ..epilogue };
@@ -190,15 +189,15 @@ pub fn backward(op: &GemmBackward, cx: &Cx) -> Vec<Launch> {
     let (left, right, residual) = match *op {
         GemmBackward::Input { d_y, w, residual } => {
             // Reduced over n: of what is held [N, K] a line is one n, of [K, N] one k.
-            let right = if cx.is_factor(w) {
-                operand(w, Lines::Across, shape.columns)
+            let right = if cx.is_rhs(w) {
+                operand(w, Lines::MNMajor, shape.columns)
             } else {
-                operand(w, Lines::Reduced, shape.depth)
+                operand(w, Lines::KMajor, shape.depth)
             };
-            (operand(d_y, Lines::Reduced, shape.depth), right, residual)
+            (operand(d_y, Lines::KMajor, shape.depth), right, residual)
         }
         GemmBackward::Weight { x, d_y } => {
-            (operand(x, Lines::Across, shape.rows), operand(d_y, Lines::Across, shape.columns), None)
+            (operand(x, Lines::MNMajor, shape.rows), operand(d_y, Lines::MNMajor, shape.columns), None)
         }
     };
     let product = Product { shape, left, right, half: 0 };

@@ -120,12 +120,12 @@ impl Launch {
     /// Whether a driver takes it [`Launch::check`] says: sizes are the user's.
     pub fn new<P: Pod>(kernel: impl Into<String>, grid: [usize; 3], block: usize, shared: usize, params: P) -> Launch {
         // What 32 bits do not hold is beyond every limit, and stays so.
-        let narrow = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let to_u32 = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         Launch {
             kernel: kernel.into(),
-            grid: grid.map(narrow),
-            block: narrow(block),
-            shared: narrow(shared),
+            grid: grid.map(to_u32),
+            block: to_u32(block),
+            shared: to_u32(shared),
             params: bytemuck::bytes_of(&params).to_vec(),
             maps: vec![],
         }

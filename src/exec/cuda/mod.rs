@@ -6,7 +6,6 @@
 //! nothing: [`Executor::read`] does.
 
 mod attention;
-mod board;
 mod conv2d;
 mod cx;
 mod device;
@@ -18,30 +17,31 @@ mod epilogue;
 mod explain;
 mod gemm;
 mod group_norm;
-mod hopper;
 pub mod kernels;
 mod launch;
 mod norm;
+mod nvml;
 mod rates;
 mod reduce;
 mod resample;
 mod rowwise;
 mod shape;
+mod sm90_gemm;
 mod store;
 mod tiles;
 mod update;
 
-pub use board::Board;
 pub use device::{AHEAD, Gpu, Resources};
 pub use driver::{Driver, Function, Graph, Work};
 pub use emulated::{Copies, Emulated, Order, Settings};
 pub use explain::{Explained, PEAKS, Peak, Planner, Row, explain};
 pub use launch::{Address, Divisor, Launch, TensorMap};
+pub use nvml::NvmlDevice;
 pub use rates::{MULTIPROCESSORS, TABLE, Table};
 pub use shape::{Cut, Hopper, Lines, Rates, Shape, Tile};
 
 use super::guard::{self, Guard, describe};
-use super::{Data, DataMut, Executor, ProgramId, held};
+use super::{Data, DataMut, Executor, ProgramId, weight_layout};
 use crate::plan::Planned;
 use crate::program::{DType, Node, Op, Origin, Program, ValueId};
 use crate::weights::Model;
@@ -391,7 +391,7 @@ impl Executor for Cuda {
             let what = "computes in f64, the kernels in f32, f16 and bf16".to_string();
             return Err(Error::Program { program: program.name.clone(), what, at: "load".into() });
         }
-        held::check(program)?;
+        weight_layout::check(program)?;
         attention::check(program)?;
         check_forced(program, self.hopper)?;
         let outside = self.outside(program, weights)?;

@@ -13,7 +13,7 @@ use crate::program::DType;
 pub struct Table {
     /// Of 16-bit types, on any GPU.
     pub half: [Tile; 2],
-    /// Of 16-bit types, by kernels/product_hopper.cu.
+    /// Of 16-bit types, by kernels/sm90_gemm.cu.
     pub hopper: [Tile; 2],
     /// Of f32.
     pub single: [Tile; 1],

@@ -125,10 +125,10 @@ pub fn sum(cx: &Cx, x: ValueId, over: Over) -> Vec<Launch> {
         return vec![total(x, y, [sets, rows, columns], dtype, dtype)];
     }
     let params = ColumnSumsParams { shape: shape.at(dtype, &[x]), x, y: cx.workspace };
-    let wide = dtype.wide();
+    let accumulator = dtype.accumulator();
     vec![
-        Launch::new(format!("column_sums_{dtype}_{wide}"), [across, chunks, sets], COLUMN_THREADS, 0, params),
-        total(cx.workspace, y, [sets, chunks, columns], wide, dtype),
+        Launch::new(format!("column_sums_{dtype}_{accumulator}"), [across, chunks, sets], COLUMN_THREADS, 0, params),
+        total(cx.workspace, y, [sets, chunks, columns], accumulator, dtype),
     ]
 }
 
@@ -155,7 +155,7 @@ pub fn dot(cx: &Cx, a: ValueId, b: ValueId) -> Vec<Launch> {
     let params = DotParams { a, b, y, size, length, aligned, unused: 0 };
     let mut launches = vec![Launch::new(format!("dot_{dtype}"), [chunks, samples, 1], PLAIN_THREADS, 0, params)];
     if chunks > 1 {
-        launches.push(total(y, out, [samples, chunks, 1], dtype.wide(), dtype.wide()));
+        launches.push(total(y, out, [samples, chunks, 1], dtype.accumulator(), dtype.accumulator()));
     }
     launches
 }
@@ -180,7 +180,7 @@ pub fn affine(cx: &Cx, [x, d_y, mean, rstd]: [ValueId; 4]) -> Vec<Launch> {
         [x, d_y, mean, rstd, cx.output(0), cx.output(1)].map(|id| cx.address(id));
     let params = LayerNormAffineParams { shape: shape.at(dtype, &[x, d_y]), x, d_y, mean, rstd, sums };
     let of = |which: usize| sums.offset(which * chunks * width * size_of::<f32>());
-    let total = |which, y| total(of(which), y, [1, chunks, width], dtype.wide(), dtype);
+    let total = |which, y| total(of(which), y, [1, chunks, width], dtype.accumulator(), dtype);
     vec![
         Launch::new(format!("layer_norm_backward_affine_{dtype}"), [across, chunks, 1], COLUMN_THREADS, 0, params),
         total(0, d_gamma),

@@ -1,22 +1,22 @@
 //! What products and their tiles are described by: a product's shape, a block's tile, how the one is cut into the other.
 
-use super::kernels::constants::HOPPER_ROWS;
+use super::kernels::constants::SM90_ROWS;
 use super::launch::TensorMap;
 use crate::program::DType;
 
 /// What the lines of an operand run along (`Lines` in kernels/tile.cuh).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lines {
-    Reduced,
-    Across,
+    KMajor,
+    MNMajor,
 }
 
-/// A block of outputs as kernels/gemm.cu and kernels/conv2d.cu have it, or kernels/product_hopper.cu.
+/// A block of outputs as kernels/gemm.cu and kernels/conv2d.cu have it, or kernels/sm90_gemm.cu.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Tile {
     /// In the kernels' names.
     pub name: &'static str,
-    /// Of kernels/product_hopper.cu.
+    /// Of kernels/sm90_gemm.cu.
     pub hopper: bool,
     pub rows: usize,
     pub columns: usize,
@@ -40,7 +40,7 @@ pub struct Rates {
     pub ends: f64,
 }
 
-/// Which products are for kernels/product_hopper.cu.
+/// Which products are for kernels/sm90_gemm.cu.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Hopper {
     /// None: the kernels for any GPU do all.
@@ -84,7 +84,7 @@ pub struct Shape {
     pub columns: usize,
     pub depth: usize,
     pub hopper: Hopper,
-    /// How kernels/product_hopper.cu would hold the right operand; none where it cannot make the product.
+    /// How kernels/sm90_gemm.cu would hold the right operand; none where it cannot make the product.
     pub boxes: Option<Lines>,
 }
 
@@ -113,8 +113,8 @@ pub const RINGS: [usize; 4] = [3, 4, 5, 6];
 /// Bytes of a ring for tiles of so many columns, with two barriers for each of its slots.
 pub fn ring_bytes(columns: usize, right: Lines, stages: usize) -> usize {
     let lines = match right {
-        Lines::Reduced => columns,
-        Lines::Across => columns.next_multiple_of(TensorMap::LINE),
+        Lines::KMajor => columns,
+        Lines::MNMajor => columns.next_multiple_of(TensorMap::LINE),
     };
-    stages * ((HOPPER_ROWS + lines) * TensorMap::LINE_BYTES + 2 * 8)
+    stages * ((SM90_ROWS + lines) * TensorMap::LINE_BYTES + 2 * 8)
 }

@@ -27,7 +27,7 @@ pub struct Store {
     buffers: HashMap<String, Named>,
 }
 
-/// What the entries of an index buffer must be for an op: kernels look nothing up in vain.
+/// What the entries of an index buffer must be for an op: kernels do not check them.
 pub struct Bounds {
     op: usize,
     buffer: String,

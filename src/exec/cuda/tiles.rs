@@ -24,7 +24,7 @@ impl Shape {
         Shape { dtype, rows, nominal_rows, columns, depth, hopper: Hopper::Off, boxes: None }
     }
 
-    /// The same for kernels/product_hopper.cu, if it `can` make it in 16 bits, with such lines of the right operand.
+    /// The same for kernels/sm90_gemm.cu, if it `can` make it in 16 bits, with such lines of the right operand.
     pub fn on_hopper(self, hopper: Hopper, lines: Lines, can: bool) -> Shape {
         Shape { hopper, boxes: (can && self.dtype != DType::F32).then_some(lines), ..self }
     }
@@ -34,7 +34,7 @@ impl Shape {
     }
 
     /// Splits and instructions change the order of additions, so they follow from what a sample has; a tile and its ring do not
-    /// (kernels/product.cuh), so the tile follows from all rows.
+    /// (kernels/gemm_mainloop.cuh), so the tile follows from all rows.
     pub fn cut_by(&self, table: &Table) -> Cut {
         let kinds: &[bool] = match self.hopper {
             Hopper::Forced(cut) => return cut,
@@ -101,7 +101,7 @@ impl Shape {
             Err(format!("{cut}, of {rows}x{columns}x{} {dtype}: {why}", self.depth))
         };
         if tile.hopper && self.boxes.is_none() {
-            return refuse("kernels/product_hopper.cu cannot make this product".into());
+            return refuse("kernels/sm90_gemm.cu cannot make this product".into());
         }
         if !TABLE.tiles(tile.hopper, dtype).iter().any(|known| known.name == tile.name) {
             return refuse(format!("there is no such tile of {dtype}"));
@@ -127,7 +127,7 @@ impl Shape {
 
 #[cfg(test)]
 mod tests {
-    use super::super::kernels::constants::{HOPPER_ROWS, PRODUCT_TILES};
+    use super::super::kernels::constants::{GEMM_TILES, SM90_ROWS};
     use super::*;
 
     /// Products of rows `[batch, side, side, ..]`.
@@ -158,11 +158,11 @@ mod tests {
     #[test]
     fn tiles_are_those_of_the_kernels() {
         for tile in TABLE.half.iter().chain(&TABLE.single) {
-            assert!(PRODUCT_TILES.iter().any(|row| [row[0]; 2] == [tile.rows, tile.columns]), "{tile:?}");
+            assert!(GEMM_TILES.iter().any(|row| [row[0]; 2] == [tile.rows, tile.columns]), "{tile:?}");
             assert_eq!(tile.name, tile.rows.to_string());
         }
         for tile in TABLE.hopper {
-            assert_eq!((tile.rows, tile.name.into()), (HOPPER_ROWS, tile.columns.to_string()));
+            assert_eq!((tile.rows, tile.name.into()), (SM90_ROWS, tile.columns.to_string()));
         }
     }
 
@@ -182,7 +182,7 @@ mod tests {
     #[test]
     fn hopper_takes_the_levels_of_stable_diffusion() {
         for size in LEVELS.concat() {
-            let shape = shape(DType::F16, 2, size).on_hopper(Hopper::Auto, Lines::Reduced, true);
+            let shape = shape(DType::F16, 2, size).on_hopper(Hopper::Auto, Lines::KMajor, true);
             let Cut { tile, splits, .. } = shape.cut();
             let blocks = shape.rows.div_ceil(tile.rows) * shape.columns.div_ceil(tile.columns) * splits;
             let least = if size[0] == 8 { 40 } else { 80 };
@@ -194,11 +194,11 @@ mod tests {
     #[test]
     fn hopper_is_where_it_can() {
         let small = shape(DType::F16, 1, [1, 8, 16]);
-        assert!(!small.on_hopper(Hopper::Auto, Lines::Reduced, true).cut().tile.hopper);
-        assert!(small.on_hopper(Hopper::Always, Lines::Reduced, true).cut().tile.hopper);
+        assert!(!small.on_hopper(Hopper::Auto, Lines::KMajor, true).cut().tile.hopper);
+        assert!(small.on_hopper(Hopper::Always, Lines::KMajor, true).cut().tile.hopper);
         let large = LEVELS[0][0];
-        assert!(!shape(DType::F16, 2, large).on_hopper(Hopper::Always, Lines::Reduced, false).cut().tile.hopper);
-        assert!(!shape(DType::F32, 2, large).on_hopper(Hopper::Always, Lines::Reduced, true).cut().tile.hopper);
+        assert!(!shape(DType::F16, 2, large).on_hopper(Hopper::Always, Lines::KMajor, false).cut().tile.hopper);
+        assert!(!shape(DType::F32, 2, large).on_hopper(Hopper::Always, Lines::KMajor, true).cut().tile.hopper);
     }
 
     #[test]
@@ -237,7 +237,7 @@ mod tests {
     #[test]
     fn what_is_legal_can_be_forced_and_nothing_else() {
         for (dtype, size) in shapes() {
-            let shape = shape(dtype, 2, size).on_hopper(Hopper::Auto, Lines::Across, size[2].is_multiple_of(64));
+            let shape = shape(dtype, 2, size).on_hopper(Hopper::Auto, Lines::MNMajor, size[2].is_multiple_of(64));
             let legal = shape.legal();
             assert!(legal.contains(&shape.cut()), "{dtype} {size:?}");
             for &cut in &legal {
@@ -251,21 +251,21 @@ mod tests {
     fn rings_are_as_deep_as_fits() {
         let mut table = TABLE;
         table.hopper.iter_mut().for_each(|tile| tile.stages = 6);
-        for (lines, size) in [Lines::Across, Lines::Reduced]
+        for (lines, size) in [Lines::MNMajor, Lines::KMajor]
             .into_iter()
             .flat_map(|lines| LEVELS.concat().into_iter().map(move |size| (lines, size)))
         {
             let shape = shape(DType::F16, 2, size).on_hopper(Hopper::Always, lines, true);
             let cut = shape.cut_by(&table);
             assert_eq!(shape.check(&cut), Ok(()), "{size:?}");
-            assert_eq!(cut.stages, if cut.tile.columns == 160 && lines == Lines::Across { 5 } else { 6 });
+            assert_eq!(cut.stages, if cut.tile.columns == 160 && lines == Lines::MNMajor { 5 } else { 6 });
         }
     }
 
     #[test]
     fn what_is_not_legal_says_why() {
-        let large = shape(DType::BF16, 2, LEVELS[3][0]).on_hopper(Hopper::Auto, Lines::Across, true);
-        let single = shape(DType::F32, 2, LEVELS[3][0]).on_hopper(Hopper::Auto, Lines::Across, true);
+        let large = shape(DType::BF16, 2, LEVELS[3][0]).on_hopper(Hopper::Auto, Lines::MNMajor, true);
+        let single = shape(DType::F32, 2, LEVELS[3][0]).on_hopper(Hopper::Auto, Lines::MNMajor, true);
         let cut = large.cut();
         assert!(cut.tile.hopper && large.check(&cut).is_ok());
         let tile160 = TABLE.hopper[0];
@@ -280,8 +280,8 @@ mod tests {
             (large, large.with(TABLE.half[0], 2, 4), "can have [3] stages"),
             (large, large.with(tile160, 2, 6), "can have [3, 4, 5] stages in a block's 232448 bytes"),
         ] {
-            let told = shape.check(&cut).unwrap_err();
-            assert!(told.contains(why), "{told}");
+            let message = shape.check(&cut).unwrap_err();
+            assert!(message.contains(why), "{message}");
         }
     }
 }

@@ -18,7 +18,7 @@ struct CombineParams {
     count: i32,
     accumulate: i32,
     aligned: i32,
-    narrow: u32,
+    cast: u32,
 }
 const _: () = assert!(size_of::<CombineParams>() == 104);
 
@@ -67,13 +67,13 @@ fn combine(cx: &Cx, terms: &[Rows], coefficients: Address) -> Vec<Launch> {
     let (dtype, elements, row, y) = (cx.dtype(y), cx.len(y), cx.len(y) / cx.shape(y)[0], cx.address(y));
     let type_of = |term: &Rows| cx.dtype(term.value);
     let kernel = match terms.iter().map(type_of).find(|term| *term != dtype) {
-        Some(narrow) => format!("combine_{narrow}_{dtype}"),
+        Some(stored) => format!("combine_{stored}_{dtype}"),
         None => format!("combine_{dtype}"),
     };
     let first = |term: &Rows| cx.address(term.value).offset(term.at * row * type_of(term).bytes());
     let launch = |(i, terms): (usize, &[Rows])| {
         let addresses = std::array::from_fn(|n| terms.get(n).map_or(Address::NULL, first));
-        let narrow = terms.iter().enumerate().filter(|(_, term)| type_of(term) != dtype);
+        let cast = terms.iter().enumerate().filter(|(_, term)| type_of(term) != dtype);
         let params = CombineParams {
             terms: addresses,
             coefficients: coefficients.offset(4 * i * MOST_TERMS),
@@ -82,7 +82,7 @@ fn combine(cx: &Cx, terms: &[Rows], coefficients: Address) -> Vec<Launch> {
             count: terms.len() as i32,
             accumulate: i32::from(i > 0),
             aligned: i32::from(y.is_aligned() && addresses.iter().all(|term| term.is_aligned())),
-            narrow: narrow.map(|(n, _)| 1 << n).sum(),
+            cast: cast.map(|(n, _)| 1 << n).sum(),
         };
         flat(kernel.clone(), elements, dtype.bytes(), params)
     };

@@ -3,7 +3,7 @@
 use crate::exec::Executor;
 use crate::methods::{Chosen, ImageMethod, LoadedMethod, PlannedMethod, Request};
 use crate::metrics::denoising_loss;
-use crate::metrics::shapes::{Eye, Sight};
+use crate::metrics::shapes::{ShapesScore, ShapesScorer};
 use crate::optimize::objective::Nfe;
 use crate::optimize::search::best_of::best_of;
 use crate::optimize::search::{Best, Budget, Evaluate};
@@ -20,7 +20,7 @@ pub enum Score {
     DenoisingLoss,
     /// Minus the exact log-density of what a `shapes` image shows.
     Rarity,
-    /// Share of the prompt's attributes that a `shapes` image shows.
+    /// Fraction of the prompt's attributes that a `shapes` image shows.
     Agreement,
 }
 
@@ -135,15 +135,15 @@ impl ImageMethod for BestOf {
         self.check(request.batch)?;
         let settings = request.settings;
         let generator = Generator::plan(pipeline, executor, settings.clone(), request.batch)?;
-        let shapes = |score| Ok(Scorer::Shapes(Box::new(Eye::open(settings.width, settings.height)?), score));
+        let shapes = |score| Ok(Scorer::Shapes(Box::new(ShapesScorer::open(settings.width, settings.height)?), score));
         let scorer = match self.score {
             Score::DenoisingLoss => {
                 let dtype = settings.dtype;
                 let loss = denoising_loss::Planner::plan(pipeline, executor, &generator, dtype, NOISE_LEVELS)?;
                 Scorer::DenoisingLoss(Box::new(loss))
             }
-            Score::Rarity => shapes(|sight| -sight.log_density)?,
-            Score::Agreement => shapes(Sight::agreement)?,
+            Score::Rarity => shapes(|shapes_score| -shapes_score.log_density)?,
+            Score::Agreement => shapes(ShapesScore::agreement)?,
         };
         Ok(Box::new(PlannedBestOf { generator, n: self.n, scorer }))
     }
@@ -152,7 +152,7 @@ impl ImageMethod for BestOf {
 /// A [`Judge`], planned.
 enum Scorer<'p> {
     DenoisingLoss(Box<denoising_loss::Planner<'p>>),
-    Shapes(Box<Eye>, fn(&Sight) -> f64),
+    Shapes(Box<ShapesScorer>, fn(&ShapesScore) -> f64),
 }
 
 struct PlannedBestOf<'p> {
@@ -192,7 +192,7 @@ impl PlannedMethod for PlannedBestOf<'_> {
                 let forwards = planned.nfe().forward;
                 Box::new(ByDenoisingLoss { loss: planned.load(&mut images)?, forwards })
             }
-            Scorer::Shapes(eye, score) => Box::new(ByShapes { eye, score }),
+            Scorer::Shapes(shapes_scorer, score) => Box::new(ByShapes { shapes_scorer, score }),
         };
         Ok(Box::new(LoadedBestOf { images, n: self.n, judge, chosen: vec![] }))
     }
@@ -238,8 +238,8 @@ impl Judge for ByDenoisingLoss {
 }
 
 struct ByShapes {
-    eye: Box<Eye>,
-    score: fn(&Sight) -> f64,
+    shapes_scorer: Box<ShapesScorer>,
+    score: fn(&ShapesScore) -> f64,
 }
 
 impl Judge for ByShapes {
@@ -248,7 +248,8 @@ impl Judge for ByShapes {
     }
 
     fn score(&mut self, _images: &mut generate::Loaded<'_, '_>, jobs: &[Job], made: &[Image]) -> Result<Vec<f64>> {
-        let score = |(job, image): (&Job, &Image)| Ok((self.score)(&self.eye.look(&job.prompt, &image.rgb)?));
+        let score =
+            |(job, image): (&Job, &Image)| Ok((self.score)(&self.shapes_scorer.score(&job.prompt, &image.rgb)?));
         jobs.iter().zip(made).map(score).collect()
     }
 }

@@ -108,20 +108,20 @@ fn corrupted(text: &Text, cads: &Cads, gamma: f64, seed: u64, draw: u64) -> Text
 impl Cads {
     /// `Error::Usage` where the numbers make no schedule.
     pub fn validate(&self) -> Result<()> {
-        let share = |x: f64| (0.0..=1.0).contains(&x);
-        if !(share(self.tau1) && share(self.tau2) && self.tau1 < self.tau2) {
+        let fraction = |x: f64| (0.0..=1.0).contains(&x);
+        if !(fraction(self.tau1) && fraction(self.tau2) && self.tau1 < self.tau2) {
             let what =
                 format!("CADS from {} to {}: must be times between 0 and 1, the lower first", self.tau1, self.tau2);
             return Err(Error::Usage(what));
         }
-        if !(self.scale >= 0.0 && self.scale.is_finite() && share(self.psi)) {
+        if !(self.scale >= 0.0 && self.scale.is_finite() && fraction(self.psi)) {
             let (scale, psi) = (self.scale, self.psi);
             return Err(Error::Usage(format!("CADS noise {scale}, mixing {psi}: must be 0 or more, and 0 to 1")));
         }
         Ok(())
     }
 
-    /// The share γ of the clean states at step `index` of `steps`.
+    /// The fraction γ of the clean states at step `index` of `steps`.
     pub fn gamma(&self, index: usize, steps: usize) -> f64 {
         let t = 1.0 - index as f64 / steps as f64;
         ((self.tau2 - t) / (self.tau2 - self.tau1)).clamp(0.0, 1.0)
@@ -133,12 +133,12 @@ impl Cads {
         if gamma >= 1.0 || y.is_empty() {
             return;
         }
-        let (mean, deviation) = moments(y.iter().map(|y| f64::from(*y)));
+        let (mean, std) = moments(y.iter().map(|y| f64::from(*y)));
         let mixed = |y: f32, n: f32| gamma.sqrt() * f64::from(y) + self.scale * (1.0 - gamma).sqrt() * f64::from(n);
         let noisy: Vec<f64> = y.iter().zip(noise).map(|(y, n)| mixed(*y, *n)).collect();
-        let (noisy_mean, noisy_deviation) = moments(noisy.iter().copied());
+        let (noisy_mean, noisy_std) = moments(noisy.iter().copied());
         // Without noise at γ = 0 all numbers are equal, and there is nothing to bring back.
-        let back = if noisy_deviation > 0.0 { deviation / noisy_deviation } else { 0.0 };
+        let back = if noisy_std > 0.0 { std / noisy_std } else { 0.0 };
         for (y, noisy) in y.iter_mut().zip(noisy) {
             let rescaled = (noisy - noisy_mean) * back + mean;
             *y = (self.psi * rescaled + (1.0 - self.psi) * noisy) as f32;
@@ -183,8 +183,8 @@ mod tests {
         for gamma in [0.0, 0.3, 0.9] {
             let mut noisy = y.clone();
             Cads::default().corrupt(&mut noisy, gamma, &n);
-            let ((mean, deviation), (expected_mean, expected)) = (of(&noisy), of(&y));
-            assert!((mean - expected_mean).abs() < 1e-5 && (deviation - expected).abs() < 1e-5, "{mean} {deviation}");
+            let ((mean, std), (expected_mean, expected)) = (of(&noisy), of(&y));
+            assert!((mean - expected_mean).abs() < 1e-5 && (std - expected).abs() < 1e-5, "{mean} {std}");
             assert!(noisy != y);
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! Every few steps the latents go a little way up the distance between their clean estimate and that estimate noised and estimated
 //! again. The original works on pixels with ancestral steps and LPIPS; how it was run on Stable Diffusion is not published. This
-//! is our version: L2 between latents, both estimates told the prompt, the step added to DDIM's result and scaled with the
+//! is our version: L2 between latents, both estimates under the prompt, the step added to DDIM's result and scaled with the
 //! variance an ancestral step would have.
 
 use crate::exec::{Data, DataMut, Executor};
@@ -13,7 +13,7 @@ use crate::pipeline::generate::{self, Generator, Image, Job};
 use crate::pipeline::programs::gradient_of;
 use crate::pipeline::{Observer, Pipeline, Progress};
 use crate::plan::Planned;
-use crate::sampler::{LATENTS, Level, draw, level_at_share};
+use crate::sampler::{LATENTS, Level, draw, level_at_fraction};
 use crate::{Error, Result};
 use serde_json::{Value, json};
 
@@ -21,11 +21,11 @@ use serde_json::{Value, json};
 pub struct Sgms {
     /// Length η of the step, in units of the gradient's largest number.
     pub eta: f64,
-    /// The estimate is noised to this share of the training steps.
+    /// The estimate is noised to this fraction of the training steps.
     pub ratio: f64,
     /// Guides every so many steps …
     pub every: usize,
-    /// … while the timestep is above this share of the training steps; 0: always.
+    /// … while the timestep is above this fraction of the training steps; 0: always.
     pub t_mid: f64,
     /// Each image's gradient is divided by its largest number.
     pub normalised: bool,
@@ -73,7 +73,7 @@ struct Planner<'p> {
     objectives: Objectives,
     sgms: Sgms,
     loss_scale: f64,
-    /// Per sampling step, where it is guided: the look and what the gradient is multiplied with.
+    /// Per sampling step, where it is guided: the noise levels and what the gradient is multiplied with.
     guided: Vec<Option<(NoiseLevels, f64)>>,
 }
 
@@ -117,9 +117,9 @@ impl PlannedMethod for Planner<'_> {
     }
 
     fn nfe(&self) -> Nfe {
-        let looks = self.guided.iter().flatten().count();
+        let guided = self.guided.iter().flatten().count();
         let Nfe { forward, backward } = self.objectives.nfe();
-        Nfe { forward: self.generator.nfe() + looks * forward, backward: looks * backward }
+        Nfe { forward: self.generator.nfe() + guided * forward, backward: guided * backward }
     }
 
     fn load<'e>(self: Box<Self>, executor: &'e mut dyn Executor) -> Result<Box<dyn LoadedMethod + 'e>>
@@ -143,7 +143,7 @@ fn guided(pipeline: &Pipeline, generator: &Generator<'_>, sgms: &Sgms) -> Result
         if !index.is_multiple_of(sgms.every) || step.timestep <= above {
             return Ok(None);
         }
-        let (t2, level2) = level_at_share(config, sgms.ratio)?;
+        let (t2, level2) = level_at_fraction(config, sgms.ratio)?;
         let level1 = Level { alpha: step.alpha, sigma: step.sigma };
         // β̃ = (1 − ᾱ_next) / (1 − ᾱ) · (1 − ᾱ / ᾱ_next), Ho et al. 2020, eq. 7; 0 after the last step.
         let next = steps.get(index + 1).map_or(1.0, |next| next.alpha.powi(2));

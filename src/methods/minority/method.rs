@@ -117,7 +117,7 @@ impl ImageMethod for MinorityPrompt {
 
     fn check(&self, batch: usize) -> Result<()> {
         if self.objectives.contains(&Raised::Repulsion) && batch < 2 {
-            let what = "--objective repulsion: an image alone in its batch repels nothing; choose --batch 2 or more, and \
+            let what = "--objective repulsion: a batch of one image has no pairs to repel; choose --batch 2 or more, and \
                         a --count that leaves none over";
             return Err(Error::Usage(what.into()));
         }
@@ -191,7 +191,7 @@ impl LoadedMethod for LoadedMinority<'_, '_> {
 fn schedule_record(s: &Schedule) -> Value {
     let renoise = match s.renoise {
         Renoise::Annealed => json!("annealed"),
-        Renoise::Fixed(share) => json!(share),
+        Renoise::Fixed(fraction) => json!(fraction),
     };
     json!({
         "iterations": s.iterations, "lr": s.lr, "lr_decay": s.lr_decay, "t_lo": s.t_lo, "t_hi": s.t_hi, "every": s.every,
@@ -205,8 +205,8 @@ fn variable_record(variable: &Variable) -> Value {
         Variable::TextStates(Branch::Prompt) => json!("text"),
         Variable::TextStates(Branch::Negative) => json!("null"),
         Variable::Latents => json!("latents"),
-        Variable::Token(TokenSettings { rows, place, init, pool_at }) => json!({
-            "tokens": rows, "place": format!("{place:?}").to_lowercase(), "pool_at": format!("{pool_at:?}").to_lowercase(),
+        Variable::Token(TokenSettings { rows, position, init, pool_at }) => json!({
+            "tokens": rows, "place": format!("{position:?}").to_lowercase(), "pool_at": format!("{pool_at:?}").to_lowercase(),
             "init": show_init(init)
         }),
     }

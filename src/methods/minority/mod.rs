@@ -19,7 +19,7 @@ use crate::data::textual_inversion::LearnedToken;
 use crate::exec::{Data, DataMut, Executor};
 use crate::optimize::objective::{Nfe, NoiseLevels, report_name};
 use crate::optimize::optimizer::{LoadedOptimizer, LrSchedule, Optimizer, PlannedOptimizer};
-use crate::optimize::variable::token::Placed;
+use crate::optimize::variable::token::TokenBatch;
 use crate::optimize::variable::{CONTEXT, Entry, Names, POOLED, Parameter, Variable};
 use crate::pipeline::conditioning::{self, Branch, States};
 use crate::pipeline::generate::{self, Generator, Image, Job};
@@ -164,7 +164,7 @@ fn optimized_steps(
         None => return Err(Error::Usage("MinorityPrompt optimizes a token or text states, no latents".into())),
     }
     let steps = &generator.schedule().steps;
-    let [above, up_to] = [s.t_lo, s.t_hi].map(|share| share * config.train_timesteps as f64);
+    let [above, up_to] = [s.t_lo, s.t_hi].map(|fraction| fraction * config.train_timesteps as f64);
     let optimized = |(index, step): (usize, &crate::sampler::Step)| {
         if step.timestep <= above || step.timestep > up_to || !index.is_multiple_of(s.every) {
             return Ok(None);
@@ -276,9 +276,9 @@ impl<'p, 'e> Loaded<'p, 'e> {
         (self.seeds, self.drawn) = (seeds.to_vec(), 0);
         if let Variable::Token(token) = &self.settings.variable {
             let prompts: Vec<&str> = jobs.iter().map(|job| job.prompt.as_str()).collect();
-            let placed = token.place(self.images.pipeline, &prompts)?;
+            let token_batch = token.tokenize(self.images.pipeline, &prompts)?;
             self.rows = token.initial(self.images.pipeline, seeds)?;
-            self.place(&placed)?;
+            self.write_tokens(&token_batch)?;
         } else {
             // As numbers of the accumulator type, which the distance from them is measured with, too.
             let stacked = conditioning::stacked(&self.images.texts(self.branch())?);
@@ -292,30 +292,30 @@ impl<'p, 'e> Loaded<'p, 'e> {
     }
 
     /// Enters the prompts' ids, and computes what their first tokens hand on to the learnable ones.
-    fn place(&mut self, placed: &Placed) -> Result<()> {
-        if !self.prefixes.contains_key(&placed.prefix) {
+    fn write_tokens(&mut self, token_batch: &TokenBatch) -> Result<()> {
+        if !self.prefixes.contains_key(&token_batch.prefix) {
             let planned = self.prefixes.keys().map(usize::to_string).collect::<Vec<_>>().join(", ");
             return Err(Error::Usage(format!(
                 "prompts with {} tokens before the learnable one where programs are planned for {planned}; plan the run \
                  with the prompts of all its batches",
-                placed.prefix
+                token_batch.prefix
             )));
         }
-        self.prefix = placed.prefix;
-        let (names, tokens) = (Names::of(placed.prefix), self.images.sizes.tokens);
-        for (tower, ids) in placed.ids.iter().enumerate() {
+        self.prefix = token_batch.prefix;
+        let (names, tokens) = (Names::of(token_batch.prefix), self.images.sizes.tokens);
+        for (tower, ids) in token_batch.ids.iter().enumerate() {
             let [first, rest] = names.ids(tower);
             let part = |from: usize, to: usize| -> Vec<i32> {
                 ids.chunks(tokens).flat_map(|ids| &ids[from..to]).copied().collect()
             };
-            self.images.executor.write(&first, Data::I32(&part(0, placed.prefix)))?;
-            self.images.executor.write(&rest, Data::I32(&part(placed.prefix, tokens)))?;
+            self.images.executor.write(&first, Data::I32(&part(0, token_batch.prefix)))?;
+            self.images.executor.write(&rest, Data::I32(&part(token_batch.prefix, tokens)))?;
         }
-        if placed.ids.len() > 1 {
-            let pool_at: Vec<i32> = placed.pool_at.iter().map(|at| at - placed.prefix as i32).collect();
+        if token_batch.ids.len() > 1 {
+            let pool_at: Vec<i32> = token_batch.pool_at.iter().map(|at| at - token_batch.prefix as i32).collect();
             self.images.executor.write(&names.pool_at(), Data::I32(&pool_at))?;
         }
-        match self.prefixes[&placed.prefix].prefix {
+        match self.prefixes[&token_batch.prefix].prefix {
             Some(program) => self.images.executor.run(program),
             None => Ok(()),
         }
@@ -385,7 +385,7 @@ impl<'p, 'e> Loaded<'p, 'e> {
             second_timestep: optimized.levels.t2,
             objective: name,
             iteration,
-            rate: optimized.lr,
+            lr: optimized.lr,
             score,
             gradient,
             moved,

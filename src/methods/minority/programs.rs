@@ -45,7 +45,7 @@ pub fn prefixes(pipeline: &Pipeline, variable: &Variable, prompts: &[&str], batc
     let mut batches: Vec<&[&str]> = prompts.chunks(batch).collect();
     // Several images of one prompt follow each other.
     batches.dedup();
-    batches.into_iter().map(|batch| Ok(token.place(pipeline, batch)?.prefix)).collect()
+    batches.into_iter().map(|batch| Ok(token.tokenize(pipeline, batch)?.prefix)).collect()
 }
 
 /// The programs for prompts with this many tokens before the first learnable one.

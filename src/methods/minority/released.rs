@@ -1,7 +1,9 @@
-//! Noise levels of MinorityPrompt (Um & Ye 2025): where its objective looks again, and the tables of its released code.
+//! Noise levels of MinorityPrompt (Um & Ye 2025): where its objective is evaluated, and the tables of its released code.
 
 use crate::models::config::SchedulerConfig;
-use crate::sampler::{Guide, Level, Method, Needs, Schedule, Settings, Table, check, level_at, level_at_share, spaced};
+use crate::sampler::{
+    Guide, Level, Method, Needs, Schedule, Settings, Table, check, level_at, level_at_fraction, spaced,
+};
 use crate::{Error, Result};
 
 /// How the timestep `s` of the second estimate follows from that of the first, `t`.
@@ -65,7 +67,7 @@ pub fn renoise(
 ) -> Result<(f64, Level)> {
     let last = config.train_timesteps;
     Ok(match (convention, rule) {
-        (_, Renoise::Fixed(share)) => level_at_share(config, share)?,
+        (_, Renoise::Fixed(fraction)) => level_at_fraction(config, fraction)?,
         (Convention::Diffusers, Renoise::Annealed) => {
             let s = (last as f64 - t).clamp(1.0, (last - 1) as f64);
             (s, level_at(config, s.round_ties_even() as i64)?)
@@ -87,7 +89,7 @@ pub fn renoise(
 mod tests {
     use super::*;
     use crate::models::config::{BetaSchedule, Prediction, Spacing};
-    use crate::sampler::{Step, UPDATE, share_with_signal};
+    use crate::sampler::{Step, UPDATE, fraction_with_signal};
 
     fn config(spacing: Spacing) -> SchedulerConfig {
         SchedulerConfig {
@@ -193,11 +195,11 @@ mod tests {
 
     #[test]
     fn shares_have_the_signal_asked_for() {
-        let share = |alpha_bar| share_with_signal(&config(Spacing::Leading), alpha_bar).unwrap();
-        assert_eq!([share(0.0141512), share(1.0), share(0.0046)], [0.9, 0.0, 1.0]);
+        let fraction = |alpha_bar| fraction_with_signal(&config(Spacing::Leading), alpha_bar).unwrap();
+        assert_eq!([fraction(0.0141512), fraction(1.0), fraction(0.0046)], [0.9, 0.0, 1.0]);
         let noisier = SchedulerConfig { beta_end: 0.025, ..config(Spacing::Leading) };
-        let share = share_with_signal(&noisier, 0.0141512).unwrap();
-        assert!((0.6..0.8).contains(&share), "{share}");
+        let fraction = fraction_with_signal(&noisier, 0.0141512).unwrap();
+        assert!((0.6..0.8).contains(&fraction), "{fraction}");
     }
 
     #[test]

@@ -7,8 +7,8 @@ use crate::optimize::variable::Variable;
 use crate::optimize::variable::token::{self, Init, PoolAt, TokenSettings};
 use crate::pipeline::Pipeline;
 use crate::pipeline::generate;
-use crate::sampler::share_with_signal;
-use crate::text::Place;
+use crate::sampler::fraction_with_signal;
+use crate::text::Position;
 
 /// When and how hard is optimized.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -19,7 +19,7 @@ pub struct Schedule {
     pub lr: f64,
     /// The learning rate at sampling step `i` is `lr (1 − i · lr_decay)`.
     pub lr_decay: f64,
-    /// Steps are optimized while their timestep is above this share of the training steps …
+    /// Steps are optimized while their timestep is above this fraction of the training steps …
     pub t_lo: f64,
     /// … and at most at this one, …
     pub t_hi: f64,
@@ -56,8 +56,8 @@ impl Schedule {
             Convention::Released => shared,
             Convention::Diffusers => Schedule {
                 lr: SHARE_OF_SPREAD * token::spread(pipeline, 0)?,
-                t_lo: share_with_signal(&pipeline.config.scheduler, SIGNAL[1])?,
-                t_hi: share_with_signal(&pipeline.config.scheduler, SIGNAL[0])?,
+                t_lo: fraction_with_signal(&pipeline.config.scheduler, SIGNAL[1])?,
+                t_hi: fraction_with_signal(&pipeline.config.scheduler, SIGNAL[0])?,
                 base_prompt_after: true,
                 renoise: Renoise::Annealed,
                 ..shared
@@ -111,5 +111,5 @@ pub fn token(pipeline: &Pipeline, convention: Convention) -> Result<TokenSetting
             (init, PoolAt::Eos)
         }
     };
-    Ok(TokenSettings { rows: 1, place: Place::End, init, pool_at })
+    Ok(TokenSettings { rows: 1, position: Position::End, init, pool_at })
 }

@@ -5,7 +5,7 @@
 
 use super::world::{Cell, Statement, World};
 
-/// The tail of a distribution: this share of its mass has the lowest densities.
+/// The tail of a distribution: this fraction of its mass has the lowest densities.
 pub const TAIL: f64 = 0.1;
 
 /// Log-densities closer than this are the same number, added up in another order.
@@ -64,7 +64,7 @@ impl Conditional {
         Some(conditional)
     }
 
-    /// The least log-density at or below which a share `q` of the mass lies.
+    /// The least log-density at or below which a fraction `q` of the mass lies.
     pub fn quantile(&self, q: f64) -> f64 {
         let [large, rest] = &self.spectra;
         let ends = |end: fn(&Spectrum) -> f64| end(large) + end(rest);
@@ -77,7 +77,7 @@ impl Conditional {
         high
     }
 
-    /// Share of the mass with a lower log-density, ties apart.
+    /// Fraction of the mass with a lower log-density, ties apart.
     pub fn mass_below(&self, log_density: f64) -> f64 {
         self.mass_up_to(log_density - TIE)
     }

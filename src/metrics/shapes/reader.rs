@@ -23,13 +23,13 @@ pub struct Reading {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Reference {
     pub images: usize,
-    /// Share of right answers by attribute, and of images with every answer right.
+    /// Fraction of right answers by attribute, and of images with every answer right.
     pub accuracy: BTreeMap<String, f64>,
     pub all: f64,
     /// Nats, of the cells rendered and of the cells read.
     pub mean_log_density_true: f64,
     pub mean_log_density_read: f64,
-    /// Share of readings that the world does not hold.
+    /// Fraction of readings that the world does not hold.
     pub impossible: f64,
     /// What measured it.
     pub command: String,

@@ -67,7 +67,7 @@ impl Scored {
 
 /// `count` of `of`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Share {
+pub struct Fraction {
     pub count: usize,
     pub of: usize,
 }
@@ -93,13 +93,13 @@ pub struct Report {
     pub log_density: Option<Estimate>,
     pub expected_log_density: Option<f64>,
     /// Compared images whose cell is possible and in the tail of its own prompt's world.
-    pub tail: Share,
+    pub tail: Fraction,
     pub expected_tail: Option<f64>,
     /// Those of them with all that their prompts state right.
-    pub tail_and_right: Share,
+    pub tail_and_right: Fraction,
     /// Captioned images with all that their prompts state right.
-    pub right: Share,
-    pub impossible: Share,
+    pub right: Fraction,
+    pub impossible: Fraction,
     pub distinct_cells: usize,
     pub aesthetic: Option<Estimate>,
     pub attributes: Vec<AttributeReport>,
@@ -124,7 +124,7 @@ pub struct AttributeReport {
     /// The distance that as many images drawn from the world itself would have on average.
     pub chance_total_variation: Option<f64>,
     /// Of the images that state it, those that show it.
-    pub right: Share,
+    pub right: Fraction,
 }
 
 /// What `images` show together.
@@ -143,11 +143,11 @@ pub fn report(world: &World, images: &[Scored]) -> Report {
         stated: common_statement(world, images),
         log_density: estimate(possible.collect()),
         expected_log_density: over_worlds(|world| world.mean_log_density),
-        tail: Share { count: tail.len(), of: compared.len() },
+        tail: Fraction { count: tail.len(), of: compared.len() },
         expected_tail: over_worlds(|world| world.tail_mass),
-        tail_and_right: Share { count: count(&tail, Scored::is_right), of: compared.len() },
-        right: Share { count: count(&captioned, Scored::is_right), of: captioned.len() },
-        impossible: Share { count: images.iter().filter(|image| !image.is_possible()).count(), of: images.len() },
+        tail_and_right: Fraction { count: count(&tail, Scored::is_right), of: compared.len() },
+        right: Fraction { count: count(&captioned, Scored::is_right), of: captioned.len() },
+        impossible: Fraction { count: images.iter().filter(|image| !image.is_possible()).count(), of: images.len() },
         distinct_cells: images.iter().map(|image| &image.reading.cell).collect::<HashSet<_>>().len(),
         aesthetic: estimate(images.iter().map(|image| image.aesthetic).collect()),
         attributes: (0..world.attributes.len()).map(|index| attribute(world, index, images, &compared)).collect(),
@@ -160,8 +160,8 @@ fn attribute(world: &World, index: usize, images: &[Scored], compared: &[(&Score
         let (mut counts, mut expected) = (vec![0; values.len()], vec![0.0; values.len()]);
         for (image, conditional) in images {
             counts[image.reading.cell[index]] += 1;
-            let share = conditional.marginals[index].iter().map(|p| p / images.len() as f64);
-            expected.iter_mut().zip(share).for_each(|(sum, p)| *sum += p);
+            let fraction = conditional.marginals[index].iter().map(|p| p / images.len() as f64);
+            expected.iter_mut().zip(fraction).for_each(|(sum, p)| *sum += p);
         }
         (counts, expected)
     };
@@ -181,7 +181,7 @@ fn attribute(world: &World, index: usize, images: &[Scored], compared: &[(&Score
         open: open.len(),
         total_variation: any.map(|()| total_variation(&frequencies(&open_counts), &open_expected)),
         chance_total_variation: any.map(|()| chance_total_variation(open.len(), &open_expected)),
-        right: Share { count: right.len(), of: right.len() + wrong.len() },
+        right: Fraction { count: right.len(), of: right.len() + wrong.len() },
     }
 }
 

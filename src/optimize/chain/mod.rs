@@ -67,7 +67,7 @@ use crate::pipeline::Pipeline;
 use crate::pipeline::programs::Sizes;
 use crate::plan::{Footprint, Planned};
 use crate::program::DType;
-use crate::sampler::{self, Level, Schedule, level_at_share};
+use crate::sampler::{self, Level, Schedule, level_at_fraction};
 use crate::{Error, Result};
 use programs::{Parts, Spec};
 
@@ -163,7 +163,7 @@ impl<'p> Chain<'p> {
 
 /// The levels an objective sees after `done` steps. Final latents are clean.
 fn levels(pipeline: &Pipeline, schedule: &Schedule, done: usize, t2: f64) -> Result<NoiseLevels> {
-    let (t2, level2) = level_at_share(&pipeline.config.scheduler, t2)?;
+    let (t2, level2) = level_at_fraction(&pipeline.config.scheduler, t2)?;
     let (t1, level1) = match schedule.steps.get(done) {
         Some(step) => (step.timestep, Level { alpha: step.alpha, sigma: step.sigma }),
         None => (0.0, Level { alpha: 1.0, sigma: 0.0 }),

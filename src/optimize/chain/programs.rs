@@ -179,12 +179,12 @@ impl Spec<'_> {
     fn start(&self, keeps_states: bool) -> Result<Program> {
         let (shape, steps) = (self.latents_shape(), self.schedule.steps.len());
         let mut b = Builder::new("start", self.dtype);
-        let noise = b.wide_input(NOISE, &shape);
+        let noise = b.accumulator_input(NOISE, &shape);
         if keeps_states {
-            b.wide_input(STATES, &[&[steps + 1, 1 + self.schedule.needs.history], &shape[..]].concat());
+            b.accumulator_input(STATES, &[&[steps + 1, 1 + self.schedule.needs.history], &shape[..]].concat());
         }
         if self.schedule.needs.noise {
-            b.wide_input(DRAWS, &[&[steps], &shape[..]].concat());
+            b.accumulator_input(DRAWS, &[&[steps], &shape[..]].concat());
         }
         let latents = b.affine(noise, self.schedule.initial_scale, 0.0);
         b.output(LATENTS, latents);
@@ -193,7 +193,7 @@ impl Spec<'_> {
 
     fn start_backward(&self) -> Result<Program> {
         let mut b = Builder::new("start backward", self.dtype);
-        let latents = b.wide_input(gradient_of(LATENTS), &self.latents_shape());
+        let latents = b.accumulator_input(gradient_of(LATENTS), &self.latents_shape());
         let noise = b.affine(latents, self.schedule.initial_scale, 0.0);
         b.output(gradient_of(NOISE), noise);
         b.finish()
@@ -247,7 +247,7 @@ impl Spec<'_> {
     /// One objective: its losses, and its gradients added to those of the latents and, where it predicts, of the text.
     fn objective(&self, index: usize) -> Result<(Program, Request)> {
         let mut b = Builder::new(format!("objective {index}"), self.dtype);
-        let latents = b.wide_input(LATENTS, &self.latents_shape());
+        let latents = b.accumulator_input(LATENTS, &self.latents_shape());
         let loss = self.append(&mut b, index, latents).minimize;
         let program = b.finish()?;
         let mut request = Request { objectives: vec![], leaves: vec![] };
@@ -265,9 +265,9 @@ impl Spec<'_> {
         let unet = Unet::new(&config.unet);
         let mut b = Builder::new("run", self.dtype);
         let shape = self.latents_shape();
-        let latents = b.wide_input(LATENTS, &shape);
+        let latents = b.accumulator_input(LATENTS, &shape);
         let conditions = Conditions::inputs(&mut b, &unet, self.sizes, schedule, config.unet.added.is_some());
-        let history = HISTORY[..schedule.needs.history].iter().map(|name| b.wide_input(*name, &shape)).collect();
+        let history = HISTORY[..schedule.needs.history].iter().map(|name| b.accumulator_input(*name, &shape)).collect();
         let mut state = State { latents, history };
         let mut losses = Vec::new();
         for done in 0..=schedule.steps.len() {

@@ -6,7 +6,7 @@ use crate::optimize::objective::Objective;
 pub struct Term<'a> {
     /// Steps done at that point; `None`: all.
     pub after: Option<usize>,
-    /// The second noise level of the objective, as a share of the training steps.
+    /// The second noise level of the objective, as a fraction of the training steps.
     pub t2: f64,
     pub objective: Objective<'a>,
 }

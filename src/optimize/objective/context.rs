@@ -1,4 +1,4 @@
-//! What an objective sees of a run: latents, and ops to predict, estimate, renoise, decode and look at images.
+//! What an objective can use of a run: latents, and ops to predict, estimate, renoise, decode and take image features.
 
 use super::Loss;
 use crate::models::clip_image;
@@ -119,7 +119,7 @@ impl<'s> StepContext<'s> {
         place: Place,
     ) -> StepContext<'s> {
         let Sizes { batch, height, width, .. } = sizes;
-        let latents = b.wide_input(LATENTS, &[batch, height, width, pipeline.config.unet.in_channels]);
+        let latents = b.accumulator_input(LATENTS, &[batch, height, width, pipeline.config.unet.in_channels]);
         StepContext::at(b, pipeline, sizes, guidance, place, latents)
     }
 
@@ -146,7 +146,7 @@ impl<'s> StepContext<'s> {
         let (kv, pooled) = self.text(condition);
         let time = self.time(at, pooled);
         let output = self.unet.forward(self.b, x, kv, time);
-        Prediction { x, output: self.b.widen(output), at }
+        Prediction { x, output: self.b.to_accumulator(output), at }
     }
 
     /// Keys and values `[B, T, W]` and pooled text `[B, P]` of a condition.
@@ -208,9 +208,9 @@ impl<'s> StepContext<'s> {
 
     /// Time projections of every residual block at one level, `[1, W]`, or `[B, W]` where pooled text is added.
     fn time(&mut self, at: At, pooled: Option<ValueId>) -> ValueId {
-        let timestep = self.b.wide_input(self.name(buffer::TIMESTEP[at as usize]), &[1]);
+        let timestep = self.b.accumulator_input(self.name(buffer::TIMESTEP[at as usize]), &[1]);
         let Some(pooled) = pooled else { return self.unet.time(self.b, timestep, None) };
-        let size_ids = self.b.wide_input(self.name(buffer::SIZE_IDS), &[self.sizes.batch, 6]);
+        let size_ids = self.b.accumulator_input(self.name(buffer::SIZE_IDS), &[self.sizes.batch, 6]);
         let time = self.unet.time(self.b, timestep, Some(Added { pooled, size_ids }));
         let zero = self.b.input_i32(self.name(buffer::ZERO), &[1]);
         self.b.select(time, zero)

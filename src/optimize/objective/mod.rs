@@ -19,7 +19,7 @@
 //!     let prediction = s.predict(s.latents, At::T1, Condition::Optimized);
 //!     let estimate = s.estimate(prediction);
 //!     let shape = s.b.shape(estimate);
-//!     let seen = s.b.wide_input("seen", &shape);
+//!     let seen = s.b.accumulator_input("seen", &shape);
 //!     let distance = s.distance(estimate, seen);
 //!     s.raise(distance)
 //! });

@@ -166,7 +166,7 @@ impl VariableSpec<'_> {
     /// Appends the way from the parameters to the text states of the branch they belong to; `None` where they are no text.
     pub fn states(&self, b: &mut Builder) -> Result<Option<States>> {
         let pooled_width = pooled_width(self.pipeline)?;
-        let mut rows = || self.parameters().iter().map(|p| b.wide_input(p.name, &p.shape)).collect::<Vec<_>>();
+        let mut rows = || self.parameters().iter().map(|p| b.accumulator_input(p.name, &p.shape)).collect::<Vec<_>>();
         Ok(match self.variable {
             Variable::Token(_) => {
                 let rows = rows();
@@ -177,7 +177,7 @@ impl VariableSpec<'_> {
             Variable::TextStates(_) => {
                 let context = rows()[0];
                 Some(States {
-                    context: b.narrow(context),
+                    context: b.to_storage(context),
                     pooled: pooled_width.map(|width| b.input(POOLED, &[self.sizes.batch, width])),
                 })
             }

@@ -2,7 +2,7 @@
 
 use crate::pipeline::Pipeline;
 use crate::sampler::{self, draw};
-use crate::text::Place;
+use crate::text::Position;
 use crate::weights::{Component, Pack, Rows, Weight};
 use crate::{Error, Result};
 
@@ -11,7 +11,7 @@ use crate::{Error, Result};
 pub struct TokenSettings {
     /// Tokens per image.
     pub rows: usize,
-    pub place: Place,
+    pub position: Position,
     pub init: Init,
     /// SDXL only.
     pub pool_at: PoolAt,
@@ -50,7 +50,7 @@ pub const GROUP: usize = 16;
 
 /// The prompts of a batch with their tokens in place.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Placed {
+pub struct TokenBatch {
     /// Per tower, `[B, T]`; the rows of image `b` are ids `V + b · rows ..`.
     pub ids: Vec<Vec<i32>>,
     /// Index in the last tower's tokens, per image.
@@ -58,8 +58,8 @@ pub struct Placed {
     /// Tokens that no learnable one stands before, in any image and tower; as many of them as is one more than a multiple of
     /// [`GROUP`].
     pub prefix: usize,
-    /// Text of each prompt that was cut to make room.
-    pub cut: Vec<Vec<String>>,
+    /// Text of each prompt that was truncated to make room.
+    pub truncated: Vec<Vec<String>>,
 }
 
 impl TokenSettings {
@@ -77,32 +77,33 @@ impl TokenSettings {
         Ok(())
     }
 
-    pub fn place(&self, pipeline: &Pipeline, prompts: &[&str]) -> Result<Placed> {
+    pub fn tokenize(&self, pipeline: &Pipeline, prompts: &[&str]) -> Result<TokenBatch> {
         self.check(pipeline)?;
         let tokens = pipeline.tokens();
         let towers = pipeline.config.text.len();
-        let mut placed = Placed { ids: vec![vec![]; towers], pool_at: vec![], prefix: tokens, cut: vec![] };
+        let mut token_batch =
+            TokenBatch { ids: vec![vec![]; towers], pool_at: vec![], prefix: tokens, truncated: vec![] };
         for (image, prompt) in prompts.iter().enumerate() {
-            let framed = pipeline.frame(prompt, self.rows, self.place)?;
-            for (tower, (encoded, at)) in framed.iter().enumerate() {
-                placed.prefix = placed.prefix.min(*at);
+            let encoded_towers = pipeline.add_special_tokens(prompt, self.rows, self.position)?;
+            for (tower, (encoded, at)) in encoded_towers.iter().enumerate() {
+                token_batch.prefix = token_batch.prefix.min(*at);
                 let first = at + self.rows * image;
                 let own = |(index, id): (usize, &i32)| match (*at..at + self.rows).contains(&index) {
                     true => id + (first - at) as i32,
                     false => *id,
                 };
-                placed.ids[tower].extend(encoded.ids.iter().enumerate().map(own));
+                token_batch.ids[tower].extend(encoded.ids.iter().enumerate().map(own));
             }
-            if let Some((encoded, at)) = framed.last() {
-                placed.pool_at.push(match self.pool_at {
+            if let Some((encoded, at)) = encoded_towers.last() {
+                token_batch.pool_at.push(match self.pool_at {
                     PoolAt::Eos => encoded.eos,
                     PoolAt::Placeholder => at + self.rows - 1,
                 } as i32);
-                placed.cut.push(encoded.cut.clone());
+                token_batch.truncated.push(encoded.truncated.clone());
             }
         }
-        placed.prefix -= placed.prefix.saturating_sub(1) % GROUP;
-        Ok(placed)
+        token_batch.prefix -= token_batch.prefix.saturating_sub(1) % GROUP;
+        Ok(token_batch)
     }
 
     /// The rows that the images of these seeds begin with, per tower `[B · rows, C]`.
@@ -140,11 +141,11 @@ impl TokenSettings {
             }),
             Init::Unit => values.chunks_mut(width).enumerate().for_each(|(row, out)| normal(row, out)),
             Init::White { scale } => {
-                let Moments { mean, deviation } = Moments::of(&table);
+                let Moments { mean, std } = Moments::of(&table);
                 values.chunks_mut(width).enumerate().for_each(|(row, out)| {
                     normal(row, out);
-                    for ((x, mean), deviation) in out.iter_mut().zip(&mean).zip(&deviation) {
-                        *x = (mean + scale * deviation * f64::from(*x)) as f32;
+                    for ((x, mean), std) in out.iter_mut().zip(&mean).zip(&std) {
+                        *x = (mean + scale * std * f64::from(*x)) as f32;
                     }
                 });
             }
@@ -189,14 +190,14 @@ fn table(pipeline: &Pipeline, tower: usize) -> Result<Rows<'_>> {
 
 /// The root mean square distance of an embedding's numbers from the mean of their column: the scale for steps of a token's rows.
 pub fn spread(pipeline: &Pipeline, tower: usize) -> Result<f64> {
-    let deviation = Moments::of(&table(pipeline, tower)?).deviation;
-    Ok((deviation.iter().map(|d| d * d).sum::<f64>() / deviation.len() as f64).sqrt())
+    let std = Moments::of(&table(pipeline, tower)?).std;
+    Ok((std.iter().map(|d| d * d).sum::<f64>() / std.len() as f64).sqrt())
 }
 
 /// Means and standard deviations of a table's columns.
 struct Moments {
     mean: Vec<f64>,
-    deviation: Vec<f64>,
+    std: Vec<f64>,
 }
 
 impl Moments {
@@ -212,7 +213,7 @@ impl Moments {
         }
         let mean: Vec<f64> = sum.iter().map(|sum| sum / rows as f64).collect();
         let variance = squares.iter().zip(&mean).map(|(square, mean)| (square / rows as f64 - mean * mean).max(0.0));
-        Moments { deviation: variance.map(f64::sqrt).collect(), mean }
+        Moments { std: variance.map(f64::sqrt).collect(), mean }
     }
 }
 

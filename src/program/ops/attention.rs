@@ -6,7 +6,8 @@ use crate::program::{Cols, Program, ValueId};
 
 /// `softmax(q kᵀ / √head_dim) v` per head. `q` columns `[B, .., heads·head_dim]`, `k` and `v` columns `[B, .., heads·head_dim]`.
 /// Causal: the last query sees the last key, so query `i` of `Tq ≤ Tk` sees keys `0 ..= i + Tk - Tq`.
-/// Outputs: `out` shaped like `q`'s rows `[.., heads·head_dim]`, and the log-sum-exp of the scaled scores `[B, heads, Tq]`, wide.
+/// Outputs: `out` shaped like `q`'s rows `[.., heads·head_dim]`, and the log-sum-exp of the scaled scores `[B, heads, Tq]`,
+/// of the accumulator type.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Attention {
     pub q: Cols,
@@ -55,7 +56,7 @@ impl OpKind for Attention {
         );
         let mut out = q.to_vec();
         out[q.len() - 1] = width;
-        Ok(vec![cx.of(out), cx.wide(vec![q[0], self.heads, tokens(q)])])
+        Ok(vec![cx.of(out), cx.accumulator(vec![q[0], self.heads, tokens(q)])])
     }
 
     fn macs(&self, p: &Program, outputs: &[ValueId]) -> u64 {

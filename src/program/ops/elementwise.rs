@@ -55,7 +55,7 @@ pub enum Elementwise {
         a: ValueId,
         b: ValueId,
     },
-    /// `x [B, ..]` times `by [B]`, sample by sample; `by` is of the wide type.
+    /// `x [B, ..]` times `by [B]`, sample by sample; `by` is of the accumulator type.
     Scale {
         x: ValueId,
         by: ValueId,

@@ -4,7 +4,7 @@ use super::OpKind;
 use crate::program::infer::{Infer, Types, ensure};
 use crate::program::{Program, ValueId};
 
-/// Means, inverse deviations and inner products are of the wide type ([`crate::program::DType::wide`]).
+/// Means, inverse deviations and inner products are of the accumulator type ([`crate::program::DType::accumulator`]).
 #[derive(Clone, Debug, PartialEq)]
 pub enum Norm {
     /// Over each of `groups` channel groups of `x [B, .., C]`, biased variance, then SiLU if asked.
@@ -63,7 +63,7 @@ impl OpKind for Norm {
                 let s = cx.shape(x);
                 cx.exactly("gamma", gamma, &s[s.len() - 1..])?;
                 cx.exactly("beta", beta, &s[s.len() - 1..])?;
-                Ok(vec![cx.of(s.to_vec()), cx.wide(stats.clone()), cx.wide(stats)])
+                Ok(vec![cx.of(s.to_vec()), cx.accumulator(stats.clone()), cx.accumulator(stats)])
             }
             Norm::GroupBackward { x, d_y, gamma, beta, mean, rstd, groups, .. } => {
                 let stats = group_stats(cx, x, groups)?;
@@ -82,7 +82,7 @@ impl OpKind for Norm {
                 let (rows, width) = s.split_at(s.len() - 1);
                 cx.exactly("gamma", gamma, width)?;
                 cx.exactly("beta", beta, width)?;
-                Ok(vec![cx.of(s.to_vec()), cx.wide(rows.to_vec()), cx.wide(rows.to_vec())])
+                Ok(vec![cx.of(s.to_vec()), cx.accumulator(rows.to_vec()), cx.accumulator(rows.to_vec())])
             }
             Norm::LayerBackward { x, d_y, gamma, mean, rstd } => {
                 let s = layer_saved(cx, x, d_y, mean, rstd)?;
@@ -97,7 +97,7 @@ impl OpKind for Norm {
             Norm::Dot { a, b } => {
                 let s = cx.float(a, 1)?;
                 cx.exactly("b", b, s)?;
-                Ok(vec![cx.wide(vec![s[0]])])
+                Ok(vec![cx.accumulator(vec![s[0]])])
             }
             Norm::Sum { x, over } => {
                 let s = cx.float(x, 2)?;

@@ -4,7 +4,7 @@ use super::OpKind;
 use crate::program::infer::{Infer, Types};
 use crate::program::{Program, ValueId};
 
-/// Norms, log-sum-exps and losses are of the wide type ([`crate::program::DType::wide`]).
+/// Norms, log-sum-exps and losses are of the accumulator type ([`crate::program::DType::accumulator`]).
 #[derive(Clone, Debug, PartialEq)]
 pub enum Rowwise {
     /// Over the last dimension.
@@ -43,7 +43,7 @@ impl OpKind for Rowwise {
             }
             Rowwise::Unit { x, .. } => {
                 let s = cx.float(x, 2)?;
-                Ok(vec![cx.of(s.to_vec()), cx.wide(s[..s.len() - 1].to_vec())])
+                Ok(vec![cx.of(s.to_vec()), cx.accumulator(s[..s.len() - 1].to_vec())])
             }
             Rowwise::UnitBackward { y, norm, d_y, .. } => {
                 let s = cx.float(y, 2)?;
@@ -55,7 +55,7 @@ impl OpKind for Rowwise {
                 let s = cx.float(logits, 2)?;
                 let rows = &s[..s.len() - 1];
                 cx.index("targets", targets, rows)?;
-                Ok(vec![cx.wide(rows.to_vec()), cx.wide(rows.to_vec())])
+                Ok(vec![cx.accumulator(rows.to_vec()), cx.accumulator(rows.to_vec())])
             }
             Rowwise::CrossEntropyBackward { logits, targets, lse, d_loss } => {
                 let s = cx.float(logits, 2)?;

@@ -9,7 +9,7 @@ pub enum Update {
     /// `Σ coefficients[i] · terms[i]`, `coefficients [n]` f32 read from memory: guidance and sampler step in one.
     ///
     /// The first term is a whole value and gives the result its shape and type. The others are as many rows of values that have the
-    /// same dimensions after the first, of that type or all of one narrower type. A zero coefficient leaves its term out even where
+    /// same dimensions after the first, of that type or all of one storage type. A zero coefficient leaves its term out even where
     /// the term is not finite.
     Combine { terms: Vec<Rows>, coefficients: ValueId },
     /// `coefficients[index] · x`, 0 where that is 0: the gradient of `Combine` to one of its terms.
@@ -30,7 +30,7 @@ pub enum Update {
     ///
     /// `b ← μ b + g`, `p ← p − lr (g + μ b)`. Outputs: `p`, `b`.
     Nesterov { p: ValueId, g: ValueId, b: ValueId, scalars: ValueId },
-    /// Standard normals `shape [B, .., C]` of the wide type, a pure function of `counter [B, 4]` i32, read from memory: low and high
+    /// Standard normals `shape [B, .., C]` of the accumulator type, a pure function of `counter [B, 4]` i32, read from memory: low and high
     /// word of each sample's seed, low and high word of the number of the draw. They are those of the sampler's own generator and,
     /// as latents are drawn, numbered channels first: element `c` of position `i` of `n` is number `c n + i`.
     Noise { counter: ValueId, shape: Vec<usize> },
@@ -62,10 +62,10 @@ impl OpKind for Update {
                 let s = cx.float(first.value, 1)?;
                 ensure!(first.at == 0, "the first term begins at row {}", first.at);
                 terms[1..].iter().try_for_each(|term| rows(cx, *term, s))?;
-                let mut narrow =
+                let mut stored =
                     terms.iter().map(|term| cx.type_of(term.value).1).filter(|dtype| *dtype != cx.of(vec![]).1);
-                let one = narrow.next();
-                ensure!(narrow.all(|dtype| Some(dtype) == one), "terms of more than two types");
+                let one = stored.next();
+                ensure!(stored.all(|dtype| Some(dtype) == one), "terms of more than two types");
                 scalars(cx, coefficients, terms.len())?;
                 Ok(cx.one(s.to_vec()))
             }
@@ -81,7 +81,7 @@ impl OpKind for Update {
             Update::Noise { counter, ref shape } => {
                 ensure!(shape.len() >= 2 && shape.iter().all(|n| *n > 0), "noise of shape {shape:?}, needs [B, .., C]");
                 cx.index("counter", counter, &[shape[0], 4])?;
-                Ok(vec![cx.wide(shape.clone())])
+                Ok(vec![cx.accumulator(shape.clone())])
             }
         }
     }
@@ -126,8 +126,11 @@ fn scalars(cx: &Infer, id: ValueId, count: usize) -> Result<(), String> {
 /// A term of a combination of shape `s`.
 fn rows(cx: &Infer, term: Rows, s: &[usize]) -> Result<(), String> {
     let (shape, dtype) = cx.type_of(term.value);
-    let (id, wide) = (term.value.0, cx.of(vec![]).1);
-    ensure!(dtype == wide || dtype != DType::I32 && dtype.wide() == wide, "term %{id} is {dtype} beside {wide}");
+    let (id, accumulator) = (term.value.0, cx.of(vec![]).1);
+    ensure!(
+        dtype == accumulator || dtype != DType::I32 && dtype.accumulator() == accumulator,
+        "term %{id} is {dtype} beside {accumulator}"
+    );
     let fits = shape.len() == s.len() && shape[1..] == s[1..] && term.at + s[0] <= shape[0];
     ensure!(fits, "term %{id} is {shape:?} from row {}, needs {s:?}", term.at);
     Ok(())

@@ -82,7 +82,7 @@ def broken(course: Course) -> list[str]:
 
 def hopper(course: Course) -> str:
     """Measurements of whole networks leave the kernels for Hopper out where one of them does not work."""
-    return "off" if any("hopper" in kernel for kernel in broken(course)) else "auto"
+    return "off" if any("sm90" in kernel for kernel in broken(course)) else "auto"
 
 
 def prepare(course: Course) -> None:
@@ -196,8 +196,8 @@ def ncu(course: Course, end: float) -> str:
     program = tool("ncu")
     if not course.gpu:
         raise NotRun("no GPU")
-    turns = gpu_check(course, "turns", "--device", course.device, "--dtype", course.dtype, "--hopper", hopper(course))
-    listed = subprocess.run([str(word) for word in turns], input='"shapes"\n', capture_output=True, text=True, timeout=30, check=False, env=course.environment())
+    worker = gpu_check(course, "bench-worker", "--device", course.device, "--dtype", course.dtype, "--hopper", hopper(course))
+    listed = subprocess.run([str(word) for word in worker], input='"shapes"\n', capture_output=True, text=True, timeout=30, check=False, env=course.environment())
     shapes = json.loads(listed.stdout.splitlines()[-1])
     chosen = [index for index, op in enumerate(shapes) if f"{op['family']} {op['name']}".startswith(COUNTED)]
     requests = course.scratch / "ncu.requests"
@@ -206,7 +206,7 @@ def ncu(course: Course, end: float) -> str:
     words = ["--clock-control", "none", "--kernel-id", ":::1", "--csv", "--page", "details", "--print-units", "base"]
     words += [word for section in SECTIONS for word in ("--section", section)]
     counted = course.logs / "ncu.csv"
-    command = ["bash", "-c", 'requests=$1 log=$2; shift 2; "$@" <"$requests" >"$log"', "ncu", requests, counted, program, *words, *turns]
+    command = ["bash", "-c", 'requests=$1 log=$2; shift 2; "$@" <"$requests" >"$log"', "ncu", requests, counted, program, *words, *worker]
     code = course.run("ncu", command, end, log="ncu")
     course.journal.add("ncu", "line", {"ncu": counters(counted)})
     return "the time was up" if code is None else "done" if code == 0 else f"ended with {code}, see logs/ncu.txt"
@@ -260,7 +260,7 @@ def revision(course: Course) -> str:
 
 def probe(course: Course) -> str | None:
     """Why the device cannot be used; none if it can."""
-    command = gpu_check(course, "turns", "--device", course.device, "--dtype", course.dtype)
+    command = gpu_check(course, "bench-worker", "--device", course.device, "--dtype", course.dtype)
     course.run("start", command, course.journal.seconds() + 60, log="probe")
     words = last_words(course, "probe")
     return None if '"ready"' in words else words

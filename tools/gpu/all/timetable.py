@@ -27,14 +27,14 @@ TIMETABLES = {
         *CHECK[:2],
         Entry("profile", 60, "every op of the real networks: SD 1.5 at batch 2 and 16, SDXL at 2, decode, gradient"),
         Entry("sweep", 60, "tile, splits and stages of products, by shape"),
-        Entry("pytorch", 150, "in turn with PyTorch: UNet of 2 and 16, gradient, decode, SDXL's UNet of 2, a short list of ops"),
+        Entry("pytorch", 150, "interleaved with PyTorch: UNet of 2 and 16, gradient, decode, SDXL's UNet of 2, a short list of ops"),
         Entry("ncu", 60, "hardware counters of eight kernels"),
         *CHECK[2:],
     ],
     "check": CHECK,
     "bench": [
         Entry("machine", 15, "versions, imports, ceilings"),
-        Entry("bench", None, "every case of the benchmarks in turn with PyTorch"),
+        Entry("bench", None, "every case of the benchmarks interleaved with PyTorch"),
     ],
 }
 

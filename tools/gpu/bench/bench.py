@@ -1,4 +1,4 @@
-"""Benchmarks of the engine in turn with PyTorch on the same random weights; writes bench.md and bench.json (tools/gpu/README.md).
+"""Benchmarks of the engine interleaved with PyTorch on the same random weights; writes bench.md and bench.json (tools/gpu/README.md).
 
     python bench.py --out DIR                       on a GPU, at most 9 minutes
     python bench.py --device cpu --quick --out DIR   a tiny model and a few ops on the CPU, as a test of this program
@@ -86,7 +86,7 @@ class Bench:
     def engine(self, model: str | None = None, hopper: str | None = None) -> Process:
         hopper = hopper or self.args.hopper
         device = self.args.engine_device or self.args.device
-        command = [str(self.args.program), "turns", "--device", device, "--dtype", self.args.dtype, "--hopper", hopper]
+        command = [str(self.args.program), "bench-worker", "--device", device, "--dtype", self.args.dtype, "--hopper", hopper]
         return Process(command + (["--model", str(self.model(model))] if model else []), self.patience())
 
     def patience(self) -> float:
@@ -325,7 +325,7 @@ def by_default(name: str, quick: bool) -> bool:
 
 
 def measure(bench: Bench) -> None:
-    """Runs the cases and writes the report after each: whoever runs this may end it before it ends itself."""
+    """Runs the cases and writes the report after each: the caller may end this before it ends itself."""
     peer = Peer(HERE, bench.args.device, bench.args.dtype)
     bench.ceilings = ops.ceilings(peer, bench.args.dtype)
     bench.note("head", head(bench))
@@ -371,7 +371,7 @@ def write(bench: Bench) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="benchmarks of the engine in turn with PyTorch")
+    parser = argparse.ArgumentParser(description="benchmarks of the engine interleaved with PyTorch")
     parser.add_argument("--out", type=Path, default=Path("."), help="where the report's folder is made")
     parser.add_argument("--device", default="cuda:0", help="cuda:N or cpu")
     parser.add_argument("--engine-device", help="where the engine alone runs, such as emulated")

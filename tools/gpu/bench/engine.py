@@ -1,4 +1,4 @@
-"""A process that answers a line of JSON on stdin with one on stdout: the engine (`gpu_check turns`), or compiled PyTorch (peer.py)."""
+"""A process that answers a line of JSON on stdin with one on stdout: the engine (`gpu_check bench-worker`), or compiled PyTorch (peer.py)."""
 
 import contextlib
 import json

@@ -67,7 +67,7 @@ fn aligned(code: &[u8]) -> &'static [u8] {
 mod tests {
     use super::*;
 
-    const EMBEDDED: [Embedded; 2] = [("gemm", "", b"old gemm"), ("product_hopper", "90a", b"old product")];
+    const EMBEDDED: [Embedded; 2] = [("gemm", "", b"old gemm"), ("sm90_gemm", "90a", b"old product")];
 
     fn folder(files: &[&str]) -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
@@ -81,7 +81,7 @@ mod tests {
     fn files_take_the_place_of_what_is_embedded() {
         let found = images(&EMBEDDED, None).unwrap();
         assert!(found.iter().zip(EMBEDDED).all(|(image, (.., code))| image.code == code && image.file.is_none()));
-        for (file, place) in [("gemm.fatbin", 0), ("product_hopper.cubin", 1)] {
+        for (file, place) in [("gemm.fatbin", 0), ("sm90_gemm.cubin", 1)] {
             // What is not compiled code is of no matter.
             let folder = folder(&[file, "gemm.cu", "notes.txt"]);
             let found = images(&EMBEDDED, Some(folder.path())).unwrap();
@@ -104,7 +104,7 @@ mod tests {
         };
         refused(&[], &["has no .fatbin"]);
         refused(&["gemm.cu"], &["has no .fatbin"]);
-        refused(&["gem.fatbin"], &["gem.fatbin", "gemm, product_hopper"]);
+        refused(&["gem.fatbin"], &["gem.fatbin", "gemm, sm90_gemm"]);
         refused(&["gemm.fatbin", "conv2d.cubin"], &["conv2d.cubin"]);
         refused(&["gemm.fatbin", "gemm.cubin"], &["gemm.", "same kernels"]);
         let error = images(&EMBEDDED, Some(Path::new("/no/such/folder"))).unwrap_err().to_string();

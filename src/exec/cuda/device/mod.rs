@@ -7,9 +7,9 @@
 mod graphs;
 mod images;
 mod library;
-mod pace;
 mod staging;
 mod tensor_map;
+mod throttle;
 
 use super::driver::{Driver, Function, Graph, Work};
 use super::kernels::{self, HOPPER};
@@ -19,14 +19,14 @@ use cudarc::driver::{DriverError, result, sys};
 use graphs::Graphs;
 use images::{FOLDER, Image, images};
 use library::{Version, Words, failed, find, version};
-pub use pace::AHEAD;
-use pace::Pace;
 use staging::Staging;
 use std::collections::{BTreeMap, HashMap};
 use std::env;
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::fmt;
 use std::path::PathBuf;
+pub use throttle::AHEAD;
+use throttle::Throttle;
 
 /// Ampere: the first with asynchronous copies and bf16 in the tensor cores.
 const OLDEST_ARCH: c_int = 80;
@@ -39,7 +39,7 @@ pub struct Gpu {
     context: sys::CUcontext,
     stream: sys::CUstream,
     staging: Option<Staging>,
-    pace: Option<Pace>,
+    throttle: Option<Throttle>,
     graphs: Graphs,
     modules: Vec<sys::CUmodule>,
     kernels: Vec<Kernel>,
@@ -117,7 +117,7 @@ impl Gpu {
             context,
             stream: std::ptr::null_mut(),
             staging: None,
-            pace: None,
+            throttle: None,
             graphs: Graphs::default(),
             modules: Vec::new(),
             kernels: Vec::new(),
@@ -133,7 +133,7 @@ impl Gpu {
         // SAFETY: the context is current, as in every call.
         let staging = unsafe { Staging::new() };
         gpu.staging = Some(gpu.check("allocating page-locked memory", staging)?);
-        gpu.pace = Some(gpu.check("making events", Pace::new())?);
+        gpu.throttle = Some(gpu.check("making events", Throttle::new())?);
         images.iter().try_for_each(|image| gpu.load(image))?;
         Ok(gpu)
     }
@@ -497,9 +497,9 @@ impl Driver for Gpu {
     fn replay(&mut self, graph: Graph) -> Result<()> {
         self.bind()?;
         let Some(held) = self.graphs.get(graph) else { return Err(self.not_recorded(graph)) };
-        let (stream, Some(pace)) = (self.stream, &mut self.pace) else { return Err(unready(&self.name)) };
+        let (stream, Some(throttle)) = (self.stream, &mut self.throttle) else { return Err(unready(&self.name)) };
         // SAFETY: the context is current, nothing is being captured, and the graph is held, so it was not destroyed.
-        let launched = unsafe { pace.start(stream, || result::graph::launch(held, stream)) };
+        let launched = unsafe { throttle.start(stream, || result::graph::launch(held, stream)) };
         self.last_launch = None;
         self.check("starting a graph", launched)
     }
@@ -529,8 +529,8 @@ impl Drop for Gpu {
                 if let Some(staging) = self.staging.take() {
                     staging.free();
                 }
-                if let Some(pace) = self.pace.take() {
-                    pace.free();
+                if let Some(throttle) = self.throttle.take() {
+                    throttle.free();
                 }
                 for address in self.allocations.keys() {
                     let _ = result::free_sync(*address);

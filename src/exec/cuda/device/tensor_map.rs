@@ -4,7 +4,7 @@ use crate::exec::cuda::launch::TensorMap;
 use crate::program::DType;
 use cudarc::driver::{DriverError, sys};
 
-/// The driver's own form of a tensor map, with lines permuted as kernels/hopper.cuh says. Needs no memory of the device.
+/// The driver's own form of a tensor map, with lines permuted as kernels/sm90.cuh says. Needs no memory of the device.
 pub fn encode(map: &TensorMap) -> Result<[u8; TensorMap::BYTES], DriverError> {
     use sys::CUtensorMapDataType_enum::{
         CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 as BF16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16 as F16,

@@ -1,8 +1,8 @@
-//! The configurations of the networks around a pipeline: CLIP, GPT-2, heads.
+//! The configurations of the auxiliary networks: CLIP, GPT-2, heads.
 
 use super::{Check, checked_text, fields, structure};
 use crate::models::config::*;
-use crate::models::parse::around as parse;
+use crate::models::parse::auxiliary as parse;
 use crate::models::preprocess::Preprocess;
 use crate::weights::{Component, Model, Pack, Weight};
 use crate::{Error, Result};

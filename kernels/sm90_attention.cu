@@ -14,10 +14,10 @@
 // exponential per 160 to 256 FLOPs limits as much as the tensor cores do. Limits: up to 160 accumulators a thread and 160 KiB
 // of shared memory; one block a multiprocessor.
 #include "attention.cuh"
-#include "hopper.cuh"
+#include "sm90.cuh"
 
-// Matches `HopperParams` in src/exec/cuda/attention.rs.
-struct AttentionHopperParams {
+// Matches `Sm90AttentionParams` in src/exec/cuda/attention.rs.
+struct Sm90AttentionParams {
   TensorMap q, k, v;  // column of a head, head, token, sample
   void* out;
   void* lse;
@@ -26,14 +26,14 @@ struct AttentionHopperParams {
   float scale;  // log2(e) / sqrt(head_dim)
   int32_t unused[23];
 };
-static_assert(sizeof(AttentionHopperParams) == 512, "as in attention.rs");
+static_assert(sizeof(Sm90AttentionParams) == 512, "as in attention.rs");
 
 template <class T, int DIM_>
 struct AttentionTiles {
   typedef T Storage;
-  static constexpr int DIM = DIM_, QUERIES = HOPPER_QUERIES, SLOTS = HOPPER_SLOTS;
-  static constexpr int KEYS = FORWARD_HOPPER[row_of(FORWARD_HOPPER, DIM)][1];
-  static constexpr int CONSUMERS = 8, THREADS = HOPPER_ATTENTION_THREADS;
+  static constexpr int DIM = DIM_, QUERIES = SM90_QUERIES, SLOTS = SM90_SLOTS;
+  static constexpr int KEYS = FORWARD_SM90[row_of(FORWARD_SM90, DIM)][1];
+  static constexpr int CONSUMERS = 8, THREADS = SM90_ATTENTION_THREADS;
   // A tile is boxes of 64 columns of the head.
   static constexpr int BOXES = (DIM + LINE - 1) / LINE, STEPS = (DIM + STEP - 1) / STEP;
   static constexpr int QUERY_BOX = QUERIES * LINE_BYTES, KEY_BOX = KEYS * LINE_BYTES, TILE = BOXES * KEY_BOX;
@@ -76,7 +76,7 @@ struct AttentionPlaces {
 
 // One thread's work: brings the queries, then keys and values by turns.
 template <class A>
-DEVICE void bring(const AttentionHopperParams& p, const AttentionPlaces<A>& at, int tiles) {
+DEVICE void bring(const Sm90AttentionParams& p, const AttentionPlaces<A>& at, int tiles) {
   int head = blockIdx.y, sample = blockIdx.z;
   barrier_expect(at.q_full, A::BOXES * A::QUERY_BOX);
   for (int box = 0; box < A::BOXES; box++) {
@@ -100,8 +100,8 @@ DEVICE void start_scores(float (&s)[A::KEYS / 8][4], uint32_t q, uint32_t k) {
 #pragma unroll
   for (int step = 0; step < A::STEPS; step++) {
     int box = step / (LINE / STEP), within = step % (LINE / STEP) * 32;
-    wgmma<Lines::Reduced>(typename A::Storage(), s, further(boxes(q), box * A::QUERY_BOX + within),
-                          further(boxes(k), box * A::KEY_BOX + within), step > 0);
+    wgmma<Lines::KMajor>(typename A::Storage(), s, advance(descriptor(q), box * A::QUERY_BOX + within),
+                         advance(descriptor(k), box * A::KEY_BOX + within), step > 0);
   }
   wgmma_commit();
 }
@@ -112,8 +112,8 @@ DEVICE void start_output(float (&out)[A::DIM / 8][4], const uint32_t (&p)[A::KEY
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < A::KEYS / STEP; step++) {
-    wgmma<Lines::Across>(typename A::Storage(), out, p[step], further(boxes(v, A::KEY_BOX), step * STEP * LINE_BYTES),
-                         add || step > 0);
+    wgmma<Lines::MNMajor>(typename A::Storage(), out, p[step], advance(descriptor(v, A::KEY_BOX), step * STEP * LINE_BYTES),
+                          add || step > 0);
   }
   wgmma_commit();
 }
@@ -163,7 +163,7 @@ DEVICE void pack_probabilities(uint32_t (&p)[STEPS][4], const float (&s)[2 * STE
 
 // Divides by the sums and stores a warpgroup's 64 queries.
 template <class A>
-DEVICE void store_queries(const AttentionHopperParams& p, float (&out)[A::DIM / 8][4], Softmax& softmax) {
+DEVICE void store_queries(const Sm90AttentionParams& p, float (&out)[A::DIM / 8][4], Softmax& softmax) {
   typedef typename A::Storage T;
   int warp = threadIdx.x / WARP_SIZE, g = threadIdx.x % WARP_SIZE / 4, t = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -177,19 +177,19 @@ DEVICE void store_queries(const AttentionHopperParams& p, float (&out)[A::DIM / 
       float* lse = (float*)p.lse + ((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * p.queries;
       lse[query] = (softmax.largest[h] + log2f(total)) * LN_2;
     }
-    float share = 1.0f / total;
+    float inverse = 1.0f / total;
     T* row = (T*)p.out + ((int64_t)blockIdx.z * p.queries + query) * p.out_stride + (int64_t)blockIdx.y * p.head_dim;
 #pragma unroll
     for (int j = 0; j < A::DIM / 8; j++) {
       if (8 * j >= p.head_dim) break;
-      *(uint32_t*)(row + 8 * j + t) = pack<T>(out[j][2 * h] * share, out[j][2 * h + 1] * share);
+      *(uint32_t*)(row + 8 * j + t) = pack<T>(out[j][2 * h] * inverse, out[j][2 * h + 1] * inverse);
     }
   }
 }
 
 // A warpgroup's 64 queries.
 template <class A>
-DEVICE void attend(const AttentionHopperParams& p, const AttentionPlaces<A>& at, int tiles) {
+DEVICE void attend(const Sm90AttentionParams& p, const AttentionPlaces<A>& at, int tiles) {
   typedef typename A::Storage T;
   uint32_t q = at.q + threadIdx.x / WARPGROUP * 64 * LINE_BYTES;
   Softmax softmax = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
@@ -199,7 +199,7 @@ DEVICE void attend(const AttentionHopperParams& p, const AttentionPlaces<A>& at,
   at.wait(0);
   start_scores<A>(s, q, at.tile(0));
   wgmma_wait<0>();
-  settled(s);
+  fence_accumulators(s);
   at.release(0);
   softmax.take(s, p.keys, p.scale, fade);
   pack_probabilities<T>(probabilities, s);
@@ -210,11 +210,11 @@ DEVICE void attend(const AttentionHopperParams& p, const AttentionPlaces<A>& at,
     at.wait(2 * tile - 1);
     start_output<A>(out, probabilities, at.tile(2 * tile - 1), tile > 1);
     wgmma_wait<1>();
-    settled(s);
+    fence_accumulators(s);
     at.release(2 * tile);
     softmax.take(s, p.keys - tile * A::KEYS, p.scale, fade);
     wgmma_wait<0>();
-    settled(out);
+    fence_accumulators(out);
     at.release(2 * tile - 1);
 #pragma unroll
     for (int n = 0; n < A::DIM / 2; n++) out[n / 4][n % 4] *= fade[n % 4 / 2];
@@ -223,39 +223,39 @@ DEVICE void attend(const AttentionHopperParams& p, const AttentionPlaces<A>& at,
   at.wait(2 * tiles - 1);
   start_output<A>(out, probabilities, at.tile(2 * tiles - 1), tiles > 1);
   wgmma_wait<0>();
-  settled(out);
+  fence_accumulators(out);
   store_queries<A>(p, out, softmax);
 }
 
 template <class A>
-DEVICE void attention_hopper(const AttentionHopperParams& p) {
+DEVICE void sm90_attention(const Sm90AttentionParams& p) {
   DYNAMIC_BOXES(shared);
   AttentionPlaces<A> at(shared);
   if (threadIdx.x == 0) at.make_barriers();
   __syncthreads();
   int tiles = (p.keys + A::KEYS - 1) / A::KEYS;
   if (threadIdx.x / WARPGROUP == 2) {
-    give_registers<24>();
+    setmaxnreg_dec<24>();
     if (threadIdx.x % WARPGROUP == 0) bring(p, at, tiles);
   } else {
-    take_registers<240>();
+    setmaxnreg_inc<240>();
     attend(p, at, tiles);
   }
 }
 
-#define ATTENTION_HOPPER(DIM)                                                                                      \
-  KERNEL_RESIDENT(attention_hopper_##DIM##_f16, AttentionHopperParams, (AttentionTiles<f16, DIM>::THREADS), 1) {   \
-    attention_hopper<AttentionTiles<f16, DIM>>(p);                                                                 \
-  }                                                                                                                \
-  KERNEL_RESIDENT(attention_hopper_##DIM##_bf16, AttentionHopperParams, (AttentionTiles<bf16, DIM>::THREADS), 1) { \
-    attention_hopper<AttentionTiles<bf16, DIM>>(p);                                                                \
+#define SM90_ATTENTION(DIM)                                                                                    \
+  KERNEL_RESIDENT(sm90_attention_##DIM##_f16, Sm90AttentionParams, (AttentionTiles<f16, DIM>::THREADS), 1) {   \
+    sm90_attention<AttentionTiles<f16, DIM>>(p);                                                               \
+  }                                                                                                            \
+  KERNEL_RESIDENT(sm90_attention_##DIM##_bf16, Sm90AttentionParams, (AttentionTiles<bf16, DIM>::THREADS), 1) { \
+    sm90_attention<AttentionTiles<bf16, DIM>>(p);                                                              \
   }
 
-// Kernels: attention_hopper_40_f16 attention_hopper_40_bf16 attention_hopper_64_f16 attention_hopper_64_bf16
-// Kernels: attention_hopper_80_f16 attention_hopper_80_bf16 attention_hopper_128_f16 attention_hopper_128_bf16
-// Kernels: attention_hopper_160_f16 attention_hopper_160_bf16
-ATTENTION_HOPPER(40)
-ATTENTION_HOPPER(64)
-ATTENTION_HOPPER(80)
-ATTENTION_HOPPER(128)
-ATTENTION_HOPPER(160)
+// Kernels: sm90_attention_40_f16 sm90_attention_40_bf16 sm90_attention_64_f16 sm90_attention_64_bf16 sm90_attention_80_f16
+// Kernels: sm90_attention_80_bf16 sm90_attention_128_f16 sm90_attention_128_bf16 sm90_attention_160_f16
+// Kernels: sm90_attention_160_bf16
+SM90_ATTENTION(40)
+SM90_ATTENTION(64)
+SM90_ATTENTION(80)
+SM90_ATTENTION(128)
+SM90_ATTENTION(160)

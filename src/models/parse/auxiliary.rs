@@ -1,4 +1,4 @@
-//! Configurations of the networks around a pipeline: CLIP, GPT-2, heads.
+//! Configurations of the auxiliary networks: CLIP, GPT-2, heads.
 
 use super::Fields;
 use crate::models::config::*;

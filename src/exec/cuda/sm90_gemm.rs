@@ -1,15 +1,15 @@
-//! Launches of products and convolutions on Hopper. Contract: kernels/product_hopper.cu.
+//! Launches of products and convolutions on Hopper. Contract: kernels/sm90_gemm.cu.
 
-use super::epilogue::{Epilogue, Split, finish};
-use super::kernels::constants::{HOPPER_ROWS as ROWS, HOPPER_THREADS};
+use super::epilogue::{Epilogue, Split, split_k_reduce};
+use super::kernels::constants::{SM90_ROWS as ROWS, SM90_THREADS};
 use super::launch::{Address, Divisor, Launch, TensorMap};
 use super::shape::{Lines, Shape, ring_bytes};
 use bytemuck::{Pod, Zeroable};
 
-/// Matches what is behind the tensor maps of `HopperParams` in kernels/product_hopper.cu.
+/// Matches what is behind the tensor maps of `Sm90GemmParams` in kernels/sm90_gemm.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct HopperParams {
+struct Sm90GemmParams {
     epilogue: Epilogue,
     split: Split,
     tiles_x: Divisor,
@@ -29,12 +29,12 @@ struct HopperParams {
     slots: i32,
     unused: [i32; 19],
 }
-const _: () = assert!(size_of::<HopperParams>() + 2 * TensorMap::BYTES == 512);
+const _: () = assert!(size_of::<Sm90GemmParams>() + 2 * TensorMap::BYTES == 512);
 
 /// Reduced elements of a stage.
 const DEPTH: usize = TensorMap::LINE;
 /// A product over images; a plain one is a 1x1 convolution of one image of one row.
-pub struct HopperProduct {
+pub struct Sm90Gemm {
     /// Which [`Shape::hopper`] says the kernel can make.
     pub shape: Shape,
     pub x: Address,
@@ -46,11 +46,11 @@ pub struct HopperProduct {
     /// Rows and columns of x from an output's place to where its first tap reads; the next taps lie further, or back.
     pub offset: [i32; 2],
     pub direction: i32,
-    pub right: HopperRight,
+    pub right: Sm90Rhs,
 }
 
 /// The right operand: element (tap, c, n).
-pub struct HopperRight {
+pub struct Sm90Rhs {
     pub w: Address,
     pub lines: Lines,
     /// Elements from line to line, and from tap to tap.
@@ -60,7 +60,7 @@ pub struct HopperRight {
     pub half: usize,
 }
 
-impl HopperProduct {
+impl Sm90Gemm {
     /// Extents of a block's box of pixels, powers of two: those that need the fewest blocks, wide ones first.
     fn pixels(&self) -> [usize; 3] {
         let ([width, height], batch) = (self.output, self.extents[3]);
@@ -77,15 +77,15 @@ impl HopperProduct {
     }
 
     fn right_map(&self, side: usize) -> TensorMap {
-        let HopperRight { w, lines, stride, tap_stride, half } = self.right;
+        let Sm90Rhs { w, lines, stride, tap_stride, half } = self.right;
         let columns = self.shape.columns;
         let (channels, taps) = (self.extents[0], self.kernel[0] * self.kernel[1]);
         let (extents, strides, window) = match lines {
-            Lines::Reduced if half > 0 => {
+            Lines::KMajor if half > 0 => {
                 ([channels, 8, 2, half / 8], [stride, half * stride, 8 * stride], [DEPTH, 8, 2, side / 16])
             }
-            Lines::Reduced => ([channels, columns, taps, 1], [stride, tap_stride, 0], [DEPTH, side, 1, 1]),
-            Lines::Across => ([columns, channels, taps, 1], [stride, tap_stride, 0], [TensorMap::LINE, DEPTH, 1, 1]),
+            Lines::KMajor => ([channels, columns, taps, 1], [stride, tap_stride, 0], [DEPTH, side, 1, 1]),
+            Lines::MNMajor => ([columns, channels, taps, 1], [stride, tap_stride, 0], [TensorMap::LINE, DEPTH, 1, 1]),
         };
         TensorMap { dtype: self.shape.dtype, address: w, extents, strides, window }
     }
@@ -98,7 +98,7 @@ impl HopperProduct {
         let [tiles_x, tiles_y, tiles_b] = [width.div_ceil(x), height.div_ceil(y), batch.div_ceil(b)];
         let stages = chunks * self.kernel[0] * self.kernel[1];
         let (split, grid) = Split::new(&cut, [tiles_x * tiles_y * tiles_b, columns.div_ceil(side)], workspace);
-        let params = HopperParams {
+        let params = Sm90GemmParams {
             epilogue,
             split,
             tiles_x: Divisor::new(tiles_x),
@@ -118,11 +118,11 @@ impl HopperProduct {
             slots: cut.stages as i32,
             unused: [0; 19],
         };
-        let name = if lines == Lines::Reduced { "product_hopper_r" } else { "product_hopper_a" };
+        let name = if lines == Lines::KMajor { "sm90_gemm_r" } else { "sm90_gemm_a" };
         let shared = ring_bytes(side, lines, cut.stages);
         let kernel = format!("{name}_{side}_{}", self.shape.dtype);
         let maps = vec![self.left_map([x, y, b]), self.right_map(side)];
-        let product = Launch::new(kernel, grid, HOPPER_THREADS, shared, params).with_maps(maps);
-        [Some(product), finish(&self.shape, &cut, epilogue, workspace)].into_iter().flatten().collect()
+        let product = Launch::new(kernel, grid, SM90_THREADS, shared, params).with_maps(maps);
+        [Some(product), split_k_reduce(&self.shape, &cut, epilogue, workspace)].into_iter().flatten().collect()
     }
 }

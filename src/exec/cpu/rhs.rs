@@ -4,9 +4,9 @@
 //! before all rows of a task pass by. Matrices that are no weights lie row by row and are copied to panels the same way.
 
 use super::context::Cx;
+use super::gemm_mainloop::{K_BLOCK, MOST_ROWS, MOST_ROWS_TURNED, RightOperand};
 use super::microkernel::{Block, Right};
 use super::pack::{Columns, Packed, Panel, Tiling};
-use super::product::{K_BLOCK, MOST_ROWS, MOST_ROWS_TURNED, RightOperand};
 use super::real::Float;
 use super::store;
 use super::transpose::Transpose;
@@ -20,7 +20,7 @@ pub fn scratch(columns: Columns, tiling: Tiling) -> usize {
 
 /// A matrix `[K, N]`.
 #[derive(Clone, Copy)]
-pub enum Factor<'a, T> {
+pub enum Rhs<'a, T> {
     Panels(Packed<'a, T>),
     /// Row-major, rows `stride` apart.
     Rows {
@@ -30,19 +30,19 @@ pub enum Factor<'a, T> {
     },
 }
 
-impl<'a, T: Float> Factor<'a, T> {
+impl<'a, T: Float> Rhs<'a, T> {
     /// A whole row-major matrix.
-    pub fn rows(values: &'a [T], columns: Columns) -> Factor<'a, T> {
-        Factor::Rows { values, stride: columns.n, columns }
+    pub fn rows(values: &'a [T], columns: Columns) -> Rhs<'a, T> {
+        Rhs::Rows { values, stride: columns.n, columns }
     }
 
     /// One of the parts of its columns.
-    pub fn part(&self, index: usize) -> Factor<'a, T> {
+    pub fn part(&self, index: usize) -> Rhs<'a, T> {
         match *self {
-            Factor::Panels(packed) => Factor::Panels(packed.part(index)),
-            Factor::Rows { values, stride, columns } => {
+            Rhs::Panels(packed) => Rhs::Panels(packed.part(index)),
+            Rhs::Rows { values, stride, columns } => {
                 let columns = columns.part();
-                Factor::Rows { values: &values[index * columns.n..], stride, columns }
+                Rhs::Rows { values: &values[index * columns.n..], stride, columns }
             }
         }
     }
@@ -51,24 +51,24 @@ impl<'a, T: Float> Factor<'a, T> {
     #[inline(always)]
     fn from(&self, k: usize, n: usize) -> (&'a [T], usize, usize) {
         match self {
-            Factor::Panels(packed) => {
+            Rhs::Panels(packed) => {
                 let panel = packed.columns.panel(packed.columns.panel_of(n));
                 let values = packed.rows(panel, 0, packed.k);
                 let stride = packed.columns.padded_width(panel);
                 (&values[k * stride + n - panel.start..], stride, panel.start + panel.width - n)
             }
-            Factor::Rows { values, stride, columns } => (&values[k * stride + n..], *stride, columns.n - n),
+            Rhs::Rows { values, stride, columns } => (&values[k * stride + n..], *stride, columns.n - n),
         }
     }
 }
 
-/// A factor read by one task.
+/// A right operand read by one task.
 pub struct Straight<'c, T> {
-    factor: Factor<'c, T>,
+    rhs: Rhs<'c, T>,
     scratch: &'c mut [T],
 }
 
-impl<'a, T: Float> RightOperand<T> for Factor<'a, T> {
+impl<'a, T: Float> RightOperand<T> for Rhs<'a, T> {
     type Chunk<'c>
         = Straight<'c, T>
     where
@@ -77,15 +77,15 @@ impl<'a, T: Float> RightOperand<T> for Factor<'a, T> {
 
     fn columns(&self) -> Columns {
         match self {
-            Factor::Panels(packed) => packed.columns,
-            Factor::Rows { columns, .. } => *columns,
+            Rhs::Panels(packed) => packed.columns,
+            Rhs::Rows { columns, .. } => *columns,
         }
     }
 
     fn scratch(&self, longest: usize) -> usize {
         match self {
-            Factor::Panels(_) => 0,
-            Factor::Rows { columns, .. } => longest * columns.widest(),
+            Rhs::Panels(_) => 0,
+            Rhs::Rows { columns, .. } => longest * columns.widest(),
         }
     }
 
@@ -93,20 +93,20 @@ impl<'a, T: Float> RightOperand<T> for Factor<'a, T> {
     where
         Self: 'c,
     {
-        Straight { factor: *self, scratch }
+        Straight { rhs: *self, scratch }
     }
 }
 
 impl<T: Float> Right<T> for Straight<'_, T> {
     fn columns(&self) -> Columns {
-        self.factor.columns()
+        self.rhs.columns()
     }
 
     #[inline(always)]
     fn block<S: Simd>(&mut self, _: S, panel: Panel, block: Block) -> &[T] {
-        match self.factor {
-            Factor::Panels(packed) => packed.rows(panel, block.k, block.len),
-            Factor::Rows { values, stride, columns } => {
+        match self.rhs {
+            Rhs::Panels(packed) => packed.rows(panel, block.k, block.len),
+            Rhs::Rows { values, stride, columns } => {
                 let width = columns.padded_width(panel);
                 let out = &mut self.scratch[..block.len * width];
                 for (k, out) in (block.k..).zip(out.chunks_exact_mut(width)) {
@@ -123,18 +123,18 @@ impl<T: Float> Right<T> for Straight<'_, T> {
 /// `[taps · I, N]` with each tap transposed: the right operand `[taps · N, I]`.
 #[derive(Clone, Copy)]
 pub struct Transposed<'a, T> {
-    factor: Factor<'a, T>,
+    rhs: Rhs<'a, T>,
     columns: Columns,
 }
 
 impl<'a, T: Float> Transposed<'a, T> {
-    /// `columns` of `I`: all rows of the factor, or those of one tap.
-    pub fn new(factor: Factor<'a, T>, columns: Columns) -> Transposed<'a, T> {
-        Transposed { factor, columns }
+    /// `columns` of `I`: all rows of the right operand, or those of one tap.
+    pub fn new(rhs: Rhs<'a, T>, columns: Columns) -> Transposed<'a, T> {
+        Transposed { rhs, columns }
     }
 }
 
-/// A transposed factor read by one task.
+/// A transposed right operand read by one task.
 pub struct Turned<'c, T> {
     from: Transposed<'c, T>,
     scratch: &'c mut [T],
@@ -152,7 +152,7 @@ impl<'a, T: Float> RightOperand<T> for Transposed<'a, T> {
     }
 
     fn scratch(&self, longest: usize) -> usize {
-        (longest + self.factor.columns().widest()) * self.columns.widest()
+        (longest + self.rhs.columns().widest()) * self.columns.widest()
     }
 
     fn chunk<'c>(&self, scratch: &'c mut [T]) -> Turned<'c, T>
@@ -170,21 +170,21 @@ impl<T: Float> Right<T> for Turned<'_, T> {
 
     #[inline(always)]
     fn block<S: Simd>(&mut self, simd: S, panel: Panel, block: Block) -> &[T] {
-        let Transposed { factor, columns } = self.from;
-        let (depth, width) = (factor.columns().n, columns.padded_width(panel));
-        let (near, scratch) = self.scratch.split_at_mut(columns.widest() * factor.columns().widest());
+        let Transposed { rhs, columns } = self.from;
+        let (depth, width) = (rhs.columns().n, columns.padded_width(panel));
+        let (near, scratch) = self.scratch.split_at_mut(columns.widest() * rhs.columns().widest());
         let out = &mut scratch[..block.len * width];
         if panel.width < width {
             out.fill(T::ZERO);
         }
-        // A block may cover several taps, and a tap several panels of the factor.
+        // A block may cover several taps, and a tap several panels of the right operand.
         let mut at = 0;
         while at < block.len {
             let (tap, n) = ((block.k + at) / depth, (block.k + at) % depth);
-            let (source, stride, available) = factor.from(tap * columns.n + panel.start, n);
+            let (source, stride, available) = rhs.from(tap * columns.n + panel.start, n);
             let count = available.min(block.len - at);
             let mut source = &source[..(panel.width - 1) * stride + count];
-            if let Factor::Panels(_) = factor {
+            if let Rhs::Panels(_) = rhs {
                 // Read in one go first: the weight comes from afar, and the turning would wait for each of its lines.
                 near[..source.len()].copy_from_slice(source);
                 source = near;
@@ -199,15 +199,15 @@ impl<T: Float> Right<T> for Turned<'_, T> {
 
 impl<'a, T: Float> Cx<'a, T> {
     /// The right operand of a product, its columns in `parts` parts where that is not settled by how it is held.
-    pub fn factor(&self, id: ValueId, parts: usize) -> Factor<'a, T> {
+    pub fn rhs(&self, id: ValueId, parts: usize) -> Rhs<'a, T> {
         let columns = store::columns(self.program, id, parts, self.machine.tiling);
         let values = self.value(id);
         match &self.program.value(id).origin {
-            Origin::Weight(weight) if weight.pack.is_factor() => {
+            Origin::Weight(weight) if weight.pack.is_rhs() => {
                 let k = self.program.value(id).len() / columns.n;
-                Factor::Panels(Packed { columns, k, data: values })
+                Rhs::Panels(Packed { columns, k, data: values })
             }
-            Origin::Weight(_) | Origin::Input(_) | Origin::Op(_) => Factor::rows(values, columns),
+            Origin::Weight(_) | Origin::Input(_) | Origin::Op(_) => Rhs::rows(values, columns),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Trials of kernels/conformance_hopper.cu: where boxes lie in shared memory, and products of a warpgroup in plain loops.
+//! Trials of kernels/sm90_conformance.cu: where boxes lie in shared memory, and products of a warpgroup in plain loops.
 
 use crate::conformance::{Expected, FACTORS, Factors, Half, Random, Trial, bytes};
 use rarebit::exec::cuda::{Address, TensorMap};
@@ -16,7 +16,7 @@ struct Boxed {
 }
 
 /// Whole, over each end of each dimension, wider than the tensor, beside it. Then tensors whose strides do not ascend, as those of the
-/// weights of a GEGLU in `HopperProduct::right_map`: eights of lines by turns from a first and a second half of so many lines.
+/// weights of a GEGLU in `Sm90Gemm::right_map`: eights of lines by turns from a first and a second half of so many lines.
 const BOXES: [Boxed; 8] = {
     const fn dense(extents: [usize; 4], window: [usize; 4], at: [i32; 4]) -> Boxed {
         Boxed { extents, strides: dense_strides(extents), window, at }
@@ -68,7 +68,7 @@ pub fn boxes(random: &mut Random, half: Half, number: usize) -> Trial {
     }
     let words = lying.chunks_exact(2).map(|pair| u32::from(pair[0]) | u32::from(pair[1]) << 16).collect::<Vec<_>>();
     Trial {
-        kernel: "hopper_boxes".into(),
+        kernel: "sm90_boxes".into(),
         threads: 128,
         shared: elements * 2,
         operands: [bytes(&tensor), vec![], bytes(&at)],
@@ -147,7 +147,7 @@ impl Product {
         let boxes = if self.across { n.div_ceil(LINE) * LINE } else { n };
         let of_b = if self.across { ([n, LINE, 1, 1], [LINE, LINE, 1, 1]) } else { ([LINE, n, 1, 1], [LINE, n, 1, 1]) };
         Trial {
-            kernel: format!("hopper_{}_{}", self.name(), half.name),
+            kernel: format!("sm90_{}_{}", self.name(), half.name),
             threads: 128,
             shared: (64 + boxes) * LINE_BYTES,
             operands: [if self.registers { fragments(&a) } else { bytes(&a) }, bytes(&b), bytes(&c)],

@@ -32,17 +32,17 @@ impl Program {
     }
 
     fn kind(&self, node: &Node) -> String {
-        let alone = self.alone(node, 1);
-        let op = alone.show_op(&alone.nodes[0].op);
+        let single = self.single_op(node, 1);
+        let op = single.show_op(&single.nodes[0].op);
         let is_name = |word: &str| word.starts_with('\'') || word.contains("weight") || word.contains("bias");
         let words = op.split(' ').filter(|word| !is_name(word)).map(str::to_string);
-        let shape = |id: ValueId| alone.shape(id).iter().map(usize::to_string).collect::<Vec<_>>().join("x");
-        words.chain(alone.nodes[0].op.inputs().into_iter().map(shape)).collect::<Vec<_>>().join(" ")
+        let shape = |id: ValueId| single.shape(id).iter().map(usize::to_string).collect::<Vec<_>>().join("x");
+        words.chain(single.nodes[0].op.inputs().into_iter().map(shape)).collect::<Vec<_>>().join(" ")
     }
 
     /// A program of one op, done `times` times over, its inputs in the order in which it reads them: weights as they are, all else as
     /// buffers `alone.N`. Nothing is copied out of it.
-    pub fn alone(&self, node: &Node, times: usize) -> Program {
+    pub fn single_op(&self, node: &Node, times: usize) -> Program {
         let mut numbers: HashMap<ValueId, ValueId> = HashMap::new();
         let (mut values, mut inputs): (Vec<Value>, _) = (vec![], vec![]);
         for id in node.op.inputs() {

@@ -10,9 +10,9 @@ pub fn check(program: &Program) -> Result<()> {
         for id in node.op.inputs() {
             let Origin::Weight(weight) = &program.value(id).origin else { continue };
             let geglu = matches!(&node.op, Op::Gemm(op) if op.w == id && op.activation == Activation::Geglu);
-            let wrong = if weight.pack.is_factor() && factor(&node.op) != Some(id) {
+            let wrong = if weight.pack.is_rhs() && rhs(&node.op) != Some(id) {
                 "is read row by row"
-            } else if weight.pack.is_factor() && geglu && weight.pack != Pack::Geglu {
+            } else if weight.pack.is_rhs() && geglu && weight.pack != Pack::Geglu {
                 "is read as that of a GEGLU"
             } else {
                 continue;
@@ -26,7 +26,7 @@ pub fn check(program: &Program) -> Result<()> {
 }
 
 /// The right operand of an op's product, given as a weight's `[.., N]`.
-fn factor(op: &Op) -> Option<ValueId> {
+fn rhs(op: &Op) -> Option<ValueId> {
     match op {
         Op::Gemm(op) => Some(op.w),
         Op::GemmBackward(GemmBackward::Input { w, .. }) => Some(*w),

@@ -1,10 +1,10 @@
 // The matrix product that gemm and convolution share: a block computes ROWS x COLUMNS outputs, reading both operands through a
 // ring of stages in shared memory, and ends with bias, shift, activation and residual (epilogue.cuh), or where blockIdx.z counts
-// parts of the reduced dimension with its part of the sums (finish.cu).
+// parts of the reduced dimension with its part of the sums (split_k_reduce.cu).
 //
 // A source of operands has `fetch(tile, k)`, which fills one stage with the elements from reduced index k on. A part adds its
-// reduced elements in order, in steps of 16, and finish.cu adds the parts in order: an output's bits depend on its own row and
-// column and on where the reduced dimension is split, not on the tile that it lies in.
+// reduced elements in order, in steps of 16, and split_k_reduce.cu adds the parts in order: an output's bits depend on its
+// own row and column and on where the reduced dimension is split, not on the tile that it lies in.
 #pragma once
 #include "epilogue.cuh"
 #include "tile.cuh"
@@ -15,7 +15,7 @@ constexpr int STAGE_DEPTH = STAGE_DEPTH_BYTES / sizeof(T);
 
 // How many outputs a block computes and how its warps share them.
 template <class T, int ROWS_, int COLUMNS_, int WARPS_DOWN_, int WARPS_ACROSS_>
-struct Blocking {
+struct TileShape {
   typedef T Storage;
   static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_;
   static constexpr int WARPS_DOWN = WARPS_DOWN_, WARPS_ACROSS = WARPS_ACROSS_;
@@ -27,14 +27,13 @@ struct Blocking {
 
 // A tile of SIDE x SIDE outputs.
 template <class T, int SIDE>
-using SquareBlocking = Blocking<T, SIDE, SIDE, PRODUCT_TILES[row_of(PRODUCT_TILES, SIDE)][1],
-                                PRODUCT_TILES[row_of(PRODUCT_TILES, SIDE)][2]>;
+using SquareTile = TileShape<T, SIDE, SIDE, GEMM_TILES[row_of(GEMM_TILES, SIDE)][1], GEMM_TILES[row_of(GEMM_TILES, SIDE)][2]>;
 
 // Bytes of one operand's stage: `extent` rows or columns.
 template <class T, Lines LINES>
 DEVICE constexpr int stage_bytes(int extent) {
   constexpr int DEPTH = STAGE_DEPTH<T>;
-  return LINES == Lines::Reduced ? extent * pitch<T>(DEPTH) : DEPTH * pitch<T>(extent);
+  return LINES == Lines::KMajor ? extent * pitch<T>(DEPTH) : DEPTH * pitch<T>(extent);
 }
 
 // A GEGLU has its columns in two halves, and a block needs both: its columns come in eights, in turn from the first and the
@@ -55,7 +54,7 @@ struct Matrix {
 
   DEVICE void fetch(unsigned char* tile, int k) const {
     constexpr int DEPTH = STAGE_DEPTH<T>;
-    if (LINES == Lines::Reduced) {
+    if (LINES == Lines::KMajor) {
       fetch_tile<T, EXTENT, DEPTH, THREADS>(tile, aligned, [&](int line, int place, int& valid) {
         valid = left_of(line) > 0 ? depth - k - place : 0;
         return valid > 0 ? from + (int64_t)index(line) * stride + k + place : from;
@@ -71,7 +70,7 @@ struct Matrix {
 
 // How a product is split over blocks: tiles of outputs along blockIdx.x, those of the same rows one after another, and along
 // blockIdx.z parts of the reduced dimension. A block stores outputs, or where there are several parts its part of the sums, for
-// finish.cu. (Blocks along y could be 65535 at most, which rows pass.) Matches `Split` in src/exec/cuda/epilogue.rs.
+// split_k_reduce.cu. (Blocks along y could be 65535 at most, which rows pass.) Matches `Split` in src/exec/cuda/epilogue.rs.
 struct Split {
   float* partial;  // [splits, rows, columns], or null where there is one part; a GEGLU's columns are values, then gates
   Divisor across;  // tiles of the same rows
@@ -89,7 +88,7 @@ static_assert(sizeof(Split) == 24, "as in epilogue.rs");
 
 // acc = left right, over reduced elements `begin`, at the start of a stage, to `end`.
 template <class B, Lines LEFT, Lines RIGHT, class Left, class Right>
-DEVICE void product(float (&acc)[B::HIGH][B::WIDE][4], const Left& left, const Right& right, int end, int begin = 0) {
+DEVICE void gemm_mainloop(float (&acc)[B::HIGH][B::WIDE][4], const Left& left, const Right& right, int end, int begin = 0) {
   typedef typename B::Storage T;
   constexpr int LEFT_BYTES = stage_bytes<T, LEFT>(B::ROWS), RIGHT_BYTES = stage_bytes<T, RIGHT>(B::COLUMNS);
   DYNAMIC_SHARED(shared);
@@ -110,9 +109,9 @@ DEVICE void product(float (&acc)[B::HIGH][B::WIDE][4], const Left& left, const R
     __syncthreads();  // this stage is here for all, and all are done with the one before it
     fetch(stage + STAGES - 1);
     unsigned char* tiles = shared + stage % STAGES * (LEFT_BYTES + RIGHT_BYTES);
-    Operand<T, LEFT, pitch<T>(LEFT == Lines::Reduced ? B::DEPTH : B::ROWS)> x = {tiles};
-    Operand<T, RIGHT, pitch<T>(RIGHT == Lines::Reduced ? B::DEPTH : B::COLUMNS)> y = {tiles + LEFT_BYTES};
-    warp_product<B::DEPTH / STEP>(acc, x, row, 0, y, column, 0);
+    Operand<T, LEFT, pitch<T>(LEFT == Lines::KMajor ? B::DEPTH : B::ROWS)> x = {tiles};
+    Operand<T, RIGHT, pitch<T>(RIGHT == Lines::KMajor ? B::DEPTH : B::COLUMNS)> y = {tiles + LEFT_BYTES};
+    warp_mma<B::DEPTH / STEP>(acc, x, row, 0, y, column, 0);
   }
 }
 

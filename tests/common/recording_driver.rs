@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 pub type Calls = Rc<RefCell<Vec<&'static str>>>;
 
-struct Noting {
+struct RecordingDriver {
     driver: Emulated,
     calls: Calls,
     /// Kernels that are not run though they are asked for, by the beginning of their names.
@@ -16,22 +16,22 @@ struct Noting {
 }
 
 /// An executor whose driver notes its calls, and starts no kernel whose name begins with `skipped`.
-pub fn noting(calls: &Calls, skipped: Option<&'static str>) -> Cuda {
+pub fn recording(calls: &Calls, skipped: Option<&'static str>) -> Cuda {
     let driver = Emulated::open(&build(), Settings::default().workers(2)).unwrap();
-    Cuda::new(Box::new(Noting { driver, calls: Rc::clone(calls), skipped }))
+    Cuda::new(Box::new(RecordingDriver { driver, calls: Rc::clone(calls), skipped }))
 }
 
 pub fn count(calls: &Calls, what: &str) -> usize {
     calls.borrow().iter().filter(|call| **call == what).count()
 }
 
-impl Noting {
+impl RecordingDriver {
     fn note(&self, what: &'static str) {
         self.calls.borrow_mut().push(what);
     }
 }
 
-impl Driver for Noting {
+impl Driver for RecordingDriver {
     fn name(&self) -> String {
         self.driver.name()
     }

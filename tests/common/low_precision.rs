@@ -1,7 +1,7 @@
 //! An executor that computes exactly and stores as a device does: what 16-bit kernels are measured against.
 
-use super::feed::no_weights;
-use super::storage::round;
+use super::inputs::no_weights;
+use super::tolerance::round;
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::{Data, DataMut, Executor, ProgramId};
 use rarebit::plan::{Planned, plan};
@@ -12,7 +12,7 @@ use std::collections::HashMap;
 
 /// Runs programs op by op in f64 and rounds every op's outputs, every weight and every buffer to their types.
 #[derive(Default)]
-pub struct Rounded {
+pub struct LowPrecision {
     /// With what weights hold, per value.
     programs: Vec<(Program, Vec<Vec<f64>>)>,
     buffers: HashMap<String, Buffer>,
@@ -25,7 +25,7 @@ struct Buffer {
     ints: Vec<i32>,
 }
 
-impl Rounded {
+impl LowPrecision {
     fn buffer(&self, name: &str) -> Result<&Buffer> {
         self.buffers.get(name).ok_or_else(|| Error::Usage(format!("no buffer '{name}'")))
     }
@@ -80,7 +80,7 @@ impl Rounded {
     }
 }
 
-impl Executor for Rounded {
+impl Executor for LowPrecision {
     fn workspace(&self, _: &Program, _: &Node) -> usize {
         0
     }
@@ -106,7 +106,7 @@ impl Executor for Rounded {
     }
 
     fn clear(&mut self) {
-        *self = Rounded::default();
+        *self = LowPrecision::default();
     }
 
     fn write(&mut self, buffer: &str, data: Data<'_>) -> Result<()> {

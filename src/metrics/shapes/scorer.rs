@@ -7,7 +7,7 @@ use crate::{Error, Result};
 
 /// What is seen in an image.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Sight {
+pub struct ShapesScore {
     /// Nats; −∞ for what the world does not hold.
     pub log_density: f64,
     /// Attributes the prompt states, and those of them that are otherwise in the image. 0 for a prompt outside the grammar.
@@ -15,22 +15,22 @@ pub struct Sight {
     pub wrong: usize,
 }
 
-impl Sight {
-    /// Share of what the prompt states that is in the image; 1 where it states nothing.
+impl ShapesScore {
+    /// Fraction of what the prompt states that is in the image; 1 where it states nothing.
     pub fn agreement(&self) -> f64 {
         if self.stated == 0 { 1.0 } else { 1.0 - self.wrong as f64 / self.stated as f64 }
     }
 }
 
 /// The embedded reader on the CPU.
-pub struct Eye {
+pub struct ShapesScorer {
     world: World,
     reader: Reader,
 }
 
-impl Eye {
+impl ShapesScorer {
     /// `Error::Usage` where images are to have another size than the world's.
-    pub fn open(width: usize, height: usize) -> Result<Eye> {
+    pub fn open(width: usize, height: usize) -> Result<ShapesScorer> {
         let world = World::embedded()?;
         let side = world.image_size;
         if [width, height] != [side; 2] {
@@ -40,11 +40,11 @@ impl Eye {
         let instrument = Instrument::embedded(&world)?;
         let cpu = Box::new(Cpu::<f32>::new());
         let planned = instrument.plan(&*cpu, DType::F32, 1)?;
-        Ok(Eye { reader: instrument.load(cpu, planned)?, world })
+        Ok(ShapesScorer { reader: instrument.load(cpu, planned)?, world })
     }
 
     /// Of an image `[H, W, 3]` of that size.
-    pub fn look(&mut self, prompt: &str, rgb: &[u8]) -> Result<Sight> {
+    pub fn score(&mut self, prompt: &str, rgb: &[u8]) -> Result<ShapesScore> {
         let bytes = 3 * self.world.image_size.pow(2);
         if rgb.len() != bytes {
             return Err(Error::Usage(format!("an image of {} bytes where the reader takes {bytes}", rgb.len())));
@@ -55,6 +55,6 @@ impl Eye {
             Err(_) => vec![],
         };
         let wrong = stated.iter().filter(|(index, value)| reading.cell[*index] != *value).count();
-        Ok(Sight { log_density: self.world.log_density(&reading.cell), stated: stated.len(), wrong })
+        Ok(ShapesScore { log_density: self.world.log_density(&reading.cell), stated: stated.len(), wrong })
     }
 }

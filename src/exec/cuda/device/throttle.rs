@@ -6,20 +6,20 @@ use cudarc::driver::{DriverError, result, sys};
 pub const AHEAD: usize = 4;
 
 /// An event behind each of the last graphs.
-pub struct Pace {
+pub struct Throttle {
     done: [sys::CUevent; AHEAD],
     next: usize,
 }
 
-impl Pace {
+impl Throttle {
     /// The context must be current, here and wherever else it is used.
-    pub fn new() -> Result<Pace, DriverError> {
+    pub fn new() -> Result<Throttle, DriverError> {
         let mut done = [std::ptr::null_mut(); AHEAD];
         for event in &mut done {
             // What was made before a failure goes with the context.
             *event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
         }
-        Ok(Pace { done, next: 0 })
+        Ok(Throttle { done, next: 0 })
     }
 
     /// Starts something on the stream once there is room for it.

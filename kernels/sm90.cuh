@@ -1,6 +1,6 @@
 // What Hopper (sm_90a) adds to ptx.cuh: boxes of tensors copied into shared memory by a copy engine (TMA), barriers that count
 // arrivals and bytes (mbarrier), and products of a warpgroup, 128 threads, with operands in shared memory (wgmma). Beside
-// ptx.cuh the only file with inline PTX. A host compiler gets the same functions from host/hopper.h.
+// ptx.cuh the only file with inline PTX. A host compiler gets the same functions from host/sm90.h.
 //
 // Boxes lie in shared memory as lines of 64 elements of 16 bits, 128 bytes, and the eight 16-byte chunks of line i are permuted
 // by exclusive or with i % 8 (CU_TENSOR_MAP_SWIZZLE_128B): eight lines are one atom of 1024 bytes, to which boxes are aligned.
@@ -18,12 +18,12 @@ constexpr int WARPGROUP = 128;
 // Sets the registers of each thread of a warpgroup, a multiple of 8: fewer, or as many more as others have given up. Only in
 // kernels that say how many blocks a multiprocessor runs.
 template <int N>
-DEVICE void give_registers() {
+DEVICE void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
 template <int N>
-DEVICE void take_registers() {
+DEVICE void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
@@ -88,7 +88,7 @@ DEVICE void wgmma_wait() {
 // Keeps what is done with accumulators behind the wait before it: the compiler takes them for results of the instruction that
 // started the product.
 template <int EIGHTS>
-DEVICE void settled(float (&d)[EIGHTS][4]) {
+DEVICE void fence_accumulators(float (&d)[EIGHTS][4]) {
 #pragma unroll
   for (int i = 0; i < 4 * EIGHTS; i++) asm volatile("" : "+f"(d[i / 4][i % 4])::"memory");
 }
@@ -109,23 +109,23 @@ DEVICE void settled(float (&d)[EIGHTS][4]) {
 #define WGMMA_BIND20 WGMMA_BIND16, WGMMA_EIGHT(16), WGMMA_EIGHT(17), WGMMA_EIGHT(18), WGMMA_EIGHT(19)
 
 // Overloads for one type and width. A, B, ... are the numbers of the operands behind the accumulators.
-#define WGMMA(T, NAME, COLUMNS, EIGHTS, A, B, C, D, E, F)                                                                 \
-  template <Lines RIGHT>                                                                                                  \
-  DEVICE void wgmma(T, float (&d)[EIGHTS][4], uint64_t a, uint64_t b, bool add) {                                         \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #C ", 0;\n"                                                     \
-                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME " {" WGMMA_D##EIGHTS               \
-                 "}, %" #A ", %" #B ", add, 1, 1, 0, %" #D ";\n}"                                                         \
-                 : WGMMA_BIND##EIGHTS                                                                                     \
-                 : "l"(a), "l"(b), "r"((int)add), "n"(RIGHT == Lines::Across ? 1 : 0));                                   \
-  }                                                                                                                       \
-  template <Lines RIGHT>                                                                                                  \
-  DEVICE void wgmma(T, float (&d)[EIGHTS][4], const uint32_t (&a)[4], uint64_t b, bool add) {                             \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #F ", 0;\n"                                                     \
-                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME " {" WGMMA_D##EIGHTS               \
-                 "}, {%" #A ", %" #B ", %" #C ", %" #D "}, %" #E ", add, 1, 1, %" WGMMA_NEXT_##F ";\n}"                   \
-                 : WGMMA_BIND##EIGHTS                                                                                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add),                                     \
-                   "n"(RIGHT == Lines::Across ? 1 : 0));                                                                  \
+#define WGMMA(T, NAME, COLUMNS, EIGHTS, A, B, C, D, E, F)                                                   \
+  template <Lines RIGHT>                                                                                    \
+  DEVICE void wgmma(T, float (&d)[EIGHTS][4], uint64_t a, uint64_t b, bool add) {                           \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #C ", 0;\n"                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME " {" WGMMA_D##EIGHTS \
+                 "}, %" #A ", %" #B ", add, 1, 1, 0, %" #D ";\n}"                                           \
+                 : WGMMA_BIND##EIGHTS                                                                       \
+                 : "l"(a), "l"(b), "r"((int)add), "n"(RIGHT == Lines::MNMajor ? 1 : 0));                    \
+  }                                                                                                         \
+  template <Lines RIGHT>                                                                                    \
+  DEVICE void wgmma(T, float (&d)[EIGHTS][4], const uint32_t (&a)[4], uint64_t b, bool add) {               \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #F ", 0;\n"                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME " {" WGMMA_D##EIGHTS \
+                 "}, {%" #A ", %" #B ", %" #C ", %" #D "}, %" #E ", add, 1, 1, %" WGMMA_NEXT_##F ";\n}"     \
+                 : WGMMA_BIND##EIGHTS                                                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add),                       \
+                   "n"(RIGHT == Lines::MNMajor ? 1 : 0));                                                   \
   }
 
 #define WGMMA_NEXT_25 "26"
@@ -147,14 +147,14 @@ DEVICE void settled(float (&d)[EIGHTS][4]) {
 WGMMA_TYPE(f16, "f16")
 WGMMA_TYPE(bf16, "bf16")
 #else
-#include "host/hopper.h"
+#include "host/sm90.h"
 #endif
 
 // What describes operands in boxes to wgmma (PTX ISA, "Matrix Descriptor Format"): where they begin, bytes from one box to the
 // next where lines run across the reduced dimension, 1024 bytes from eight lines to the next eight, the permutation.
-DEVICE uint64_t boxes(uint32_t address, int box_bytes = 16) {
+DEVICE uint64_t descriptor(uint32_t address, int box_bytes = 16) {
   return (uint64_t)(address >> 4 & 0x3fff) | (uint64_t)(box_bytes >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | 1ull << 62;
 }
 
 // The descriptor `bytes` further on.
-DEVICE uint64_t further(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+DEVICE uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }

@@ -6,20 +6,20 @@ use nvml_wrapper::Nvml;
 use nvml_wrapper::enum_wrappers::device::{Clock, TemperatureSensor};
 use serde_json::{Value, json};
 
-/// The board a run is on; none of a CPU's, or where the library is missing.
-pub struct Board {
+/// The device a run is on; none of a CPU's, or where the library is missing.
+pub struct NvmlDevice {
     found: Option<(Nvml, String)>,
 }
 
-impl Board {
-    pub fn none() -> Board {
-        Board { found: None }
+impl NvmlDevice {
+    pub fn none() -> NvmlDevice {
+        NvmlDevice { found: None }
     }
 
     /// That of a CUDA device. A library that is missing or refuses leaves its numbers out and is no error.
-    pub fn of(ordinal: usize) -> Result<Board> {
+    pub fn of(ordinal: usize) -> Result<NvmlDevice> {
         let address = Gpu::bus_address(ordinal)?;
-        Ok(Board { found: Nvml::init().ok().map(|nvml| (nvml, address)) })
+        Ok(NvmlDevice { found: Nvml::init().ok().map(|nvml| (nvml, address)) })
     }
 
     fn device(&self) -> Option<nvml_wrapper::Device<'_>> {

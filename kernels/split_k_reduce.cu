@@ -1,16 +1,16 @@
 // The end of a product whose reduced dimension was split over blocks: adds the parts of every sum in order and stores the output.
 //
 //   y [M, N] = activation(sum over s of partial [S, M, N] + bias + shift) + residual, as epilogue.cuh says.
-//   partial  f32, row-major, whoever made it. GEGLU: [S, M, 2 H], first all values, then all gates; y has H columns.
+//   partial  f32, row-major, from either main loop. GEGLU: [S, M, 2 H], first all values, then all gates; y has H columns.
 //   y, bias, shift and residual are T; y is overwritten and may be the residual.
 //
 // A thread has 4 neighbours of a row where N is a multiple of 4 (16 bytes of each part), else one. Bytes: 4 S M N read, which
 // the product wrote just before and a large L2 still has, besides y and the residual; FLOPs: S M N. Limited by memory.
 #include "epilogue.cuh"
-#include "pieces.cuh"
+#include "vectorized.cuh"
 
-// Matches `FinishParams` in src/exec/cuda/epilogue.rs.
-struct FinishParams {
+// Matches `SplitKReduceParams` in src/exec/cuda/epilogue.rs.
+struct SplitKReduceParams {
   Epilogue epilogue;
   const float* partial;
   int64_t stride;   // elements from one part to the next
@@ -19,11 +19,11 @@ struct FinishParams {
   Pieces pieces;  // of y
   int32_t unused;
 };
-static_assert(sizeof(FinishParams) == 112, "as in epilogue.rs");
+static_assert(sizeof(SplitKReduceParams) == 112, "as in epilogue.rs");
 
 // The whole sums of N neighbours.
 template <int N>
-DEVICE void add_parts(float (&sum)[N], const FinishParams& p, const float* at) {
+DEVICE void add_parts(float (&sum)[N], const SplitKReduceParams& p, const float* at) {
   load_piece(sum, at);
 #pragma unroll 4
   for (int left = p.splits - 1; left; left--) {
@@ -36,7 +36,7 @@ DEVICE void add_parts(float (&sum)[N], const FinishParams& p, const float* at) {
 }
 
 template <class T>
-DEVICE void finish(const FinishParams& p) {
+DEVICE void split_k_reduce(const SplitKReduceParams& p) {
   over_pieces<4>(p.pieces, [&](int row, int column, auto width) {
     constexpr int N = decltype(width)::value;
     const float* at = p.partial + (int64_t)row * p.columns + column;
@@ -47,5 +47,5 @@ DEVICE void finish(const FinishParams& p) {
   });
 }
 
-// Kernels: finish_f16 finish_bf16 finish_f32
-FOR_EACH_TYPE(finish, FinishParams)
+// Kernels: split_k_reduce_f16 split_k_reduce_bf16 split_k_reduce_f32
+FOR_EACH_TYPE(split_k_reduce, SplitKReduceParams)

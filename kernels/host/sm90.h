@@ -1,4 +1,4 @@
-// The primitives of hopper.cuh on the host: copies of boxes land, and products are made, as late as they may be.
+// The primitives of sm90.cuh on the host: copies of boxes land, and products are made, as late as they may be.
 //
 // Not modelled: fence.proxy.async, which only code needs that writes shared memory by ordinary stores before a copy or a product
 // reads it; and wgmma.fence. A warp's part of a product needs no other warp, so warps of a warpgroup may drift apart.
@@ -8,9 +8,9 @@
 #define DYNAMIC_BOXES DYNAMIC_SHARED
 
 template <int N>
-static inline void give_registers() {}
+static inline void setmaxnreg_dec() {}
 template <int N>
-static inline void take_registers() {}
+static inline void setmaxnreg_inc() {}
 
 // Matches `HostTensorMap` in src/exec/cuda/emulated.rs.
 struct TensorMap {
@@ -209,14 +209,14 @@ static inline void wgmma_wait() {
 }
 
 template <int EIGHTS>
-static inline void settled(float (&)[EIGHTS][4]) {}
+static inline void fence_accumulators(float (&)[EIGHTS][4]) {}
 
 template <Lines RIGHT, class T, int EIGHTS>
 static inline void wgmma(T, float (&d)[EIGHTS][4], uint64_t a, uint64_t b, bool add) {
-  emulated::start_product<T, EIGHTS, RIGHT == Lines::Across>(d, nullptr, a, b, add);
+  emulated::start_product<T, EIGHTS, RIGHT == Lines::MNMajor>(d, nullptr, a, b, add);
 }
 
 template <Lines RIGHT, class T, int EIGHTS>
 static inline void wgmma(T, float (&d)[EIGHTS][4], const uint32_t (&a)[4], uint64_t b, bool add) {
-  emulated::start_product<T, EIGHTS, RIGHT == Lines::Across>(d, a, 0, b, add);
+  emulated::start_product<T, EIGHTS, RIGHT == Lines::MNMajor>(d, a, 0, b, add);
 }

@@ -2,7 +2,7 @@
 
 use super::cases::Built;
 use super::naive::Buffers;
-use super::storage::round;
+use super::tolerance::round;
 use rarebit::exec::{Data, DataMut, Executor};
 use rarebit::plan::plan;
 use rarebit::program::*;

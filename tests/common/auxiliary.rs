@@ -1,4 +1,4 @@
-//! The networks around a pipeline as programs, and what torch computed with them (`tools/reference/dump_models.py`).
+//! The auxiliary networks as programs, and what torch computed with them (`tools/reference/dump_models.py`).
 
 use super::golden::{Case, Golden, data_folder};
 use rarebit::exec::cpu::{Cpu, Real};

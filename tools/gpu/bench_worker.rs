@@ -1,4 +1,4 @@
-//! The engine's side of the benchmarks in turn with PyTorch (bench.py): loads a case, says what it costs and what it computes, then runs it as
+//! The engine's side of the benchmarks against PyTorch (bench.py): loads a case, says what it costs and what it computes, then runs it as
 //! often as it is asked to. Requests come on stdin and answers go to stdout, a line of JSON each.
 //!
 //! Of several cases in one process each lets go of the one before, but for weights.
@@ -28,7 +28,7 @@ use std::time::Instant;
 
 /// Run benchmark cases that are named on stdin.
 #[derive(Args)]
-pub struct Turns {
+pub struct BenchWorker {
     /// cuda:N, emulated or cpu
     #[arg(long, default_value = "cuda:0")]
     device: String,
@@ -57,11 +57,11 @@ enum Request {
     Decode { inputs: PathBuf, outputs: PathBuf },
     /// Whole images from prompt to bytes, by DDIM.
     Image { size: usize, batch: usize, steps: usize, guidance: f64 },
-    /// What was loaded last, so many times between two looks at the clock.
+    /// What was loaded last, so many times between two readings of the clock.
     Run(usize),
 }
 
-pub fn serve(args: &Turns, emulation: impl FnOnce() -> PathBuf) -> Outcome<()> {
+pub fn serve(args: &BenchWorker, emulation: impl FnOnce() -> PathBuf) -> Outcome<()> {
     let dtype = match args.dtype.as_str() {
         "f32" => DType::F32,
         "f16" => DType::F16,

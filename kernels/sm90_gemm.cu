@@ -17,11 +17,11 @@
 // the GPU the reduced dimension is split over blockIdx.z as in gemm.cu.
 // Bytes: (128 + columns) C taps per block through L2; FLOPs: 2 B H W N C taps. Limits: 32 to 40 KiB of shared memory a slot, 80
 // accumulators a thread; one block a multiprocessor. Limited by the tensor cores.
-#include "hopper.cuh"
-#include "product.cuh"
+#include "sm90.cuh"
+#include "gemm_mainloop.cuh"
 
-// Matches `HopperParams` in src/exec/cuda/hopper.rs.
-struct HopperParams {
+// Matches `Sm90GemmParams` in src/exec/cuda/sm90_gemm.rs.
+struct Sm90GemmParams {
   TensorMap left;   // c, x, y, b
   TensorMap right;  // r: c, n, tap; a: n, c, tap; GEGLU: c, n % 8, half, n / 8
   Epilogue epilogue;
@@ -35,18 +35,18 @@ struct HopperParams {
   int32_t slots;    // of the ring
   int32_t unused[19];
 };
-static_assert(sizeof(HopperParams) == 512, "as in hopper.rs");
+static_assert(sizeof(Sm90GemmParams) == 512, "as in sm90_gemm.rs");
 
 template <class T, int COLUMNS_, Lines RIGHT_>
-struct HopperTiles {
+struct Sm90Tiles {
   typedef T Storage;
   static constexpr Lines RIGHT = RIGHT_;
-  static constexpr int ROWS = HOPPER_ROWS, COLUMNS = COLUMNS_, DEPTH = LINE;
-  static constexpr int THREADS = HOPPER_THREADS, CONSUMERS = THREADS / WARP_SIZE - 1;
+  static constexpr int ROWS = SM90_ROWS, COLUMNS = COLUMNS_, DEPTH = LINE;
+  static constexpr int THREADS = SM90_THREADS, CONSUMERS = THREADS / WARP_SIZE - 1;
   static constexpr int LEFT_BYTES = ROWS * LINE_BYTES;
   // Boxes of the right operand: one of all columns, or one for each 64 of them.
-  static constexpr int BOXES = RIGHT == Lines::Reduced ? 1 : (COLUMNS + LINE - 1) / LINE;
-  static constexpr int BOX_BYTES = (RIGHT == Lines::Reduced ? COLUMNS : DEPTH) * LINE_BYTES;
+  static constexpr int BOXES = RIGHT == Lines::KMajor ? 1 : (COLUMNS + LINE - 1) / LINE;
+  static constexpr int BOX_BYTES = (RIGHT == Lines::KMajor ? COLUMNS : DEPTH) * LINE_BYTES;
   static constexpr int STAGE_BYTES = LEFT_BYTES + BOXES * BOX_BYTES;
 };
 
@@ -54,15 +54,15 @@ struct HopperTiles {
 struct PixelBox {
   int x, y, b;
 
-  DEVICE PixelBox(const HopperParams& p) {
+  DEVICE PixelBox(const Sm90GemmParams& p) {
     int tile = p.split.tile_down();
     int rest = divide(tile, p.tiles_x), tile_x = tile - rest * p.tiles_x.divisor;
     int tile_b = divide(rest, p.tiles_y), tile_y = rest - tile_b * p.tiles_y.divisor;
-    x = tile_x << p.shift_x, y = tile_y << p.shift_y, b = tile_b * (HOPPER_ROWS >> p.shift_x >> p.shift_y);
+    x = tile_x << p.shift_x, y = tile_y << p.shift_y, b = tile_b * (SM90_ROWS >> p.shift_x >> p.shift_y);
   }
 
   // The row of y that is pixel `i` of the box, or -1.
-  DEVICE int row(const HopperParams& p, int i) const {
+  DEVICE int row(const Sm90GemmParams& p, int i) const {
     int at_x = x + (i & ((1 << p.shift_x) - 1)), at_y = y + (i >> p.shift_x & ((1 << p.shift_y) - 1));
     int at_b = b + (i >> p.shift_x >> p.shift_y);
     return at_x < p.width && at_y < p.height && at_b < p.batch ? (at_b * p.height + at_y) * p.width + at_x : -1;
@@ -101,7 +101,7 @@ struct Turn {
 
 // One thread's work: fills stages in turn, each once the warps that computed with it are done.
 template <class H>
-DEVICE void fill_stages(const HopperParams& p, PixelBox box, int first, int count, const Ring<H>& ring) {
+DEVICE void fill_stages(const Sm90GemmParams& p, PixelBox box, int first, int count, const Ring<H>& ring) {
   int column = p.split.tile_across() * H::COLUMNS;
   bool geglu = p.epilogue.activation == GEGLU;
   int tap = divide(first, p.chunks), chunk = first - tap * p.chunks.divisor;
@@ -112,7 +112,7 @@ DEVICE void fill_stages(const HopperParams& p, PixelBox box, int first, int coun
     barrier_expect(barrier, H::STAGE_BYTES);
     int ky = divide(tap, p.kernel_row), kx = tap - ky * p.kernel_row.divisor, c = chunk * H::DEPTH;
     copy_box(to, p.left, c, box.x + p.right_by + p.direction * kx, box.y + p.down + p.direction * ky, box.b, barrier);
-    if (H::RIGHT == Lines::Reduced) {
+    if (H::RIGHT == Lines::KMajor) {
       copy_box(to + H::LEFT_BYTES, p.right, c, geglu ? 0 : column, geglu ? 0 : tap, geglu ? column / 16 : 0, barrier);
     } else {
 #pragma unroll
@@ -128,7 +128,7 @@ DEVICE void fill_stages(const HopperParams& p, PixelBox box, int first, int coun
 template <class H>
 DEVICE void multiply_stages(float (&acc)[H::COLUMNS / 8][4], int count, const Ring<H>& ring) {
   // 16 reduced elements further: within the line, or sixteen lines on.
-  constexpr int NEXT_RIGHT = H::RIGHT == Lines::Reduced ? 32 : 16 * LINE_BYTES;
+  constexpr int NEXT_RIGHT = H::RIGHT == Lines::KMajor ? 32 : 16 * LINE_BYTES;
   int group = threadIdx.x / WARPGROUP;
   bool signals = threadIdx.x % WARP_SIZE == 0;
   Turn turn;
@@ -136,11 +136,11 @@ DEVICE void multiply_stages(float (&acc)[H::COLUMNS / 8][4], int count, const Ri
   for (int stage = 0; stage < count; stage++) {
     uint32_t from = ring.stage(turn.slot);
     barrier_wait(ring.full(turn.slot), turn.parity);
-    uint64_t left = boxes(from + group * 64 * LINE_BYTES), right = boxes(from + H::LEFT_BYTES, H::BOX_BYTES);
+    uint64_t left = descriptor(from + group * 64 * LINE_BYTES), right = descriptor(from + H::LEFT_BYTES, H::BOX_BYTES);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < H::DEPTH / STEP; k++) {
-      wgmma<H::RIGHT>(typename H::Storage(), acc, further(left, 32 * k), further(right, NEXT_RIGHT * k), stage + k > 0);
+      wgmma<H::RIGHT>(typename H::Storage(), acc, advance(left, 32 * k), advance(right, NEXT_RIGHT * k), stage + k > 0);
     }
     wgmma_commit();
     wgmma_wait<1>();
@@ -150,11 +150,11 @@ DEVICE void multiply_stages(float (&acc)[H::COLUMNS / 8][4], int count, const Ri
     turn.next(ring.slots);
   }
   wgmma_wait<0>();
-  settled(acc);
+  fence_accumulators(acc);
 }
 
 template <class H>
-DEVICE void product_hopper(const HopperParams& p) {
+DEVICE void sm90_gemm(const Sm90GemmParams& p) {
   typedef typename H::Storage T;
   DYNAMIC_BOXES(shared);
   Ring<H> ring = {shared_address(shared), p.slots};
@@ -170,21 +170,21 @@ DEVICE void product_hopper(const HopperParams& p) {
   multiply_stages(acc[0], count, ring);
   auto row = [&](int i) { return box.row(p, i); };
   int rows = p.batch * p.height * p.width, half = p.epilogue.activation == GEGLU ? p.epilogue.columns : 0;
-  typedef Blocking<T, H::ROWS, H::COLUMNS, H::CONSUMERS, 1> B;
+  typedef TileShape<T, H::ROWS, H::COLUMNS, H::CONSUMERS, 1> B;
   end<B, true>(acc, p.epilogue, p.split, row, rows, p.split.tile_across() * H::COLUMNS, p.columns, half);
 }
 
-#define HOPPER(NAME, RIGHT, COLUMNS)                                                                             \
-  KERNEL(product_hopper_##NAME##_##COLUMNS##_f16, HopperParams, (HopperTiles<f16, COLUMNS, RIGHT>::THREADS)) {   \
-    product_hopper<HopperTiles<f16, COLUMNS, RIGHT>>(p);                                                         \
-  }                                                                                                              \
-  KERNEL(product_hopper_##NAME##_##COLUMNS##_bf16, HopperParams, (HopperTiles<bf16, COLUMNS, RIGHT>::THREADS)) { \
-    product_hopper<HopperTiles<bf16, COLUMNS, RIGHT>>(p);                                                        \
+#define SM90_GEMM(NAME, RIGHT, COLUMNS)                                                                     \
+  KERNEL(sm90_gemm_##NAME##_##COLUMNS##_f16, Sm90GemmParams, (Sm90Tiles<f16, COLUMNS, RIGHT>::THREADS)) {   \
+    sm90_gemm<Sm90Tiles<f16, COLUMNS, RIGHT>>(p);                                                           \
+  }                                                                                                         \
+  KERNEL(sm90_gemm_##NAME##_##COLUMNS##_bf16, Sm90GemmParams, (Sm90Tiles<bf16, COLUMNS, RIGHT>::THREADS)) { \
+    sm90_gemm<Sm90Tiles<bf16, COLUMNS, RIGHT>>(p);                                                          \
   }
 
-// Kernels: product_hopper_r_128_f16 product_hopper_r_128_bf16 product_hopper_r_160_f16 product_hopper_r_160_bf16
-// Kernels: product_hopper_a_128_f16 product_hopper_a_128_bf16 product_hopper_a_160_f16 product_hopper_a_160_bf16
-HOPPER(r, Lines::Reduced, 128)
-HOPPER(r, Lines::Reduced, 160)
-HOPPER(a, Lines::Across, 128)
-HOPPER(a, Lines::Across, 160)
+// Kernels: sm90_gemm_r_128_f16 sm90_gemm_r_128_bf16 sm90_gemm_r_160_f16 sm90_gemm_r_160_bf16 sm90_gemm_a_128_f16
+// Kernels: sm90_gemm_a_128_bf16 sm90_gemm_a_160_f16 sm90_gemm_a_160_bf16
+SM90_GEMM(r, Lines::KMajor, 128)
+SM90_GEMM(r, Lines::KMajor, 160)
+SM90_GEMM(a, Lines::MNMajor, 128)
+SM90_GEMM(a, Lines::MNMajor, 160)
