@@ -2,17 +2,19 @@
 
 use crate::common::golden::{Golden, data_folder};
 use crate::common::inputs;
-use crate::common::minority::relative;
+use crate::common::minority::{relative, token};
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::{Data, DataMut, Executor, ProgramId};
 use rarebit::models::{clip_image, detect};
 use rarebit::optimize::chain::{Chain, Options, Term};
 use rarebit::optimize::objective::{At, Condition, Minority, Objective, RewardPrompts, StepContext, minority, reward};
 use rarebit::optimize::optimizer::{Clip, Optimizer, Rule};
-use rarebit::optimize::variable::{Entry, Parameter};
+use rarebit::optimize::variable::token::Init;
+use rarebit::optimize::variable::{CONTEXT, Entry, POOLED, Parameter, Variable, VariableSpec};
 use rarebit::pipeline::Pipeline;
+use rarebit::pipeline::conditioning::{Branch, States};
 use rarebit::pipeline::networks::{Networks, Tensor};
-use rarebit::pipeline::programs::gradient_of;
+use rarebit::pipeline::programs::{Sizes, gradient_of};
 use rarebit::plan::{Planned, plan};
 use rarebit::program::*;
 use rarebit::rewards::Clip as ClipReward;
@@ -263,7 +265,7 @@ fn objectives_predict_in_a_chain() {
                     found.losses.iter().flatten().sum::<f64>()
                 };
                 let mut error = |h: f64| ((loss(h) - loss(-h)) / (2.0 * h) - slope).abs() / slope.abs();
-                let best = [1e-4, 1e-5].into_iter().map(&mut error).fold(f64::INFINITY, f64::min);
+                let best = [1e-4, 1e-5, 1e-6].into_iter().map(&mut error).fold(f64::INFINITY, f64::min);
                 println!("{name} {what}: {best:.1e}");
                 assert!(best < 1e-6, "{name} {what}: {best:e}");
             }
@@ -274,6 +276,81 @@ fn objectives_predict_in_a_chain() {
         for (one, other) in forms[0].gradients.iter().zip(&forms[1].gradients) {
             let error = relative(one, other);
             assert!(error < 1e-12, "{name}: the forms are {error:e} apart");
+        }
+    }
+}
+
+/// A learnable token through the text towers and a whole run: its gradient, carried on from that to the text states on the device, is
+/// the central difference in f64.
+#[test]
+fn tokens_enter_a_chain() {
+    for name in ["tiny-sd1", "tiny-sdxl"] {
+        let pipeline = Golden::open(name).pipeline();
+        let options = options(&pipeline, DType::F64, Method::Ddim, None);
+        let added = pipeline.config.unet.added.is_some();
+        let entries = [Some(Entry::Context), added.then_some(Entry::Pooled)].into_iter().flatten();
+        let entries: Vec<Entry> = entries.collect();
+        let mut cpu = Cpu::<f64>::new();
+        let chain = Chain::plan(&pipeline, &cpu, &options, &entries, vec![Term::at_end(mean_square())]).unwrap();
+        let start = noise("start", &chain);
+
+        let settings = token(Init::White { scale: 1.0 });
+        let ids = settings.tokenize(&pipeline, &[PROMPT, "a red heart"]).unwrap();
+        let begin = settings.initial(&pipeline, &[1, 2]).unwrap();
+        let variable = Variable::Token(settings);
+        let (height, width) = pipeline.latent_size(options.width, options.height).unwrap();
+        let sizes = Sizes { batch: 2, height, width, tokens: pipeline.tokens() };
+        let spec =
+            VariableSpec { pipeline: &pipeline, dtype: DType::F64, sizes, variable: &variable, prefix: ids.prefix };
+        let programs = [spec.prefix(), spec.forward(), spec.backward()].map(|program| {
+            let workspace = |program: &Program, node: &Node| cpu.workspace(program, node);
+            plan(program.unwrap().unwrap(), workspace)
+        });
+        let mut chain = chain.load::<f64>(&mut cpu).unwrap();
+        let [prefix, forward, backward] =
+            programs.map(|planned| chain.executor().load(planned, &pipeline.model).unwrap());
+        ids.write(chain.executor(), pipeline.tokens()).unwrap();
+        chain.executor().run(prefix).unwrap();
+        chain.prompts(&[PROMPT, "a red heart"], &[""; 2]).unwrap();
+        chain.set_noise(&start).unwrap();
+
+        let states = States { context: CONTEXT, pooled: added.then_some(POOLED) };
+        let gradients = [CONTEXT, POOLED].map(gradient_of);
+        let to = States { context: &gradients[0], pooled: added.then_some(&gradients[1]) };
+        let mut at = |rows: &[Vec<f64>], with_gradient: bool| -> (f64, Vec<Vec<f64>>) {
+            for (parameter, rows) in spec.parameters().iter().zip(rows) {
+                chain.executor().write(parameter.name, Data::F64(rows)).unwrap();
+            }
+            chain.executor().run(forward).unwrap();
+            chain.condition_on_states(Branch::Prompt, states).unwrap();
+            let losses = if with_gradient { chain.gradient() } else { chain.loss() }.unwrap();
+            let mut found = vec![];
+            if with_gradient {
+                chain.copy_gradient(Branch::Prompt, to).unwrap();
+                chain.executor().run(backward).unwrap();
+                for parameter in spec.parameters() {
+                    let mut values = vec![0.0; parameter.len()];
+                    let name = gradient_of(parameter.name);
+                    chain.executor().read(&name, DataMut::F64(&mut values)).unwrap();
+                    found.push(values);
+                }
+            }
+            (losses.iter().flatten().sum(), found)
+        };
+        let begin: Vec<Vec<f64>> = begin.iter().map(|rows| rows.iter().map(|x| f64::from(*x)).collect()).collect();
+        let (_, gradient) = at(&begin, true);
+        for tower in 0..begin.len() {
+            let along = inputs::noise("along", 4, begin[tower].len());
+            let slope: f64 = gradient[tower].iter().zip(&along).map(|(a, b)| a * b).sum();
+            let mut loss = |h: f64| {
+                let mut moved = begin.clone();
+                moved[tower].iter_mut().zip(&along).for_each(|(x, a)| *x += h * a);
+                at(&moved, false).0
+            };
+            let mut error = |h: f64| ((loss(h) - loss(-h)) / (2.0 * h) - slope).abs() / slope.abs();
+            let best = [1e-4, 1e-5, 1e-6].into_iter().map(&mut error).fold(f64::INFINITY, f64::min);
+            println!("{name} tower {tower}: {best:.1e}");
+            assert!(best < 1e-6, "{name} tower {tower}: {best:e} from a slope of {slope:e}");
         }
     }
 }

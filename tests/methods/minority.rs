@@ -2,7 +2,6 @@
 
 use crate::common::golden::Golden;
 use crate::common::minority::{Outcome, images, job, looking, plain, run, settings, token};
-use rarebit::autodiff::{Cotangent, Request, differentiate};
 use rarebit::data::textual_inversion::LearnedToken;
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::{Data, DataMut, Executor};
@@ -10,13 +9,13 @@ use rarebit::methods::minority::{Convention, Renoise};
 use rarebit::methods::minority::{Minority, Schedule, Settings};
 use rarebit::optimize::objective::{self, At, Condition, Nfe, Objective, StepContext, minority, repulsion};
 use rarebit::optimize::variable::token::{Init, PoolAt, TokenSettings};
-use rarebit::optimize::variable::{Names, Parameter, ROWS, Variable, VariableSpec};
+use rarebit::optimize::variable::{ROWS, Variable, VariableSpec};
 use rarebit::pipeline::Pipeline;
 use rarebit::pipeline::conditioning::Branch;
 use rarebit::pipeline::generate::Image;
 use rarebit::pipeline::programs::Sizes;
 use rarebit::plan::plan;
-use rarebit::program::{DType, Program};
+use rarebit::program::DType;
 use rarebit::text::Position;
 
 const FAMILIES: [&str; 3] = ["tiny-sd1", "tiny-sd2", "tiny-sdxl"];
@@ -221,38 +220,15 @@ fn towers(pipeline: &Pipeline) -> Towers {
     let prefix = token_batch.prefix;
     let spec = VariableSpec { pipeline, dtype: DType::F32, sizes, variable: &variable, prefix };
     let mut executor = cpu();
-    let forward = spec.forward().unwrap().unwrap();
-    let programs = [spec.prefix().unwrap().unwrap(), gradient(&forward, &spec), forward];
+    let programs = [spec.prefix(), spec.backward(), spec.forward()].map(|program| program.unwrap().unwrap());
     let [prefix, backward, forward] = programs.map(|program| {
         let planned = plan(program, |program, node| executor.workspace(program, node));
         executor.load(planned, &pipeline.model).unwrap()
     });
-    let (names, tokens) = (Names::of(token_batch.prefix), pipeline.tokens());
-    for (tower, ids) in token_batch.ids.iter().enumerate() {
-        let [first, rest] = names.ids(tower);
-        let part = |from: usize, to: usize| -> Vec<i32> {
-            ids.chunks(tokens).flat_map(|ids| &ids[from..to]).copied().collect()
-        };
-        executor.write(&first, Data::I32(&part(0, token_batch.prefix))).unwrap();
-        executor.write(&rest, Data::I32(&part(token_batch.prefix, tokens))).unwrap();
-    }
-    if token_batch.ids.len() > 1 {
-        let pool_at: Vec<i32> = token_batch.pool_at.iter().map(|at| at - token_batch.prefix as i32).collect();
-        executor.write(&names.pool_at(), Data::I32(&pool_at)).unwrap();
-    }
+    token_batch.write(&mut executor, pipeline.tokens()).unwrap();
     executor.run(prefix).unwrap();
     let widths = pipeline.config.text.iter().map(|tower| tower.width).collect();
     Towers { executor, forward, backward, prefix: token_batch.prefix, widths }
-}
-
-/// Gradients of the text states → gradients of the rows.
-fn gradient(forward: &Program, spec: &VariableSpec<'_>) -> Program {
-    let mut program = forward.clone();
-    let outputs = std::mem::take(&mut program.outputs);
-    let objectives = outputs.into_iter().map(|(name, id)| (id, Cotangent::Input(format!("d.{name}")))).collect();
-    let leaf = |p: Parameter| Some((program.input(p.name)?, format!("d.{}", p.name)));
-    let leaves = spec.parameters().into_iter().filter_map(leaf).collect();
-    differentiate(&program, &Request { objectives, leaves }, None).unwrap()
 }
 
 impl Towers {

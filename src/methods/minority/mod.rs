@@ -20,7 +20,7 @@ use crate::exec::{Data, DataMut, Executor};
 use crate::optimize::objective::{Nfe, NoiseLevels, report_name};
 use crate::optimize::optimizer::{LoadedOptimizer, LrSchedule, Optimizer, PlannedOptimizer};
 use crate::optimize::variable::token::TokenBatch;
-use crate::optimize::variable::{CONTEXT, Entry, Names, POOLED, Parameter, Variable};
+use crate::optimize::variable::{CONTEXT, Entry, POOLED, Parameter, Variable};
 use crate::pipeline::conditioning::{self, Branch, States};
 use crate::pipeline::generate::{self, Generator, Image, Job};
 use crate::pipeline::programs::gradient_of;
@@ -302,19 +302,7 @@ impl<'p, 'e> Loaded<'p, 'e> {
             )));
         }
         self.prefix = token_batch.prefix;
-        let (names, tokens) = (Names::of(token_batch.prefix), self.images.sizes.tokens);
-        for (tower, ids) in token_batch.ids.iter().enumerate() {
-            let [first, rest] = names.ids(tower);
-            let part = |from: usize, to: usize| -> Vec<i32> {
-                ids.chunks(tokens).flat_map(|ids| &ids[from..to]).copied().collect()
-            };
-            self.images.executor.write(&first, Data::I32(&part(0, token_batch.prefix)))?;
-            self.images.executor.write(&rest, Data::I32(&part(token_batch.prefix, tokens)))?;
-        }
-        if token_batch.ids.len() > 1 {
-            let pool_at: Vec<i32> = token_batch.pool_at.iter().map(|at| at - token_batch.prefix as i32).collect();
-            self.images.executor.write(&names.pool_at(), Data::I32(&pool_at))?;
-        }
+        token_batch.write(&mut *self.images.executor, self.images.sizes.tokens)?;
         match self.prefixes[&token_batch.prefix].prefix {
             Some(program) => self.images.executor.run(program),
             None => Ok(()),

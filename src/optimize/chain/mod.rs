@@ -100,8 +100,8 @@ impl<'p> Chain<'p> {
     /// Builds and plans the programs of a run, its losses and its gradients to `entries`.
     ///
     /// With a budget, everything is kept if that fits, else the sampler's states, and each step is recomputed in as few segments
-    /// as fit; `Error::Memory` names what the run needs at least. Gradients to tokens are those to [`Entry::Context`], carried on
-    /// through the text towers: `Error::Usage` here.
+    /// as fit; `Error::Memory` names what the run needs at least. A gradient to tokens is that to [`Entry::Context`]
+    /// ([`Loaded::copy_gradient`]), carried on by [`crate::optimize::variable::VariableSpec::backward`]: `Error::Usage` here.
     pub fn plan(
         pipeline: &'p Pipeline,
         executor: &dyn Executor,

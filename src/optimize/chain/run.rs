@@ -6,13 +6,14 @@ use crate::exec::{Data, Executor, HostFloat, ProgramId};
 use crate::optimize::objective::{self, NoiseLevels};
 use crate::optimize::variable::Entry;
 use crate::pipeline::Pipeline;
-use crate::pipeline::conditioning::{self, BATCH, ENCODED, Text};
+use crate::pipeline::conditioning::{self, BATCH, Branch, ENCODED, States, Text};
 use crate::pipeline::programs::{Sizes, buffer, gradient_of, pooled_width, rows};
 use crate::plan::Planned;
 use crate::program::Origin;
 use crate::sampler::{self, HISTORY, LATENTS, Schedule};
 use crate::{Error, Result};
 use std::collections::HashSet;
+use std::ops::Range;
 
 /// Losses and gradients of one run.
 #[derive(Clone, Debug)]
@@ -152,6 +153,34 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
             self.executor.write(buffer::POOLED, pooled)?;
         }
         conditioning::condition(self.pipeline, self.executor, self.condition, self.sizes, &self.schedule)
+    }
+
+    /// Conditions a branch, where there is it, on what buffers of a row per sample hold; without pooled states there, it keeps its own.
+    pub fn condition_on_states(&mut self, branch: Branch, from: States<'_>) -> Result<()> {
+        for (sample, row) in self.rows_of(branch).enumerate() {
+            conditioning::copy(self.pipeline, self.executor, (from, sample), (BATCH, row))?;
+        }
+        conditioning::condition(self.pipeline, self.executor, self.condition, self.sizes, &self.schedule)
+    }
+
+    /// Copies the gradients to a branch's states, as [`Loaded::gradient`] left them, to buffers of a row per sample.
+    pub fn copy_gradient(&mut self, branch: Branch, to: States<'_>) -> Result<()> {
+        let names = [buffer::CONTEXT, buffer::POOLED].map(gradient_of);
+        let pooled = self.entries.contains(&Entry::Pooled).then_some(names[1].as_str());
+        let from = States { context: &names[0], pooled };
+        for (sample, row) in self.rows_of(branch).enumerate() {
+            conditioning::copy(self.pipeline, self.executor, (from, row), (to, sample))?;
+        }
+        Ok(())
+    }
+
+    /// The rows of a branch, under guidance the unconditional ones first.
+    fn rows_of(&self, branch: Branch) -> Range<usize> {
+        let (rows, batch) = (rows(self.sizes, &self.schedule), self.sizes.batch);
+        match branch {
+            Branch::Prompt => rows - batch..rows,
+            Branch::Negative => 0..rows - batch,
+        }
     }
 
     /// One prompt's text states.

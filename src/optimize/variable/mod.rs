@@ -1,13 +1,17 @@
 //! What may change in a run, its parameters, and where they enter the network.
 
+mod names;
 pub mod token;
 
+pub use names::Names;
+
 use crate::Result;
+use crate::autodiff::{Cotangent, Request, differentiate};
 use crate::models::clip_text::{self, Past, Prompt};
 use crate::models::config::ClipTextConfig;
 use crate::pipeline::Pipeline;
 use crate::pipeline::conditioning::Branch;
-use crate::pipeline::programs::{Sizes, pooled_width};
+use crate::pipeline::programs::{Sizes, gradient_of, pooled_width};
 use crate::program::{Builder, DType, Program, ValueId};
 use crate::sampler::LATENTS;
 use token::TokenSettings;
@@ -89,39 +93,6 @@ pub const STATES: &str = "states.rows";
 pub const CONTEXT: &str = "optimized.context";
 pub const POOLED: &str = "optimized.pooled";
 
-/// Names of what depends on how many tokens stand before the first learnable one.
-pub struct Names {
-    prefix: usize,
-}
-
-impl Names {
-    pub fn of(prefix: usize) -> Names {
-        Names { prefix }
-    }
-
-    fn name(&self, what: &str) -> String {
-        format!("token.{what}.{}", self.prefix)
-    }
-
-    /// Ids of the first tokens, `[B, P]`, and of the others, `[B, T − P]`.
-    pub fn ids(&self, tower: usize) -> [String; 2] {
-        [self.name(&format!("first_ids_{tower}")), self.name(&format!("ids_{tower}"))]
-    }
-
-    /// Index among the tokens after the first ones, `[B]`.
-    pub fn pool_at(&self) -> String {
-        self.name("pool_at")
-    }
-
-    fn kv(&self, tower: usize, layer: usize) -> String {
-        self.name(&format!("kv_{tower}_{layer}"))
-    }
-
-    fn context(&self) -> String {
-        self.name("context")
-    }
-}
-
 /// The text states that a variable makes of its parameters.
 #[derive(Clone, Copy)]
 pub struct States {
@@ -201,6 +172,18 @@ impl VariableSpec<'_> {
             }
         }
         b.finish().map(Some)
+    }
+
+    /// Gradients to what [`VariableSpec::forward`] makes → gradients to the parameters: what carries the gradient of a whole run on
+    /// to a token. `None` where they are no text.
+    pub fn backward(&self) -> Result<Option<Program>> {
+        let Some(mut program) = self.forward()? else { return Ok(None) };
+        program.name = "variable backward".into();
+        let outputs = std::mem::take(&mut program.outputs);
+        let objectives = outputs.into_iter().map(|(name, id)| (id, Cotangent::Input(gradient_of(&name)))).collect();
+        let leaf = |p: Parameter| Some((program.input(p.name)?, gradient_of(p.name)));
+        let leaves = self.parameters().into_iter().filter_map(leaf).collect();
+        differentiate(&program, &Request { objectives, leaves }, None).map(Some)
     }
 
     /// Tokens before the first learnable one → what those after them read: run once per prompt. `None` where there is no token.

@@ -1,5 +1,7 @@
 //! The learnable token of MinorityPrompt: where it stands in a prompt, and what its embeddings begin as (Um & Ye 2025).
 
+use super::names::Names;
+use crate::exec::{Data, Executor};
 use crate::pipeline::Pipeline;
 use crate::sampler::{self, draw};
 use crate::text::Position;
@@ -60,6 +62,26 @@ pub struct TokenBatch {
     pub prefix: usize,
     /// Text of each prompt that was truncated to make room.
     pub truncated: Vec<Vec<String>>,
+}
+
+impl TokenBatch {
+    /// Writes the ids that the programs of a [`VariableSpec`](super::VariableSpec) of this prefix read.
+    pub fn write(&self, executor: &mut dyn Executor, tokens: usize) -> Result<()> {
+        let (names, prefix) = (Names::of(self.prefix), self.prefix);
+        for (tower, ids) in self.ids.iter().enumerate() {
+            let part = |from: usize, to: usize| -> Vec<i32> {
+                ids.chunks(tokens).flat_map(|ids| &ids[from..to]).copied().collect()
+            };
+            let [first, rest] = names.ids(tower);
+            executor.write(&first, Data::I32(&part(0, prefix)))?;
+            executor.write(&rest, Data::I32(&part(prefix, tokens)))?;
+        }
+        if self.ids.len() > 1 {
+            let pool_at: Vec<i32> = self.pool_at.iter().map(|at| at - prefix as i32).collect();
+            executor.write(&names.pool_at(), Data::I32(&pool_at))?;
+        }
+        Ok(())
+    }
 }
 
 impl TokenSettings {
