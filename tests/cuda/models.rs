@@ -241,6 +241,6 @@ fn an_iteration_sends_a_few_numbers_to_the_device() {
     // The first sends what holds for the step as well.
     for sent in &iterations[1..] {
         let named: Vec<(&str, usize)> = sent.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
-        assert_eq!(named, [("objective.counter", 32), ("run", 0), ("adam.scalars", 28), ("run", 0)]);
+        assert_eq!(named, [("objective.counter", 32), ("run", 0), ("optimizer.scalars", 28), ("run", 0)]);
     }
 }
