@@ -7,7 +7,6 @@
 //! of every shape.
 
 use crate::Outcome;
-use crate::common::inputs::no_weights;
 use crate::common::speed;
 use crate::device::Choice;
 use crate::measure::{Bench, Lines, To, dtype};
@@ -220,7 +219,7 @@ pub fn run(args: &Sweep, emulation: impl FnOnce() -> PathBuf) -> Outcome<bool> {
     let mut first = bench.facts.clone();
     first["sweep"] = json!(1);
     let (lines, known) = Lines::open(&args.to, &first)?;
-    let mut sweep = Run { cuda, bench, lines, known, model: no_weights(), held: HashSet::new(), counts: [0; 2] };
+    let mut sweep = Run { cuda, bench, lines, known, models: vec![], counts: [0; 2] };
     let cases = if args.quick { tiny(args.dtype) } else { cases(args.dtype) };
     // Before any cut is forced: as asked for, or off where there is no Hopper.
     let (hopper, mut left) = (sweep.cuda.hopper(), 0);
@@ -243,10 +242,8 @@ struct Run {
     lines: Lines,
     /// Measurements that are in the file.
     known: HashSet<String>,
-    /// Weights of the last case.
-    model: Model,
-    /// Weights that the device holds.
-    held: HashSet<(Weight, DType)>,
+    /// Weights of the cases so far, each in a file of its own, by which the device knows them.
+    models: Vec<(HashSet<Weight>, Model)>,
     /// Cuts that were measured, and that failed.
     counts: [usize; 2],
 }
@@ -259,11 +256,12 @@ impl Run {
         }
         self.cuda.clear();
         let program = case.program(case.copies());
-        let weights = || program.weights().map(|(_, weight)| (weight.clone(), case.dtype));
-        if weights().any(|weight| !self.held.contains(&weight)) {
-            self.model = speed::checkpoint(&program);
-            self.held.extend(weights());
-        }
+        let has_all = |(weights, _): &(HashSet<Weight>, Model)| program.weights().all(|(_, w)| weights.contains(w));
+        let model = self.models.iter().position(has_all).unwrap_or_else(|| {
+            let weights = program.weights().map(|(_, weight)| weight.clone()).collect();
+            self.models.push((weights, speed::checkpoint(&program)));
+            self.models.len() - 1
+        });
         let mut is_fed = false;
         for (number, cut) in cuts.iter().enumerate() {
             if Instant::now() >= deadline {
@@ -271,7 +269,7 @@ impl Run {
             }
             let mut line = key(&case.name(), cut);
             self.lines.write(&json!({"begin": line}))?;
-            match self.measure(case, cut, &mut is_fed) {
+            match self.measure(case, cut, model, &mut is_fed) {
                 Ok(found) => {
                     self.counts[0] += 1;
                     if let Some((line, found)) = line.as_object_mut().zip(found.as_object()) {
@@ -289,7 +287,7 @@ impl Run {
         Ok(0)
     }
 
-    fn measure(&mut self, case: &Case, cut: &Cut, is_fed: &mut bool) -> rarebit::Result<Value> {
+    fn measure(&mut self, case: &Case, cut: &Cut, model: usize, is_fed: &mut bool) -> rarebit::Result<Value> {
         let shape = case.product(Hopper::Forced(*cut));
         let clocks = TABLE.clocks(&shape, cut);
         // So many that what a start takes is little of a run, which takes about a millisecond.
@@ -298,7 +296,7 @@ impl Run {
         let input = program.value(program.inputs[0]).clone();
         self.cuda.set_hopper(Hopper::Forced(*cut));
         let planned = plan(program, |program, node| self.cuda.workspace(program, node));
-        let id = self.cuda.load(planned, &self.model)?;
+        let id = self.cuda.load(planned, &self.models[model].1)?;
         if let (false, Origin::Input(name)) = (*is_fed, &input.origin) {
             self.cuda.write(name, Data::F32(&inputs(input.len())))?;
             *is_fed = true;
