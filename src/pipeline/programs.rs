@@ -6,7 +6,7 @@ use crate::models::unet::{Added, Unet};
 use crate::models::vae;
 use crate::pipeline::Pipeline;
 use crate::plan::{Footprint, Planned, plan};
-use crate::program::{Builder, DType, Program, Rows, ValueId};
+use crate::program::{Builder, DType, Origin, Program, Rows, ValueId};
 use crate::sampler::{LATENTS, Needs, Schedule, append_update};
 use crate::{Error, Result};
 
@@ -55,6 +55,14 @@ pub mod buffer {
 /// The buffer that holds the gradient to a buffer.
 pub fn gradient_of(name: &str) -> String {
     format!("d.{name}")
+}
+
+/// Names of the buffers that a program reads.
+pub fn input_names(program: &Program) -> impl Iterator<Item = String> {
+    program.inputs.iter().filter_map(|id| match &program.value(*id).origin {
+        Origin::Input(name) => Some(name.clone()),
+        Origin::Weight(_) | Origin::Op(_) => None,
+    })
 }
 
 impl Programs {

@@ -35,7 +35,7 @@ impl Reward for Aesthetic {
     }
 
     fn append(&self, b: &mut Builder, image: ValueId) -> ValueId {
-        let unit = clip::image_features(b, &self.clip, self.component, &self.clip.preprocess, image);
+        let unit = clip::image_features(b, &self.clip.image, self.component, &self.clip.preprocess, image);
         let score = heads::aesthetic(b, &self.head, unit);
         total(b, score)
     }

@@ -3,7 +3,7 @@
 use super::Reward;
 use crate::exec::{Data, Executor};
 use crate::models::clip_text::ClipText;
-use crate::models::config::{ClipConfig, ClipTextConfig};
+use crate::models::config::{ClipConfig, ClipImageConfig, ClipTextConfig};
 use crate::models::preprocess::Preprocess;
 use crate::models::{clip_image, detect};
 use crate::pipeline;
@@ -64,9 +64,9 @@ fn tokenizer(model: &Model, component: Component, text: &ClipTextConfig) -> Resu
 }
 
 /// Features of `image [B, H, W, 3]` in [-1, 1] as unit vectors `[B, projection]`.
-pub(super) fn image_features(
+pub(crate) fn image_features(
     b: &mut Builder,
-    config: &ClipConfig,
+    config: &ClipImageConfig,
     component: Component,
     preprocess: &Preprocess,
     image: ValueId,
@@ -74,7 +74,7 @@ pub(super) fn image_features(
     // What is left of 256 levels in 16 bits is resized first.
     let image = b.to_accumulator(image);
     let image = preprocess.append(b, image);
-    let features = clip_image::features(b, &config.image, component, image);
+    let features = clip_image::features(b, config, component, image);
     clip_image::unit(b, features)
 }
 
@@ -84,7 +84,7 @@ impl Reward for Clip {
     }
 
     fn append(&self, b: &mut Builder, image: ValueId) -> ValueId {
-        let image = image_features(b, &self.config, self.component, &self.preprocess, image);
+        let image = image_features(b, &self.config.image, self.component, &self.preprocess, image);
         let shape = b.shape(image);
         let text = b.input(self.buffer("text", shape[0]), &shape);
         b.dot(image, text)

@@ -10,6 +10,7 @@ mod shapes;
 
 pub use aesthetic::Aesthetic;
 pub use clip::Clip;
+pub(crate) use clip::image_features;
 pub use scorer::{LoadedScorer, Scorer};
 pub use shapes::Attributes;
 

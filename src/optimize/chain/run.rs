@@ -7,9 +7,8 @@ use crate::optimize::objective::{self, NoiseLevels};
 use crate::optimize::variable::Entry;
 use crate::pipeline::Pipeline;
 use crate::pipeline::conditioning::{self, BATCH, Branch, ENCODED, States, Text};
-use crate::pipeline::programs::{Sizes, buffer, gradient_of, pooled_width, rows};
+use crate::pipeline::programs::{Sizes, buffer, gradient_of, input_names, pooled_width, rows};
 use crate::plan::Planned;
-use crate::program::Origin;
 use crate::sampler::{self, HISTORY, LATENTS, Schedule};
 use crate::{Error, Result};
 use std::collections::HashSet;
@@ -57,18 +56,10 @@ enum LoadedRun {
     Activations(ProgramId, HashSet<String>),
 }
 
-/// Names of the buffers that a program reads.
-fn inputs(planned: &Planned) -> impl Iterator<Item = String> {
-    planned.program.inputs.iter().filter_map(|id| match &planned.program.value(*id).origin {
-        Origin::Input(name) => Some(name.clone()),
-        Origin::Weight(_) | Origin::Op(_) => None,
-    })
-}
-
 impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
     pub(super) fn new(chain: Chain<'p>, executor: &'e mut dyn Executor) -> Result<Loaded<'p, 'e, F>> {
         let Chain { pipeline, sizes, schedule, entries, after, levels, parts, .. } = chain;
-        let read: HashSet<String> = parts.losses.iter().flat_map(inputs).collect();
+        let read: HashSet<String> = parts.losses.iter().flat_map(|planned| input_names(&planned.program)).collect();
         let mut load = |planned: Planned| executor.load(planned, &pipeline.model);
         let mut loaded = Loaded {
             text: load(parts.text)?,
@@ -85,7 +76,7 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
                     objectives: objectives.into_iter().map(&mut load).collect::<Result<_>>()?,
                 },
                 Run::Activations(whole) => {
-                    let inputs = inputs(&whole).collect();
+                    let inputs = input_names(&whole.program).collect();
                     LoadedRun::Activations(load(whole)?, inputs)
                 }
             },

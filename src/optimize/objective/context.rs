@@ -1,7 +1,6 @@
 //! What an objective can use of a run: latents, and ops to predict, estimate, renoise, decode and take image features.
 
 use super::Loss;
-use crate::models::clip_image;
 use crate::models::config::ClipImageConfig;
 use crate::models::preprocess::Preprocess;
 use crate::models::unet::{Added, Unet};
@@ -11,6 +10,7 @@ use crate::pipeline::Pipeline;
 use crate::pipeline::conditioning::Branch;
 use crate::pipeline::programs::{self, Sizes, pooled_width};
 use crate::program::{Builder, Scalar, ValueId};
+use crate::rewards::image_features;
 use crate::sampler::{LATENTS, Level};
 use crate::weights::Component;
 
@@ -263,9 +263,7 @@ impl<'s> StepContext<'s> {
         preprocess: &Preprocess,
         image: ValueId,
     ) -> ValueId {
-        let image = preprocess.append(self.b, image);
-        let features = clip_image::features(self.b, config, component, image);
-        clip_image::unit(self.b, features)
+        image_features(self.b, config, component, preprocess, image)
     }
 
     /// `‖x − y‖₂` per image, with gradient 0 where they are equal.

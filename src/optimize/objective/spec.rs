@@ -10,7 +10,7 @@ use crate::optimize::variable::{Variable, VariableSpec};
 use crate::pipeline::Pipeline;
 use crate::pipeline::conditioning::{self, Branch, States};
 use crate::pipeline::generate::{self, Job};
-use crate::pipeline::programs::{Sizes, gradient_of};
+use crate::pipeline::programs::{Sizes, gradient_of, input_names};
 use crate::plan::{Planned, plan, plan_gradient};
 use crate::program::{Builder, DType, Node, Op, Origin, Program, ValueId};
 use crate::sampler::{self, Level};
@@ -98,14 +98,7 @@ impl Objectives {
     }
 
     pub fn load(self, executor: &mut dyn Executor, model: &Model) -> Result<Loaded> {
-        let mut inputs = HashSet::new();
-        for planned in &self.evaluations {
-            let program = &planned.program;
-            inputs.extend(program.inputs.iter().filter_map(|id| match &program.value(*id).origin {
-                Origin::Input(name) => Some(name.clone()),
-                Origin::Weight(_) | Origin::Op(_) => None,
-            }));
-        }
+        let inputs = self.evaluations.iter().flat_map(|planned| input_names(&planned.program)).collect();
         let mut load = |planned: Planned| executor.load(planned, model);
         Ok(Loaded {
             evaluations: self.evaluations.into_iter().map(&mut load).collect::<Result<_>>()?,
