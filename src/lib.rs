@@ -1,10 +1,11 @@
 //! rarebit: forward and input-gradient of Stable Diffusion pipelines as planned op programs.
 //!
-//! Data flows one way: `weights`, `text` → `program` → `models` → `autodiff` → `plan` → `exec` → `sampler` → `data` → `pipeline` →
+//! Data flows one way: `input` → `weights`, `text` → `program` → `models` → `autodiff` → `plan` → `exec` → `sampler` → `data` → `pipeline` →
 //! `rewards` → `optimize` → `metrics` → `methods` → `cli`. A module imports only from its left (`tests/source/layering.rs` enforces it).
 //!
 //! | module | what it does |
 //! |---|---|
+//! | [`input`] | files that users hand in: regular, bounded, named as what they are |
 //! | [`weights`], [`text`] | safetensors over mmap under one set of names, whatever the layout; CLIP's tokenizer |
 //! | [`program`] | a flat list of coarse ops in eight families, already fused as kernels are; shapes checked as they are appended |
 //! | [`models`] | text towers, UNet, VAE, CLIP image towers, GPT-2: one builder file each |
@@ -28,6 +29,7 @@ pub mod cli;
 pub mod data;
 pub mod error;
 pub mod exec;
+pub mod input;
 pub mod methods;
 pub mod metrics;
 pub mod models;

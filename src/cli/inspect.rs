@@ -4,7 +4,8 @@ use crate::cli::flags::device::{self, Device, DeviceFlags};
 use crate::cli::flags::model::ModelFlags;
 use crate::cli::flags::sampling::SamplingFlags;
 use crate::cli::flags::values;
-use crate::cli::machine::{check_memory, print_line};
+use crate::cli::machine::check_memory;
+use crate::cli::terminal::{print_json, print_line, print_text};
 use crate::data::metadata;
 use crate::exec::cuda::{self, Explained, Peak, explain};
 use crate::pipeline::Pipeline;
@@ -79,7 +80,7 @@ fn inspect_image(path: &Path, json: bool) -> Result<()> {
             let value = if key == metadata::RECORD { serde_json::from_str(text).ok() } else { None };
             (key.clone(), value.unwrap_or_else(|| Value::String(text.clone())))
         };
-        return print_line(&Value::Object(texts.iter().map(chunk).collect()).to_string());
+        return print_json(&Value::Object(texts.iter().map(chunk).collect()));
     }
     if texts.is_empty() {
         return print_line("no text chunks");
@@ -110,19 +111,19 @@ fn inspect_model(args: &Inspect, model: &ModelFlags) -> Result<()> {
         if !explained.is_empty() {
             report["explain"] = explained.iter().map(explain_json).collect();
         }
-        return print_line(&report.to_string());
+        return print_json(&report);
     }
     describe(&pipeline)?;
     let Some(plan) = plan else { return Ok(()) };
     if args.ops {
         for planned in plan.programs().all() {
-            print_line(planned.program.to_string().trim_end())?;
+            print_text(&planned.program.to_string())?;
         }
     }
     for explained in &explained {
-        print_line(explained.to_string().trim_end())?;
+        print_text(&explained.to_string())?;
     }
-    print_line(plan.footprint().to_string().trim_end())?;
+    print_text(&plan.footprint().to_string())?;
     // A plan may be made for another machine; only a limit that was given is held against it.
     match args.device.memory_limit {
         Some(limit) => check_memory(Some(limit), None, &plan.footprint(), device::smaller_plan(args.batch)),

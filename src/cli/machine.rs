@@ -1,20 +1,10 @@
-//! What the command line asks of the machine: memory, what came from the disk, Ctrl-C, and a stderr that may be closed.
+//! What the command line asks of the machine: memory, what came from the disk, Ctrl-C.
 
+use crate::cli::terminal::say;
 use crate::plan::{Footprint, show_bytes};
 use crate::{Error, Result};
-use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-
-/// One line to stderr. A closed stderr is no reason to stop.
-pub fn say(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
-}
-
-/// One line to stdout.
-pub fn print_line(line: &str) -> Result<()> {
-    writeln!(std::io::stdout().lock(), "{line}").map_err(Error::io("write", "standard output"))
-}
 
 /// Refuses a plan that `limit` (`--memory-limit`), or else the device, or else this machine, cannot hold; `remedy` would make it
 /// smaller.
@@ -66,7 +56,7 @@ pub fn catch_interrupt() -> Result<Arc<AtomicBool>> {
         if handler.swap(true, Ordering::Relaxed) {
             std::process::exit(1);
         }
-        say("\nrarebit: stopping after this step; press Ctrl-C again to stop at once");
+        say("rarebit: stopping after this step; press Ctrl-C again to stop at once");
     })
     .map_err(|error| Error::Usage(format!("cannot watch for Ctrl-C: {error}")))?;
     Ok(raised)

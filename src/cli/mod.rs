@@ -15,6 +15,7 @@ mod registry;
 mod report;
 mod score;
 mod tensors;
+mod terminal;
 
 use crate::{Error, Result};
 use clap::Parser;
@@ -66,7 +67,7 @@ pub fn main() -> ExitCode {
         // The reader of our output has closed the pipe.
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::FAILURE,
         Err(error) => {
-            machine::say(&format!("rarebit: {error}"));
+            terminal::say(&format!("rarebit: {error}"));
             ExitCode::from(error.exit_code())
         }
     }
@@ -86,7 +87,7 @@ fn usage(error: clap::Error) -> ExitCode {
     }
     let text = error.to_string();
     let message: Vec<&str> = text.split("\n\n").next().unwrap_or("bad usage").lines().map(str::trim).collect();
-    machine::say(&format!("rarebit: {}; see --help", message.join(" ").trim_start_matches("error: ")));
+    terminal::say(&format!("rarebit: {}; see --help", message.join(" ").trim_start_matches("error: ")));
     ExitCode::from(2)
 }
 

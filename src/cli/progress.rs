@@ -1,7 +1,7 @@
 //! What a run says while it works: a bar with it/s and ETA on stderr, paths or JSON events on stdout.
 
 use crate::Result;
-use crate::cli::machine::{print_line, say};
+use crate::cli::terminal::{print_json, print_line, print_text, say};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::path::Path;
 
@@ -32,7 +32,7 @@ impl Reporter {
 
     /// A machine-readable line on stdout, with `--json`.
     pub fn event(&self, event: serde_json::Value) -> Result<()> {
-        if self.json { self.line(&event.to_string()) } else { Ok(()) }
+        if self.json { self.bar.suspend(|| print_json(&event)) } else { Ok(()) }
     }
 
     /// Starts the bar: `total` times a `unit`, say "step".
@@ -66,6 +66,11 @@ impl Reporter {
     /// A line of a result for a person, on stdout.
     pub fn line(&self, text: &str) -> Result<()> {
         self.bar.suspend(|| print_line(text))
+    }
+
+    /// Several of them.
+    pub fn text(&self, text: &str) -> Result<()> {
+        self.bar.suspend(|| print_text(text))
     }
 
     pub fn finish(&self) {

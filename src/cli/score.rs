@@ -103,7 +103,7 @@ pub fn run(args: &Score) -> Result<()> {
     }
     let text = report::text(&summary, instrument.reference.as_ref(), &run.not_captions);
     let gap = if run.lines.is_some() { "\n" } else { "" };
-    run.reporter.line(&format!("{gap}{}", text.trim_end()))
+    run.reporter.text(&format!("{gap}{text}"))
 }
 
 /// What is known of the images so far: a few numbers each, and with --sheet their pixels.

@@ -4,8 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Left to right; names on one line may not import each other.
-const LAYERS: [&[&str]; 16] = [
+const LAYERS: [&[&str]; 17] = [
     &["error"],
+    &["input"],
     &["weights", "text"],
     &["assets"],
     &["program"],

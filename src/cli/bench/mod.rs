@@ -12,7 +12,8 @@ use crate::cli::flags::device::{Device, DeviceFlags};
 use crate::cli::flags::model::ModelFlags;
 use crate::cli::flags::sampling::SamplingFlags;
 use crate::cli::flags::values;
-use crate::cli::machine::{self, print_line, say};
+use crate::cli::machine;
+use crate::cli::terminal::{print_json, print_line, print_text, say};
 use crate::exec::cuda::NvmlDevice;
 use crate::sampler::Method;
 use crate::{Error, Result};
@@ -121,7 +122,7 @@ pub fn run(args: Bench) -> Result<()> {
         for batch in args.batches(mode) {
             let case = measured(&mut setup, &nvml, mode, batch)?;
             if !args.json {
-                print_line(case.text().trim_end())?;
+                print_text(&case.text())?;
             }
             cases.push(case.json());
         }
@@ -130,7 +131,7 @@ pub fn run(args: Bench) -> Result<()> {
     // Clocks and temperature under load.
     report["gpu"] = nvml.json();
     if args.json {
-        print_line(&report.to_string())?;
+        print_json(&report)?;
     }
     if let Some(path) = &args.out {
         let text = serde_json::to_string_pretty(&report).map_err(|error| Error::file(path, error.to_string()))?;

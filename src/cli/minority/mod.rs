@@ -7,7 +7,7 @@ use crate::cli::flags::images::ImageFlags;
 use crate::cli::flags::method::{Context, MethodFlags};
 use crate::cli::images::comparison::{self, Comparison};
 use crate::cli::images::run::{self, Extras};
-use crate::cli::machine::{self, print_line};
+use crate::cli::terminal::print_line;
 use crate::methods::baselines::ddim::Ddim;
 use crate::methods::minority::MinorityPrompt;
 use crate::methods::{ImageMethod, PlannedMethod, Request};
@@ -137,5 +137,5 @@ fn explain(args: &ImageFlags, pipeline: &Pipeline, method: &MinorityPrompt, expl
         format!("batch             {}; passes count images", args.run.batch),
         format!("memory            {}", show_bytes(planned.footprint().total())),
     ];
-    lines.iter().try_for_each(|line| machine::print_line(line))
+    lines.iter().try_for_each(|line| print_line(line))
 }
