@@ -9,7 +9,12 @@ use std::path::Path;
 /// Opens a regular file. A pipe, a device, a socket or a folder is refused before it is opened: opening a pipe waits for its writer,
 /// and a device may never end.
 pub fn open(path: &Path) -> Result<File> {
-    let found = fs::metadata(path).map_err(Error::io("read", path))?;
+    let found = fs::metadata(path).map_err(|error| match fs::symlink_metadata(path) {
+        Ok(_) if error.kind() == ErrorKind::NotFound => {
+            Error::file(path, "is a link that points nowhere (an unfinished download?)")
+        }
+        Ok(_) | Err(_) => Error::io("read", path)(error),
+    })?;
     if !found.is_file() {
         return Err(Error::file(path, "is not a regular file"));
     }
@@ -31,12 +36,8 @@ pub fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
 pub fn read_if_there(path: &Path, most: u64) -> Result<Option<Vec<u8>>> {
     match read(path, most) {
         Ok(bytes) => Ok(Some(bytes)),
-        // A link that points nowhere is a file somebody meant to be there.
-        Err(Error::Io { source, .. })
-            if source.kind() == ErrorKind::NotFound && fs::symlink_metadata(path).is_err() =>
-        {
-            Ok(None)
-        }
+        // A link that points nowhere is another error: a file somebody meant to be there.
+        Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -174,7 +175,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (link, socket) = (folder.path().join("link"), folder.path().join("socket"));
         std::os::unix::fs::symlink(folder.path().join("blob"), &link).unwrap();
-        assert!(matches!(read_if_there(&link, 9), Err(Error::Io { .. })));
+        let error = read_if_there(&link, 9).unwrap_err().to_string();
+        assert!(error.ends_with("is a link that points nowhere (an unfinished download?)"), "{error}");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         for path in [socket.as_path(), Path::new("/dev/zero")] {
             assert!(read(path, 9).unwrap_err().to_string().ends_with("is not a regular file"));

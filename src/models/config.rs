@@ -97,13 +97,11 @@ pub struct UnetConfig {
     pub in_channels: usize,
     pub out_channels: usize,
     pub channels: Vec<usize>,
-    pub layers_per_block: usize,
-    /// Transformer blocks after each residual block of a level on the way down; 0 where the level has no attention.
-    pub down_transformers: Vec<usize>,
-    /// The same on the way up, still from the highest resolution down.
-    pub up_transformers: Vec<usize>,
-    /// Transformer blocks in the middle (≥ 1).
-    pub mid_transformers: usize,
+    /// Transformer blocks after each residual block of each level on the way down; 0 where it has no attention.
+    pub down_transformers: Vec<Vec<usize>>,
+    /// The same on the way up, still from the highest resolution down; one residual block more per level.
+    pub up_transformers: Vec<Vec<usize>>,
+    pub middle: Middle,
     /// Attention heads of each level.
     pub heads: Vec<usize>,
     pub context_width: usize,
@@ -116,6 +114,17 @@ pub struct UnetConfig {
     pub added: Option<AddedConfig>,
     /// Latent side the model was trained at (`sample_size`).
     pub sample_size: usize,
+}
+
+/// What lies between the way down and the way up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
+pub enum Middle {
+    /// Nothing (BK-SDM's small models).
+    Absent,
+    /// One residual block (`UNetMidBlock2D` as diffusers' UNet makes it).
+    Resnet,
+    /// Transformer blocks, at least one, between two residual blocks (`UNetMidBlock2DCrossAttn`).
+    Transformer(usize),
 }
 
 /// `AutoencoderKL`. `channels` from full resolution down.

@@ -83,16 +83,22 @@ pub fn unet_config(model: &Model) -> Result<UnetConfig> {
             None => Ok(seen),
         };
     };
-    let config = parse::unet(&fields)?;
+    let mut config = parse::unet(&fields)?;
+    if model.keeps_config_of_another(Component::Unet) {
+        // Of the UNet that was replaced; this one's depths are its own.
+        let UnetConfig { down_transformers, up_transformers, middle, .. } = seen.clone();
+        config = UnetConfig { down_transformers, up_transformers, middle, ..config };
+    }
     let check = Check { fields, weights: model.source(Component::Unet) };
     let added = |c: &UnetConfig| c.added.as_ref().map_or(0, |a| a.input_width);
     check.same("in_channels", &config.in_channels, &seen.in_channels)?;
     check.same("out_channels", &config.out_channels, &seen.out_channels)?;
     check.same("block_out_channels", &config.channels, &seen.channels)?;
-    check.same("layers_per_block", &config.layers_per_block, &seen.layers_per_block)?;
+    let layers = |c: &UnetConfig| c.down_transformers.iter().map(Vec::len).collect::<Vec<_>>();
+    check.same("layers_per_block", &layers(&config), &layers(&seen))?;
     check.same("transformer blocks on the way down", &config.down_transformers, &seen.down_transformers)?;
     check.same("transformer blocks on the way up", &config.up_transformers, &seen.up_transformers)?;
-    check.same("transformer blocks in the middle", &config.mid_transformers, &seen.mid_transformers)?;
+    check.same("mid_block_type", &config.middle, &seen.middle)?;
     check.same("cross_attention_dim", &config.context_width, &seen.context_width)?;
     check.same("use_linear_projection", &config.linear_projection, &seen.linear_projection)?;
     check.same("projection_class_embeddings_input_dim", &added(&config), &added(&seen))?;
@@ -218,6 +224,7 @@ fn check_fit(model: &Model, config: &PipelineConfig) -> Result<()> {
         8 => {
             return wrong("is an InstructPix2Pix model (its UNet takes 8 channels); give a text-to-image model".into());
         }
+        7 => return wrong("is an upscaler (its UNet takes 7 channels); give a text-to-image model".into()),
         n => return wrong(format!("the UNet takes {n} channels, the VAE has {} latent channels", vae.latent_channels)),
     }
     if unet.out_channels != vae.latent_channels {

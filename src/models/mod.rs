@@ -11,6 +11,7 @@ pub mod parse;
 pub mod preprocess;
 pub mod reader;
 pub mod unet;
+pub mod unread;
 pub mod vae;
 
 pub use layers::Weights;

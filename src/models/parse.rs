@@ -12,6 +12,10 @@ use std::path::PathBuf;
 /// Larger numbers are no sizes of a network; refusing them keeps every later product far from overflow.
 const LARGEST: u64 = 10_000_000;
 
+/// More levels than any network has (every level halves the image), and more residual blocks than a level of one has.
+pub(super) const MOST_LEVELS: usize = 12;
+const MOST_LAYERS: usize = 1000;
+
 /// One configuration file; accessors give the default where a field is absent or null and name file and field
 /// otherwise.
 pub struct Fields<'a> {
@@ -91,6 +95,21 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// Numbers of transformer blocks: one for all levels, or a list with one or with a list of one per attention for each level. Gives a
+    /// list for each level, of one number where all its attentions share it.
+    fn depths(&self, field: &str, levels: usize) -> Result<Depths> {
+        let level = |v: &Value| match v {
+            Value::Array(list) if !list.is_empty() => list.iter().map(|v| self.as_count(field, v, 0)).collect(),
+            v => Ok(vec![self.as_count(field, v, 0)?]),
+        };
+        match self.get(field) {
+            None => Ok(vec![vec![1]; levels]),
+            Some(Value::Array(list)) if list.len() == levels => list.iter().map(level).collect(),
+            Some(Value::Array(_)) => Err(self.wrong(field, &format!("{levels} sizes or lists of sizes"))),
+            Some(v) => Ok(vec![level(v)?; levels]),
+        }
+    }
+
     /// One size, or a list of equal ones (our builders have no other).
     fn uniform(&self, field: &str, default: usize, levels: usize) -> Result<usize> {
         let list = self.per_level(field, default, levels)?;
@@ -148,11 +167,17 @@ pub fn unet(f: &Fields) -> Result<UnetConfig> {
     const UP: [&str; 4] = ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"];
     let channels = f.sizes("block_out_channels", &[320, 640, 1280, 1280])?;
     let levels = channels.len();
-    let depths = f.per_level("transformer_layers_per_block", 1, levels)?;
+    let layers = f.per_level("layers_per_block", 2, levels)?;
+    if levels > MOST_LEVELS || layers.iter().any(|n| *n > MOST_LAYERS) {
+        let what =
+            format!("block_out_channels or layers_per_block: more than {MOST_LEVELS} levels or {MOST_LAYERS} layers");
+        return Err(f.error(what));
+    }
     let down = attention(f, "down_block_types", &DOWN, ["DownBlock2D", "CrossAttnDownBlock2D"], levels)?;
     let mut up = attention(f, "up_block_types", &UP, ["UpBlock2D", "CrossAttnUpBlock2D"], levels)?;
     up.reverse();
-    let depth = |on: Vec<bool>| on.iter().zip(&depths).map(|(on, depth)| if *on { *depth } else { 0 }).collect();
+    let (down_transformers, up_transformers) = transformers(f, &layers, &down, &up)?;
+    let middle = middle(f, levels)?;
     // diffusers calls the number of heads `attention_head_dim`; renaming it would break every published configuration.
     let heads_field = if f.get("num_attention_heads").is_some() { "num_attention_heads" } else { "attention_head_dim" };
     let heads = f.per_level(heads_field, 8, levels)?;
@@ -172,10 +197,9 @@ pub fn unet(f: &Fields) -> Result<UnetConfig> {
     Ok(UnetConfig {
         in_channels: f.count("in_channels", 4, 1)?,
         out_channels: f.count("out_channels", 4, 1)?,
-        layers_per_block: f.uniform("layers_per_block", 2, levels)?,
-        mid_transformers: depths[levels - 1],
-        down_transformers: depth(down),
-        up_transformers: depth(up),
+        down_transformers,
+        up_transformers,
+        middle,
         heads,
         context_width: f.uniform("cross_attention_dim", 1280, levels)?,
         norm_groups,
@@ -201,9 +225,8 @@ fn unsupported_unet(f: &Fields) -> Result<()> {
         "timestep_post_act",
         "time_cond_proj_dim",
         "cross_attention_norm",
-        "reverse_transformer_layers_per_block",
     ])?;
-    f.not_null(&["norm_num_groups", "mid_block_type"])?;
+    f.not_null(&["norm_num_groups"])?;
     let act_fn = if f.text("act_fn", "silu")? == "swish" { "swish" } else { "silu" };
     let fixed = [
         ("act_fn", json!(act_fn)),
@@ -217,7 +240,6 @@ fn unsupported_unet(f: &Fields) -> Result<()> {
         ("dual_cross_attention", json!(false)),
         ("mid_block_only_cross_attention", json!(false)),
         ("mid_block_scale_factor", json!(1)),
-        ("mid_block_type", json!("UNetMidBlock2DCrossAttn")),
         ("only_cross_attention", json!(false)),
         ("resnet_out_scale_factor", json!(1)),
         ("resnet_skip_time_act", json!(false)),
@@ -225,6 +247,52 @@ fn unsupported_unet(f: &Fields) -> Result<()> {
         ("time_embedding_type", json!("positional")),
     ];
     fixed.into_iter().try_for_each(|(field, value)| f.only(field, value))
+}
+
+/// Per level, the transformer blocks of each attention.
+type Depths = Vec<Vec<usize>>;
+
+/// The depths of all attentions, down and up, levels from the highest resolution down. `layers` are the residual blocks of each level
+/// on the way down; `down` and `up` say which levels have attention.
+fn transformers(f: &Fields, layers: &[usize], down: &[bool], up: &[bool]) -> Result<(Depths, Depths)> {
+    const DOWN: &str = "transformer_layers_per_block";
+    const UP: &str = "reverse_transformer_layers_per_block";
+    let expand = |field, level: usize, given: &[usize], n: usize, on: bool| match given {
+        _ if !on => Ok(vec![0; n]),
+        [depth] if *depth > 0 => Ok(vec![*depth; n]),
+        list if list.len() == n && !list.contains(&0) => Ok(list.to_vec()),
+        _ => Err(f.wrong(field, &format!("{n} depths above 0 for level {level}"))),
+    };
+    let given = f.depths(DOWN, layers.len())?;
+    let reversed = match f.get(UP) {
+        // This field lists the levels in the order they run.
+        Some(_) => f.depths(UP, layers.len())?.into_iter().rev().collect(),
+        None if f.get(DOWN).and_then(Value::as_array).is_some_and(|list| list.iter().any(Value::is_array)) => {
+            return Err(f.wrong(UP, "the depths on the way up, since those on the way down differ within a level"));
+        }
+        None => given.clone(),
+    };
+    let levels = 0..layers.len();
+    let on_the_way_down = levels.clone().map(|i| expand(DOWN, i, &given[i], layers[i], down[i]));
+    let on_the_way_up = levels.map(|i| expand(UP, i, &reversed[i], layers[i] + 1, up[i]));
+    Ok((on_the_way_down.collect::<Result<_>>()?, on_the_way_up.collect::<Result<_>>()?))
+}
+
+/// The middle of a UNet; its transformer is as deep as the first one of the last level.
+fn middle(f: &Fields, levels: usize) -> Result<Middle> {
+    const FIELD: &str = "mid_block_type";
+    const DEPTHS: &str = "transformer_layers_per_block";
+    if f.map.get(FIELD).is_some_and(Value::is_null) {
+        return Ok(Middle::Absent);
+    }
+    match f.text(FIELD, "UNetMidBlock2DCrossAttn")? {
+        "UNetMidBlock2D" => Ok(Middle::Resnet),
+        "UNetMidBlock2DCrossAttn" => match f.depths(DEPTHS, levels)?[levels - 1][0] {
+            0 => Err(f.wrong(DEPTHS, "a depth above 0 of the last level, which is that of the middle")),
+            depth => Ok(Middle::Transformer(depth)),
+        },
+        _ => Err(f.wrong(FIELD, "UNetMidBlock2DCrossAttn, UNetMidBlock2D or null; others are not supported")),
+    }
 }
 
 /// Which levels have attention, in the order the field lists them.
@@ -357,6 +425,7 @@ const SCHEDULERS: [(&str, f64, f64, &str); 14] = [
 /// fields: `steps_offset` is 1 and `clip_sample` false whatever the file says.
 pub fn scheduler(f: &Fields, old_pipeline: bool) -> Result<SchedulerConfig> {
     let class = f.text("_class_name", "")?;
+    check_noise(f)?;
     let known = SCHEDULERS.iter().find(|s| s.0 == class);
     let unsupported = match known {
         Some(_) => unsupported_scheduler(f, class, old_pipeline).err(),
@@ -406,9 +475,35 @@ pub fn scheduler(f: &Fields, old_pipeline: bool) -> Result<SchedulerConfig> {
     }
 }
 
+/// Refuses the schedulers of models that were not trained on the noise levels of betas: no sampler here follows those, whichever is
+/// chosen.
+fn check_noise(f: &Fields) -> Result<()> {
+    let refused = |what: &str| Err(f.error(format!("{what}, which no sampler here can follow")));
+    let class = f.text("_class_name", "")?;
+    let has = |field: &&str| f.map.contains_key(*field);
+    if has(&"sigma_data") || class.starts_with("EDM") {
+        return refused(&format!("'{class}' is for a model on continuous noise levels (EDM)"));
+    }
+    if class.starts_with("FlowMatch")
+        || f.flag("use_flow_sigmas", false)?
+        || f.text("prediction_type", "")?.contains("flow")
+    {
+        return refused(&format!("'{class}' is for a model trained by flow matching"));
+    }
+    if f.text("timestep_type", "discrete")? != "discrete" {
+        return refused("timestep_type is for a model that takes noise levels instead of timesteps");
+    }
+    let is_known = SCHEDULERS.iter().any(|known| known.0 == class);
+    match is_known || ["beta_start", "beta_end", "beta_schedule"].iter().any(has) {
+        true => Ok(()),
+        false => refused(&format!("'{class}' is not known and has no betas")),
+    }
+}
+
 /// Settings of schedulers that change the trajectory and that we do not have; each only where its class reads it.
 fn unsupported_scheduler(f: &Fields, class: &str, old_pipeline: bool) -> Result<()> {
-    for field in ["thresholding", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas"] {
+    for field in ["thresholding", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_dynamic_shifting"]
+    {
         f.only(field, json!(false))?;
     }
     match class {
@@ -420,7 +515,6 @@ fn unsupported_scheduler(f: &Fields, class: &str, old_pipeline: bool) -> Result<
         }
         "EulerDiscreteScheduler" => {
             f.only("interpolation_type", json!("linear"))?;
-            f.only("timestep_type", json!("discrete"))?;
             f.only("final_sigmas_type", json!("zero"))?;
             f.absent(&["sigma_min", "sigma_max"])
         }
@@ -431,6 +525,8 @@ fn unsupported_scheduler(f: &Fields, class: &str, old_pipeline: bool) -> Result<
             f.only("lower_order_final", json!(true))?;
             f.only("euler_at_final", json!(false))?;
             f.only("final_sigmas_type", json!("zero"))?;
+            // As JSON from Python has it.
+            f.only("lambda_min_clipped", json!("-Infinity"))?;
             f.absent(&["variance_type"])
         }
         _ => Ok(()),

@@ -3,7 +3,7 @@
 //! What does not change over the sampling steps is computed by programs of its own: [`Unet::context_kv`] projects the text to the
 //! keys and values of every cross-attention in one product, [`Unet::time`] projects all timesteps for every residual block in one.
 
-use super::config::UnetConfig;
+use super::config::{Middle, UnetConfig};
 use super::layers::{Layers, Linear, ResnetNorm};
 use crate::program::{Activation, Attention, Builder, Cols, ValueId};
 use crate::weights::Component;
@@ -48,32 +48,27 @@ const TRANSFORMER_NORM_EPS: f64 = 1e-6;
 impl<'c> Unet<'c> {
     pub fn new(config: &'c UnetConfig) -> Unet<'c> {
         let mut unet = Unet { config, kv: Fused::default(), shifts: Fused::default() };
-        let levels = config.channels.len();
-        for level in 0..levels {
-            let (c, depth) = (config.channels[level], config.down_transformers[level]);
-            unet.declare(&format!("down_blocks.{level}"), config.layers_per_block, config.layers_per_block, c, depth);
+        let last = config.channels.len() - 1;
+        for (level, depths) in config.down_transformers.iter().enumerate() {
+            unet.declare(&format!("down_blocks.{level}"), depths.len(), depths, config.channels[level]);
         }
-        unet.declare("mid_block", 2, 1, config.channels[levels - 1], config.mid_transformers);
-        for block in 0..levels {
-            let level = levels - 1 - block;
-            let (c, depth) = (config.channels[level], config.up_transformers[level]);
-            unet.declare(
-                &format!("up_blocks.{block}"),
-                config.layers_per_block + 1,
-                config.layers_per_block + 1,
-                c,
-                depth,
-            );
+        match config.middle {
+            Middle::Absent => {}
+            Middle::Resnet => unet.declare("mid_block", 1, &[], config.channels[last]),
+            Middle::Transformer(depth) => unet.declare("mid_block", 2, &[depth], config.channels[last]),
+        }
+        for (block, depths) in config.up_transformers.iter().rev().enumerate() {
+            unet.declare(&format!("up_blocks.{block}"), depths.len(), depths, config.channels[last - block]);
         }
         unet
     }
 
-    /// Notes the fused projections of one block: its residual blocks and its transformers of `depth` layers.
-    fn declare(&mut self, path: &str, resnets: usize, transformers: usize, width: usize, depth: usize) {
+    /// Notes the fused projections of one block: its residual blocks and its transformers of these depths.
+    fn declare(&mut self, path: &str, resnets: usize, depths: &[usize], width: usize) {
         for j in 0..resnets {
             self.shifts.push(format!("{path}.resnets.{j}"), &["time_emb_proj"], width);
         }
-        for j in 0..transformers {
+        for (j, &depth) in depths.iter().enumerate() {
             for k in 0..depth {
                 let name = format!("{path}.attentions.{j}.transformer_blocks.{k}.attn2");
                 self.kv.push(name, &["to_k", "to_v"], width);
@@ -131,11 +126,11 @@ impl<'c> Unet<'c> {
 
         let mut x = net.net.conv("conv_in", latents, config.channels[0], 3, |_| {});
         let mut skips = vec![x];
-        for level in 0..levels {
+        for (level, depths) in config.down_transformers.iter().enumerate() {
             let path = format!("down_blocks.{level}");
-            for j in 0..config.layers_per_block {
+            for (j, &depth) in depths.iter().enumerate() {
                 x = net.resnet(&path, j, x, level);
-                x = net.transformer(&path, j, x, level, config.down_transformers[level]);
+                x = net.transformer(&path, j, x, level, depth);
                 skips.push(x);
             }
             if level + 1 < levels {
@@ -146,18 +141,24 @@ impl<'c> Unet<'c> {
             }
         }
 
-        x = net.resnet("mid_block", 0, x, levels - 1);
-        x = net.transformer("mid_block", 0, x, levels - 1, config.mid_transformers);
-        x = net.resnet("mid_block", 1, x, levels - 1);
+        match config.middle {
+            Middle::Absent => {}
+            Middle::Resnet => x = net.resnet("mid_block", 0, x, levels - 1),
+            Middle::Transformer(depth) => {
+                x = net.resnet("mid_block", 0, x, levels - 1);
+                x = net.transformer("mid_block", 0, x, levels - 1, depth);
+                x = net.resnet("mid_block", 1, x, levels - 1);
+            }
+        }
 
-        for block in 0..levels {
+        for (block, depths) in config.up_transformers.iter().rev().enumerate() {
             let (path, level) = (format!("up_blocks.{block}"), levels - 1 - block);
-            for j in 0..=config.layers_per_block {
+            for (j, &depth) in depths.iter().enumerate() {
                 if let Some(skip) = skips.pop() {
                     x = net.net.b.concat(x, skip);
                 }
                 x = net.resnet(&path, j, x, level);
-                x = net.transformer(&path, j, x, level, config.up_transformers[level]);
+                x = net.transformer(&path, j, x, level, depth);
             }
             if let (true, Some(&skip)) = (block + 1 < levels, skips.last()) {
                 let size = net.net.b.shape(skip);

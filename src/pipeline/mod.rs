@@ -6,6 +6,7 @@ mod job;
 pub mod networks;
 pub mod programs;
 mod progress;
+mod remarks;
 
 pub use progress::{Iteration, Observer, Progress};
 
@@ -23,15 +24,19 @@ pub struct Pipeline {
     pub tokenizers: Vec<Tokenizer>,
     /// Tokens that were learned elsewhere; see [`Pipeline::learn`].
     pub learned: Vec<LearnedToken>,
+    /// What a user may not expect of the model, in lines.
+    pub remarks: Vec<String>,
 }
 
 impl Pipeline {
-    /// Reads configurations and tokenizers; `prediction` overrides what the model says.
+    /// Reads configurations and tokenizers; `prediction` overrides what the model says. `Error::Tensor` where the model has more inside
+    /// its networks than would be run.
     pub fn open(model: Model, prediction: Option<Prediction>) -> Result<Pipeline> {
         let config = detect::pipeline_config(&model, prediction)?;
         let tokenizers =
             (0..config.text.len()).map(|tower| tower_tokenizer(&model, &config, tower)).collect::<Result<Vec<_>>>()?;
-        Ok(Pipeline { model, config, tokenizers, learned: vec![] })
+        let remarks = remarks::remarks(&model, &config)?;
+        Ok(Pipeline { model, config, tokenizers, learned: vec![], remarks })
     }
 
     /// Lets a word in prompts stand for learned embeddings. `Error::Usage` where they do not fit this model's towers or the word

@@ -1,7 +1,9 @@
 //! Folders of diffusers and transformers: configs, tokenizer files, and component weights in one file, a variant, or shards.
 
-use super::file::{File, parse_json};
-use super::{Component, Model, Tensor, keys_text, keys_vae};
+use super::file::File;
+use super::kinds::kind;
+use super::{Component, Model, Tensor, hub, keys_text, keys_vae, wrappers};
+use crate::input::{self, parse_json};
 use crate::{Error, Result};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,7 +39,13 @@ const TOKENIZER_FILES: [&str; 6] = [
 ];
 
 /// The names diffusers and transformers give weight files.
-const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
+const STEMS: [&str; 3] = ["diffusion_pytorch_model", "model", "pytorch_model"];
+
+/// Most bytes of a small file: a tokenizer with 100,000 added tokens has 20 million, an index of a thousand shards fewer.
+const SMALL_FILE: u64 = 64 << 20;
+
+/// Most entries of a folder that are looked at; those of a model have some twenty.
+pub(super) const MOST_ENTRIES: usize = 10_000;
 
 /// A folder, on disk or compiled in.
 pub(super) enum Source<'a> {
@@ -61,10 +69,7 @@ impl Source<'_> {
             Source::Disk(root) => {
                 let path = root.join(folder);
                 if path.is_dir() {
-                    for entry in std::fs::read_dir(&path).map_err(Error::io("read", &path))? {
-                        let entry = entry.map_err(Error::io("read", &path))?;
-                        names.extend(entry.file_name().into_string().ok());
-                    }
+                    names = entries(&path)?;
                 }
             }
             Source::Embedded(files) => {
@@ -79,11 +84,7 @@ impl Source<'_> {
     /// The content of a small file; `None` where there is none.
     fn read(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
         match self {
-            Source::Disk(root) => match std::fs::read(root.join(name)) {
-                Ok(bytes) => Ok(Some(Cow::Owned(bytes))),
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-                Err(e) => Err(Error::io("read", root.join(name))(e)),
-            },
+            Source::Disk(root) => Ok(input::read_if_there(&root.join(name), SMALL_FILE)?.map(Cow::Owned)),
             Source::Embedded(files) => Ok(files.iter().find(|(n, _)| *n == name).map(|(_, b)| Cow::Borrowed(*b))),
         }
     }
@@ -97,6 +98,19 @@ impl Source<'_> {
             },
         }
     }
+}
+
+/// The names in a folder on disk that are text, in no order. `Error::File` where there are more than any model has.
+pub(super) fn entries(path: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(Error::io("read", path))? {
+        let entry = entry.map_err(Error::io("read", path))?;
+        names.extend(entry.file_name().into_string().ok());
+        if names.len() > MOST_ENTRIES {
+            return Err(Error::file(path, format!("has more than {MOST_ENTRIES} entries: not a model's folder")));
+        }
+    }
+    Ok(names)
 }
 
 /// Loads every component of a pipeline folder.
@@ -115,11 +129,14 @@ pub(super) fn load(model: &mut Model, source: &Source) -> Result<()> {
     }
     match Component::ALL.iter().any(|c| model.has(*c)) {
         true => Ok(()),
-        false => Err(Error::file(
-            model.path(),
-            "is not a diffusers folder: expected model_index.json and weights in unet/, vae/, text_encoder/",
-        )),
+        false => Err(not_a_pipeline(model.path())),
     }
+}
+
+fn not_a_pipeline(path: &Path) -> Error {
+    let what = hub::other_folder(path).map(|what| format!("; {what}")).unwrap_or_default();
+    let expected = "expected model_index.json and weights in unet/, vae/, text_encoder/";
+    Error::file(path, format!("is not a diffusers folder: {expected}{what}"))
 }
 
 /// Loads a folder that is one network, with its configuration and what transformers puts beside it.
@@ -142,6 +159,7 @@ pub(super) fn load_file(model: &mut Model, path: &Path, c: Component) -> Result<
     }
     let number = file_number(model, path, || File::open(path))?;
     add_file(model, number, c, None)?;
+    check_kind(model, c)?;
     match model.has(c) {
         true => Ok(()),
         false => Err(Error::file(path, "holds no tensors")),
@@ -173,8 +191,9 @@ pub(super) fn load_unet(model: &mut Model, source: &Source) -> Result<()> {
     // The folder itself, or one of a pipeline that has it.
     let folder = if source.read("unet/config.json")?.is_some() { "unet" } else { "" };
     let config = inside(folder, "config.json");
-    if let Some(bytes) = source.read(&config)? {
-        add_config(model, "unet", source.path(&config), &bytes)?;
+    match source.read(&config)? {
+        Some(bytes) => add_config(model, "unet", source.path(&config), &bytes)?,
+        None => model.keeps_config[Component::Unet as usize] = true,
     }
     load_component(model, source, folder, Component::Unet)?;
     match model.keys(Component::Unet).iter().any(|key| key.starts_with("down_blocks.")) {
@@ -198,19 +217,35 @@ fn inside(folder: &str, name: &str) -> String {
 
 /// Loads the weights of one component, where its folder has any.
 fn load_component(model: &mut Model, source: &Source, folder: &str, c: Component) -> Result<()> {
-    let Some(name) = weight_file(source, folder)? else { return Ok(()) };
+    let Some(name) = weight_file(model, source, folder)? else { return Ok(()) };
     let name = inside(folder, &name);
     let path = source.path(&name);
     if name.ends_with(".safetensors") {
         let number = file_number(model, &path, || source.open(&name))?;
-        return add_file(model, number, c, None);
+        add_file(model, number, c, None)?;
+        return check_kind(model, c);
     }
     let index = source.read(&name)?.unwrap_or_default();
     for (shard, keys) in shards(&path, folder, &index)? {
         let number = file_number(model, &source.path(&shard), || source.open(&shard))?;
+        model.ignored.extend(beside(&model.files[number], folder, &shard, &keys));
         add_file(model, number, c, Some(&keys))?;
     }
-    Ok(())
+    check_kind(model, c)
+}
+
+/// The tensors of a shard that its index does not name. A shard in another folder is that folder's.
+fn beside(file: &File, folder: &str, shard: &str, keys: &BTreeSet<String>) -> Vec<String> {
+    let own = shard.strip_prefix(folder).is_some() && !shard.starts_with("../");
+    file.header().tensors.keys().filter(|key| own && !keys.contains(*key)).cloned().collect()
+}
+
+/// Refuses the weights of something else in a component's place.
+fn check_kind(model: &Model, c: Component) -> Result<()> {
+    match kind(model.tensors[c as usize].keys().map(String::as_str)).filter(|kind| !kind.is(c)) {
+        Some(kind) => Err(Error::file(model.source(c), format!("in the place of the {}: {kind}", c.name()))),
+        None => Ok(()),
+    }
 }
 
 /// The number of the file at `path`, opened if it is not yet: two components may share one.
@@ -223,31 +258,62 @@ fn file_number(model: &mut Model, path: &Path, open: impl FnOnce() -> Result<Fil
 }
 
 /// Chooses among the weight files of a folder: full precision before `fp16` before another variant, one file before
-/// shards.
-fn weight_file(source: &Source, folder: &str) -> Result<Option<String>> {
+/// shards. A choice between variants is remarked.
+fn weight_file(model: &mut Model, source: &Source, folder: &str) -> Result<Option<String>> {
     let names = source.list(folder)?;
-    if let Some((_, name)) = names.iter().filter_map(|name| Some((rank(name)?, name))).min() {
-        return Ok(Some(name.clone()));
+    let mut found: Vec<(Rank, &String)> = names.iter().filter_map(|name| Some((rank(name)?, name))).collect();
+    found.sort();
+    if let Some(((_, name), others)) = found.split_first() {
+        if let Some((_, other)) = others.iter().find(|(other, _)| other.0 != found[0].0.0) {
+            let path = source.path(&inside(folder, name));
+            model.remarks.push(format!("{}: used, and not {other} beside it", path.display()));
+        }
+        return Ok(Some(name.to_string()));
     }
-    match names.iter().find(|n| n.ends_with(".bin") || n.ends_with(".ckpt") || n.ends_with(".msgpack")) {
-        Some(name) => Err(Error::file(source.path(folder).join(name), "only safetensors weights are read; convert it")),
-        None => Ok(None),
+    let refuse = |name: &str, what: String| Err(Error::file(source.path(&inside(folder, name)), what));
+    const FOREIGN: [&str; 9] = [".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".gguf", ".ot"];
+    if let Some(shard) = names.iter().find(|n| n.contains("-of-") && n.ends_with(".safetensors")) {
+        return refuse(
+            shard,
+            "is one of several shards, but there is no index of them (*.safetensors.index.json)".into(),
+        );
+    }
+    if let Some(name) = names.iter().find(|n| FOREIGN.iter().any(|end| n.ends_with(end))) {
+        return refuse(name, "only safetensors weights are read; convert it".into());
+    }
+    // Tokenizers and the like are folders without weights; a component's folder with others is a mistake.
+    match names.iter().find(|n| n.ends_with(".safetensors")) {
+        Some(name) if !folder.is_empty() => {
+            refuse(name, format!("is not read under this name; call it {}.safetensors", STEMS[0]))
+        }
+        Some(_) | None => Ok(None),
     }
 }
 
+/// Which variant of the weights a file is, the best first, and whether it is an index of shards.
+type Rank = (usize, bool);
+
 /// The place of a weights file among those of its folder; `None` for one that is none, or only a shard.
-fn rank(name: &str) -> Option<usize> {
+///
+/// The variant stands anywhere between the dots: `model.fp16.safetensors`, `….safetensors.index.fp16.json` (transformers, diffusers
+/// from 0.30 on), `….safetensors.fp16.index.json` (diffusers before).
+fn rank(name: &str) -> Option<Rank> {
     let rest = STEMS.iter().find_map(|stem| name.strip_prefix(stem)?.strip_prefix('.'))?;
-    match rest {
-        "safetensors" => Some(0),
-        "safetensors.index.json" => Some(1),
-        "fp16.safetensors" => Some(2),
-        "safetensors.index.fp16.json" => Some(3),
-        _ if rest.contains("-of-") => None,
-        _ if rest.ends_with(".safetensors") => Some(4),
-        _ if rest.starts_with("safetensors.index.") => Some(5),
-        _ => None,
+    let parts: Vec<&str> = rest.split('.').collect();
+    let is_index = parts.contains(&"index");
+    let ends_as = if is_index { "json" } else { "safetensors" };
+    if !parts.contains(&"safetensors") || parts.last() != Some(&ends_as) || rest.contains("-of-") {
+        return None;
     }
+    let variant: Vec<&str> = parts.into_iter().filter(|p| !["safetensors", "index", "json"].contains(p)).collect();
+    let variant = match variant[..] {
+        [] => 0,
+        ["fp16"] => 1,
+        // Trained on without the average that samples better.
+        ["non_ema"] => 3,
+        _ => 2,
+    };
+    Some((variant, is_index))
 }
 
 /// The shards of the index file of a folder, and the keys each must hold.
@@ -289,10 +355,11 @@ fn shard_name(folder: &str, shard: &str) -> Option<String> {
 /// Enters the tensors of a file under canonical names; `keys` limits it to those an index assigns to this shard.
 fn add_file(model: &mut Model, number: usize, c: Component, keys: Option<&BTreeSet<String>>) -> Result<()> {
     let file = &model.files[number];
+    let prefix = wrappers::prefix(file.header().tensors.keys().map(String::as_str), &[]);
     let mut found = Vec::new();
     for (key, info) in &file.header().tensors {
         if keys.is_none_or(|keys| keys.contains(key))
-            && let Some(name) = canonical(c, key)
+            && let Some(name) = canonical(c, if key.contains('.') { &key[prefix..] } else { key })
         {
             found.push((name, Tensor::whole(number, info)));
         }

@@ -82,6 +82,11 @@ pub(super) fn from_openclip(key: &str, layers: usize) -> Vec<Part> {
     }
 }
 
+/// Whether a key is one of the layers from number `layers` on.
+pub(super) fn is_beyond(key: &str, layers: usize) -> bool {
+    layer_key(key).is_some_and(|(layer, _)| layer >= layers)
+}
+
 /// The layers an OpenCLIP tower has.
 pub(super) fn openclip_layers<'a>(keys: impl Iterator<Item = &'a str>) -> usize {
     keys.filter_map(layer_key).map(|(layer, _)| layer.saturating_add(1)).max().unwrap_or(0)

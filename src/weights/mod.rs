@@ -3,13 +3,17 @@
 
 mod file;
 mod folder;
+mod hub;
 mod keys_text;
 mod keys_unet;
 mod keys_vae;
+mod kinds;
 mod pack;
 mod single_file;
+mod wrappers;
 
 pub use file::{FileId, Header, Stored, fingerprint, parse_header, parse_json};
+pub use kinds::is_harmless;
 pub use pack::Rows;
 
 use crate::{Error, Result};
@@ -136,6 +140,9 @@ pub struct Model {
     tokenizers: BTreeMap<String, Cow<'static, [u8]>>,
     metadata: BTreeMap<String, String>,
     ignored: Vec<String>,
+    remarks: Vec<String>,
+    /// Components whose configuration is that of what their weights were put in the place of.
+    keeps_config: [bool; Component::ALL.len()],
     open_clip: [bool; Component::ALL.len()],
     fingerprint: OnceLock<String>,
 }
@@ -152,13 +159,16 @@ struct Tensor {
 }
 
 impl Model {
-    /// Opens a diffusers folder or a single `.safetensors` checkpoint (CompVis / SGM names).
+    /// Opens a diffusers folder, the cache folder in which the Hugging Face hub keeps one, or a single `.safetensors` checkpoint
+    /// (CompVis / SGM names).
     ///
     /// Every header is checked here; shapes are checked by [`Model::rows`]. Errors name the file and what was expected.
     pub fn open(path: &Path) -> Result<Model> {
         let mut model = Model::empty(path.to_path_buf());
         if path.is_dir() {
-            folder::load(&mut model, &folder::Source::Disk(path))?;
+            model.path = hub::snapshot(path)?;
+            let root = model.path.clone();
+            folder::load(&mut model, &folder::Source::Disk(&root))?;
         } else {
             model.single_file = true;
             single_file::load(&mut model, File::open(path)?)?;
@@ -170,8 +180,9 @@ impl Model {
     /// checkpoint, or a diffusers `unet` folder (or one that holds it), whose `config.json` then counts too.
     pub fn replace_unet(&mut self, path: &Path) -> Result<()> {
         self.tensors[Component::Unet as usize].clear();
+        self.keeps_config[Component::Unet as usize] = !path.is_dir();
         if path.is_dir() {
-            folder::load_unet(self, &folder::Source::Disk(path))
+            folder::load_unet(self, &folder::Source::Disk(&hub::snapshot(path)?))
         } else {
             single_file::load_unet(self, File::open(path)?)
         }
@@ -198,7 +209,7 @@ impl Model {
     pub fn add(&mut self, c: Component, path: &Path) -> Result<()> {
         self.remove(c);
         if path.is_dir() {
-            return folder::load_network(self, &folder::Source::Disk(path), c);
+            return folder::load_network(self, &folder::Source::Disk(&hub::snapshot(path)?), c);
         }
         folder::load_file(self, path, c)
     }
@@ -239,6 +250,8 @@ impl Model {
             tokenizers: BTreeMap::new(),
             metadata: BTreeMap::new(),
             ignored: Vec::new(),
+            remarks: Vec::new(),
+            keeps_config: Default::default(),
             open_clip: Default::default(),
             fingerprint: OnceLock::new(),
         }
@@ -297,10 +310,20 @@ impl Model {
         self.tensors[c as usize].values().map(|t| t.range.len()).sum()
     }
 
-    /// Tensors of a single file that belong to no component (EMA copies, training state, marks such as `v_pred`),
-    /// sorted.
+    /// Tensors that belong to no component: of a single file (EMA copies, training state, marks such as `v_pred`), and of shards what
+    /// their index does not name.
     pub fn ignored(&self) -> &[String] {
         &self.ignored
+    }
+
+    /// What a user may not expect of the files that were chosen, in lines.
+    pub fn remarks(&self) -> &[String] {
+        &self.remarks
+    }
+
+    /// Whether a component's weights came alone, into the place of others: its configuration, if any, is that of those.
+    pub fn keeps_config_of_another(&self, c: Component) -> bool {
+        self.keeps_config[c as usize]
     }
 
     /// A parsed configuration file: `model_index`, `scheduler`, `tokenizer`, `tokenizer_2`, `clip_preprocessor` (and

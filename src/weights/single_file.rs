@@ -1,7 +1,8 @@
 //! Single-file checkpoints: which component each CompVis / SGM key belongs to, and views of their fused tensors.
 
 use super::file::File;
-use super::{Component, Model, Tensor, keys_text, keys_unet, keys_vae};
+use super::kinds::{self, describe, kind};
+use super::{Component, Model, Tensor, keys_text, keys_unet, keys_vae, wrappers};
 use crate::{Error, Result};
 use safetensors::tensor::TensorInfo;
 use std::collections::BTreeMap;
@@ -38,23 +39,35 @@ type Group<'a> = BTreeMap<&'a str, &'a TensorInfo>;
 /// Loads a whole checkpoint.
 pub(super) fn load(model: &mut Model, file: File) -> Result<()> {
     let number = model.files.len();
-    let tensors = &file.header().tensors;
-    if !tensors.keys().any(|k| PREFIXES.iter().any(|(prefix, ..)| k.starts_with(prefix))) {
-        let what =
-            format!("{}; expected a Stable Diffusion checkpoint (model.diffusion_model.*, ...)", describe(&file));
-        return Err(Error::file(file.path(), what));
+    let all = unwrapped(&file, &PREFIXES.map(|(prefix, ..)| prefix));
+    let refused = |what: String| Err(Error::file(file.path(), what));
+    let is_known = |key: &&str| PREFIXES.iter().any(|(prefix, ..)| key.starts_with(prefix));
+    if !all.keys().any(is_known) {
+        return refused(format!(
+            "{}; expected a Stable Diffusion checkpoint (model.diffusion_model.*, ...)",
+            describe(keys(&all))
+        ));
     }
-    if tensors.keys().any(|k| k.starts_with(REFINER)) {
-        return Err(Error::file(file.path(), "is an SDXL refiner; give the SDXL base model"));
+    if all.keys().any(|k| k.starts_with(REFINER)) {
+        return refused("is an SDXL refiner; give the SDXL base model".into());
     }
     let mut found = Vec::new();
     for (prefix, component, naming) in PREFIXES {
-        let group: Group = tensors.iter().filter_map(|(k, info)| Some((k.strip_prefix(prefix)?, info))).collect();
+        let group: Group = all.iter().filter_map(|(k, info)| Some((k.strip_prefix(prefix)?, *info))).collect();
+        if let Some(kind) = kind(keys(&group)).filter(|kind| !kind.is(component) && naming != Naming::OpenClip) {
+            return refused(format!("under {prefix}* {kind}"));
+        }
         model.open_clip[component as usize] |= naming == Naming::OpenClip && !group.is_empty();
         found.extend(named(&group, number, component, naming).map(|(name, tensor)| (component, name, tensor)));
     }
-    let outside = |key: &&String| !PREFIXES.iter().any(|(prefix, ..)| key.starts_with(prefix));
-    model.ignored = tensors.keys().filter(outside).cloned().collect();
+    let only_unet = |key: &str| !is_known(&key) || key.starts_with(PREFIXES[0].0);
+    if keys(&all).all(only_unet) {
+        return refused(format!("holds a UNet alone: {}", kinds::BASE));
+    }
+    model.ignored = all.keys().filter(|key| !is_known(key)).map(|key| key.to_string()).collect();
+    if let Some(kind) = kind(model.ignored.iter().map(String::as_str)).filter(|kind| kind.name == "a ControlNet") {
+        return refused(kind.to_string());
+    }
     model.metadata = file.header().metadata.clone().into_iter().collect();
     model.files.push(file);
     found.into_iter().try_for_each(|(component, name, tensor)| model.insert(component, name, tensor))
@@ -63,19 +76,32 @@ pub(super) fn load(model: &mut Model, file: File) -> Result<()> {
 /// Loads only the UNet: of a whole checkpoint, or of a file that holds nothing else.
 pub(super) fn load_unet(model: &mut Model, file: File) -> Result<()> {
     let number = model.files.len();
-    let tensors = &file.header().tensors;
     let (prefix, ..) = PREFIXES[0];
-    let prefix = if tensors.keys().any(|k| k.starts_with(prefix)) { prefix } else { "" };
-    let group: Group = tensors.iter().filter_map(|(k, info)| Some((k.strip_prefix(prefix)?, info))).collect();
-    if !group.keys().any(|k| k.starts_with("input_blocks.") || k.starts_with("down_blocks.")) || is_adapter(&file) {
-        return Err(Error::file(file.path(), format!("{}; expected the weights of a UNet", describe(&file))));
+    let all = unwrapped(&file, &[prefix]);
+    let prefix = if all.keys().any(|k| k.starts_with(prefix)) { prefix } else { "" };
+    let group: Group = all.iter().filter_map(|(k, info)| Some((k.strip_prefix(prefix)?, *info))).collect();
+    if !kind(keys(&group)).is_some_and(|kind| kind.is(Component::Unet)) {
+        return Err(Error::file(file.path(), format!("{}; expected the weights of a UNet", describe(keys(&group)))));
     }
-    let found: Vec<_> = named(&group, number, Component::Unet, Naming::Unet).collect();
+    // Names without a dot are marks; so is what lies beside the UNet of a whole checkpoint.
+    let network: Group = group.iter().filter(|(key, _)| key.contains('.')).map(|(key, info)| (*key, *info)).collect();
+    let found: Vec<_> = named(&network, number, Component::Unet, Naming::Unet).collect();
     // What this file says of its UNet counts, not what the base model's file said of the one that is replaced.
     model.metadata = file.header().metadata.clone().into_iter().collect();
-    model.ignored = tensors.keys().filter(|k| !k.contains('.')).cloned().collect();
+    model.ignored = all.keys().filter(|k| !k.contains('.')).map(|key| key.to_string()).collect();
     model.files.push(file);
     found.into_iter().try_for_each(|(name, tensor)| model.insert(Component::Unet, name, tensor))
+}
+
+/// The tensors of a file without the prefix a wrapper gave them, which ends where one of `known` begins.
+fn unwrapped<'a>(file: &'a File, known: &[&str]) -> Group<'a> {
+    let tensors = &file.header().tensors;
+    let length = wrappers::prefix(tensors.keys().map(String::as_str), known);
+    tensors.iter().map(|(key, info)| (if key.contains('.') { &key[length..] } else { key }, info)).collect()
+}
+
+fn keys<'a>(group: &'a Group) -> impl Iterator<Item = &'a str> + Clone {
+    group.keys().copied()
 }
 
 /// The tensors of one component under their diffusers names.
@@ -87,21 +113,23 @@ fn named<'a>(
 ) -> Box<dyn Iterator<Item = (String, Tensor)> + 'a> {
     let keys = || group.keys().copied();
     let all = group.iter();
+    // A tensor that no such network has keeps its name, so that it is missed by nobody but seen.
     match naming {
         Naming::Unet if keys().any(|k| k.starts_with("input_blocks.")) => {
             let levels = keys_unet::Levels::find(keys());
-            Box::new(all.filter_map(move |(key, info)| Some((levels.name(key)?, Tensor::whole(file, info)))))
+            let name = move |key: &str| levels.name(key).unwrap_or_else(|| key.to_string());
+            Box::new(all.map(move |(key, info)| (name(key), Tensor::whole(file, info))))
         }
         Naming::Unet => Box::new(all.map(move |(key, info)| (key.to_string(), Tensor::whole(file, info)))),
         Naming::Vae => {
             let levels = keys_vae::levels(keys());
-            Box::new(all.filter_map(move |(key, info)| {
-                let name = keys_vae::from_compvis(key, levels)?;
+            Box::new(all.map(move |(key, info)| {
+                let name = keys_vae::from_compvis(key, levels).unwrap_or_else(|| key.to_string());
                 let mut tensor = Tensor::whole(file, info);
                 if keys_vae::is_linear(&name) && tensor.shape[..].ends_with(&[1, 1]) && tensor.shape.len() == 4 {
                     tensor.shape.truncate(2);
                 }
-                Some((name, tensor))
+                (name, tensor)
             }))
         }
         Naming::Transformers => Box::new(
@@ -113,10 +141,12 @@ fn named<'a>(
             let only = component == Component::TextEncoder;
             let layers = keys_text::openclip_layers(keys());
             let layers = if only && layers != SD2_LAYERS { layers.saturating_sub(1) } else { layers };
-            let used = move |key: &str| !(only && key == "text_projection");
-            Box::new(all.filter(move |(key, _)| used(key)).flat_map(move |(key, info)| {
-                let parts = keys_text::from_openclip(key, layers).into_iter();
-                parts.map(move |part| (part.name.clone(), view(file, info, &part)))
+            let used = move |key: &str| !(only && (key == "text_projection" || keys_text::is_beyond(key, layers)));
+            Box::new(all.filter(move |(key, _)| used(key)).flat_map(move |(key, info)| match keys_text::from_openclip(
+                key, layers,
+            ) {
+                parts if parts.is_empty() => vec![(key.to_string(), Tensor::whole(file, info))],
+                parts => parts.into_iter().map(|part| (part.name.clone(), view(file, info, &part))).collect(),
             }))
         }
     }
@@ -136,41 +166,6 @@ fn view(file: usize, info: &TensorInfo, part: &keys_text::Part) -> Tensor {
         tensor.transposed = true;
     }
     tensor
-}
-
-/// Weights that modify a model instead of being one.
-fn is_adapter(file: &File) -> bool {
-    file.header().tensors.keys().any(|k| k.contains("lora_") || k.contains(".lora") || k.contains("motion_modules."))
-}
-
-/// Says what a file that is not a checkpoint seems to hold.
-fn describe(file: &File) -> String {
-    const KINDS: [(&str, &str); 16] = [
-        ("lora", "a LoRA"),
-        ("hada_w1", "a LoHa adapter"),
-        ("lokr_w", "a LoKr adapter"),
-        ("motion_modules.", "an AnimateDiff motion module"),
-        ("control_model.", "a ControlNet"),
-        ("controlnet_cond_embedding.", "a ControlNet"),
-        ("ip_adapter", "an IP-Adapter"),
-        ("emb_params", "a textual inversion"),
-        ("joint_blocks.", "an SD 3 model"),
-        ("double_blocks.", "a Flux model"),
-        ("input_blocks.", "a UNet alone (--unet FILE puts it over a base model)"),
-        ("down_blocks.0.attentions", "a UNet alone (--unet FILE puts it over a base model)"),
-        ("transformer_blocks.0.", "a diffusion transformer"),
-        ("decoder.conv_in.", "a VAE alone"),
-        ("text_model.encoder.", "a text encoder alone"),
-        ("transformer.resblocks.", "an OpenCLIP model alone"),
-    ];
-    let keys = &file.header().tensors;
-    match KINDS.iter().find_map(|(part, kind)| Some((kind, keys.keys().find(|k| k.contains(part))?))) {
-        Some((kind, key)) => format!("holds {kind} (tensor '{key}')"),
-        None => match keys.keys().next() {
-            Some(key) => format!("holds {} unknown tensor(s), the first '{key}'", keys.len()),
-            None => "holds no tensors".to_string(),
-        },
-    }
 }
 
 #[cfg(test)]
@@ -237,6 +232,7 @@ mod tests {
     fn training_state_is_ignored_and_other_files_are_named() {
         let model = open(file(&[
             ("model.diffusion_model.input_blocks.0.0.bias", &[4]),
+            ("vae.quant_conv.bias", &[4]),
             ("model_ema.decay", &[1]),
             ("betas", &[2]),
         ]));

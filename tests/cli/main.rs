@@ -7,4 +7,5 @@ mod bench;
 mod compare;
 mod generate;
 mod methods;
+mod models;
 mod recommended;

@@ -112,6 +112,16 @@ pub fn weights_of(model: &TempDir, component: &str) -> std::path::PathBuf {
     model.path().join(component).join("diffusion_pytorch_model.safetensors")
 }
 
+/// Writes the tensors of a file to another under the names `rename` gives each: none, one or several.
+pub fn rename_tensors(from: &Path, to: &Path, rename: impl Fn(&str) -> Vec<String>) {
+    let bytes = fs::read(from).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let renamed =
+        file.tensors().into_iter().flat_map(|(key, view)| rename(&key).into_iter().map(move |key| (key, view.clone())));
+    let renamed: Vec<_> = renamed.collect();
+    fs::write(to, safetensors::serialize(renamed, None).unwrap()).unwrap();
+}
+
 /// Multiplies tensors of a file of f16, which are f32 from then on.
 pub fn scale_tensors(file: &Path, factors: &[(&str, f32)]) {
     let bytes = fs::read(file).unwrap();

@@ -34,7 +34,7 @@ fn single_file_and_folder_give_identical_images() {
 
         // A single file brings no tokenizer, and CLIP's own is too large for a tiny text tower: the folder's are used.
         let tokenizers = golden.pipeline().tokenizers;
-        let file = Pipeline { model: file, config, tokenizers, learned: vec![] };
+        let file = Pipeline { model: file, config, tokenizers, learned: vec![], remarks: vec![] };
         let case = golden.cases("sample/ddim-leading").next().unwrap();
         let from_folder = golden.sample(&folder, &case, Cpu::<f32>::new());
         let from_file = golden.sample(&file, &case, Cpu::<f32>::new());

@@ -5,10 +5,12 @@ mod common;
 
 mod auxiliary;
 mod determinism;
+mod files;
 mod golden;
 mod images;
 mod layouts;
 mod noise;
+mod pruned;
 mod rewards;
 mod sampler;
 mod shapes;

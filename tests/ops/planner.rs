@@ -2,7 +2,7 @@
 
 use crate::common::published::{decode, gradient};
 use proptest::prelude::*;
-use rarebit::models::config::{AddedConfig, UnetConfig};
+use rarebit::models::config::{AddedConfig, Middle, UnetConfig};
 use rarebit::models::unet::Unet;
 use rarebit::plan::{ALIGNMENT, Planned, Region, plan};
 use rarebit::program::{Activation, Builder, DType, Gemm, Program, ValueId};
@@ -90,10 +90,9 @@ fn sd15() -> UnetConfig {
         in_channels: 4,
         out_channels: 4,
         channels: vec![320, 640, 1280, 1280],
-        layers_per_block: 2,
-        down_transformers: vec![1, 1, 1, 0],
-        up_transformers: vec![1, 1, 1, 0],
-        mid_transformers: 1,
+        down_transformers: [1, 1, 1, 0].map(|depth| vec![depth; 2]).to_vec(),
+        up_transformers: [1, 1, 1, 0].map(|depth| vec![depth; 3]).to_vec(),
+        middle: Middle::Transformer(1),
         heads: vec![8; 4],
         context_width: 768,
         norm_groups: 32,
@@ -109,9 +108,9 @@ fn sd15() -> UnetConfig {
 fn sdxl() -> UnetConfig {
     UnetConfig {
         channels: vec![320, 640, 1280],
-        down_transformers: vec![0, 2, 10],
-        up_transformers: vec![0, 2, 10],
-        mid_transformers: 10,
+        down_transformers: [0, 2, 10].map(|depth| vec![depth; 2]).to_vec(),
+        up_transformers: [0, 2, 10].map(|depth| vec![depth; 3]).to_vec(),
+        middle: Middle::Transformer(10),
         heads: vec![5, 10, 20],
         context_width: 2048,
         linear_projection: true,

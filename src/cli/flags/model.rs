@@ -1,6 +1,7 @@
 //! Which model a command opens.
 
 use crate::Result;
+use crate::cli::progress::Reporter;
 use crate::models::config::Prediction;
 use crate::pipeline::Pipeline;
 use crate::weights::Model;
@@ -39,6 +40,7 @@ impl From<PredictionFlag> for Prediction {
 }
 
 impl ModelFlags {
+    /// The pipeline; what is to be said of it is said.
     pub fn open(&self) -> Result<Pipeline> {
         let mut model = match &self.model {
             Some(path) => Model::open(path)?,
@@ -47,7 +49,9 @@ impl ModelFlags {
         if let Some(unet) = &self.unet {
             model.replace_unet(unet)?;
         }
-        Pipeline::open(model, self.prediction.map(Prediction::from))
+        let pipeline = Pipeline::open(model, self.prediction.map(Prediction::from))?;
+        pipeline.remarks.iter().for_each(|remark| Reporter::new(false, true).warn(remark));
+        Ok(pipeline)
     }
 
     /// The model's name as images record it.

@@ -79,6 +79,12 @@ impl SamplingFlags {
         if self.sampler.is_none() && Method::of(scheduler).is_none() {
             remarks.push(format!("the model's {} is not here; using ddim (see --sampler)", scheduler.class));
         }
+        let own = Method::of(scheduler);
+        if let (Some(chosen), Some(why)) = (self.sampler, &scheduler.unsupported)
+            && own == Some(chosen)
+        {
+            remarks.push(format!("{why}; --sampler {chosen} does without it"));
+        }
         if !self.cfg_pp && self.guidance.is_some_and(|w| (0.0..1.0).contains(&w)) {
             remarks.push("--guidance below 1 moves away from the prompt, 0 ignores it; distilled models want 1".into());
         }

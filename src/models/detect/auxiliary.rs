@@ -4,6 +4,7 @@ use super::{Check, checked_text, fields, structure};
 use crate::models::config::*;
 use crate::models::parse::auxiliary as parse;
 use crate::models::preprocess::Preprocess;
+use crate::models::unread;
 use crate::weights::{Component, Model, Pack, Weight};
 use crate::{Error, Result};
 
@@ -51,7 +52,9 @@ pub fn clip_config(model: &Model, c: Component) -> Result<ClipConfig> {
         Some(fields) => parse::preprocess(&fields, image.image_size)?,
         None => Preprocess::clip(image.image_size),
     };
-    Ok(ClipConfig { logit_scale: logit_scale(model, c)?, image, text, preprocess })
+    let config = ClipConfig { logit_scale: logit_scale(model, c)?, image, text, preprocess };
+    unread::check_clip(model, c, &config)?;
+    Ok(config)
 }
 
 fn logit_scale(model: &Model, component: Component) -> Result<Option<f64>> {

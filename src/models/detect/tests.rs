@@ -6,12 +6,13 @@ use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
 /// What detection looks at in a one-level UNet, a two-level VAE and a text tower.
-const UNET: [(&str, &[usize]); 8] = [
+const UNET: [(&str, &[usize]); 9] = [
     ("conv_in.weight", &[32, 4, 3, 3]),
     ("conv_out.weight", &[4, 32, 3, 3]),
     ("down_blocks.0.resnets.0.conv1.weight", &[32, 32, 3, 3]),
     ("up_blocks.0.resnets.0.conv1.weight", &[32, 64, 3, 3]),
     ("up_blocks.0.resnets.1.conv1.weight", &[32, 64, 3, 3]),
+    ("mid_block.resnets.1.conv1.weight", &[32, 32, 3, 3]),
     ("mid_block.attentions.0.proj_in.weight", &[32, 32, 1, 1]),
     ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight", &[32, 32]),
     ("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight", &[32, 16]),
@@ -81,7 +82,7 @@ fn refused(edits: &[(&str, &str, Value)], why: &str) {
 fn a_folder_is_read_with_the_defaults_of_diffusers() {
     let config = pipeline_config(&folder(&[]), None).unwrap();
     assert_eq!((config.family, config.image_size), (Family::Sd1, 16));
-    assert_eq!((config.unet.heads[0], config.unet.norm_groups, config.unet.mid_transformers), (4, 32, 1));
+    assert_eq!((config.unet.heads[0], config.unet.norm_groups, config.unet.middle), (4, 32, Middle::Transformer(1)));
     assert_eq!((config.vae.norm_groups, config.vae.scaling_factor), (16, 0.18215));
     assert!(!config.vae.force_upcast, "only diffusers' pipelines for SDXL heed what the class says by default");
     let said = folder(&[("vae", "force_upcast", json!(true))]);
@@ -113,10 +114,15 @@ fn unsupported_settings_name_their_field() {
         ("dual_cross_attention", json!(true)),
         ("only_cross_attention", json!([true])),
         ("time_cond_proj_dim", json!(256)),
-        ("mid_block_type", json!("UNetMidBlock2D")),
+        ("mid_block_type", json!("UNetMidBlock2DSimpleCrossAttn")),
         ("down_block_types", json!(["AttnDownBlock2D"])),
         ("norm_num_groups", json!(null)),
-        ("transformer_layers_per_block", json!([[1]])),
+        ("reverse_transformer_layers_per_block", json!([[1], [1]])),
+        ("transformer_layers_per_block", json!([0])),
+        ("transformer_layers_per_block", json!([[1], [1]])),
+        ("transformer_layers_per_block", json!("1")),
+        ("transformer_layers_per_block", json!([[]])),
+        ("layers_per_block", json!([1, 2])),
         ("attention_head_dim", json!(-8)),
         ("sample_size", json!("big")),
     ] {
@@ -141,13 +147,69 @@ fn unsupported_samplers_say_why() {
     for (field, value, why) in [
         ("thresholding", json!(true), "thresholding"),
         ("_class_name", json!("PNDMScheduler"), "skip_prk_steps"),
-        ("_class_name", json!("FlowMatchEulerDiscreteScheduler"), "FlowMatchEulerDiscreteScheduler"),
+        ("use_beta_sigmas", json!(true), "use_beta_sigmas"),
     ] {
         let config = pipeline_config(&folder(&[("scheduler", field, value)]), None).unwrap();
         let unsupported = config.scheduler.unsupported.unwrap();
         assert!(unsupported.contains("scheduler/scheduler_config.json") && unsupported.contains(why), "{unsupported}");
     }
     assert_eq!(pipeline_config(&folder(&[]), None).unwrap().scheduler.unsupported, None);
+    let unknown = [("scheduler", "_class_name", json!("Mine")), ("scheduler", "beta_schedule", json!("linear"))];
+    assert!(pipeline_config(&folder(&unknown), None).unwrap().scheduler.unsupported.unwrap().contains("'Mine'"));
+}
+
+#[test]
+fn settings_of_dpm_solvers_that_are_not_here() {
+    let unsupported = |field: &'static str, value: Value| {
+        let edits = [("scheduler", "_class_name", json!("DPMSolverMultistepScheduler")), ("scheduler", field, value)];
+        pipeline_config(&folder(&edits), None).unwrap().scheduler.unsupported
+    };
+    // As diffusers writes the default.
+    assert_eq!(unsupported("lambda_min_clipped", json!("-Infinity")), None);
+    for (field, value) in [
+        ("lambda_min_clipped", json!(-5.1)),
+        ("solver_order", json!(3)),
+        ("algorithm_type", json!("sde-dpmsolver++")),
+        ("use_lu_lambdas", json!(true)),
+        ("euler_at_final", json!(true)),
+        ("final_sigmas_type", json!("sigma_min")),
+        ("variance_type", json!("learned_range")),
+    ] {
+        let why = unsupported(field, value).unwrap_or_else(|| panic!("{field} is taken"));
+        assert!(why.contains(field), "{why}");
+    }
+}
+
+/// Whatever sampler is chosen: the network takes other times and other noise.
+#[test]
+fn models_on_other_noise_are_refused() {
+    for edits in [
+        &[("_class_name", json!("FlowMatchEulerDiscreteScheduler"))][..],
+        &[("_class_name", json!("EDMDPMSolverMultistepScheduler"))],
+        &[("_class_name", json!("CMStochasticIterativeScheduler")), ("sigma_data", json!(0.5))],
+        &[("_class_name", json!("IPNDMScheduler"))],
+        &[("_class_name", json!("MyScheduler"))],
+        &[("_class_name", json!("DPMSolverMultistepScheduler")), ("use_flow_sigmas", json!(true))],
+        &[("_class_name", json!("UniPCMultistepScheduler")), ("prediction_type", json!("flow_prediction"))],
+        &[("_class_name", json!("EulerDiscreteScheduler")), ("timestep_type", json!("continuous"))],
+    ] {
+        let edits: Vec<_> = edits.iter().map(|(field, value)| ("scheduler", *field, value.clone())).collect();
+        refused(&edits, "which no sampler here can follow");
+    }
+}
+
+#[test]
+fn depths_within_a_level() {
+    let depths = |down: Value, up: Value| {
+        let field = |name, value| ("unet", name, value);
+        let edits = [field("transformer_layers_per_block", down), field("reverse_transformer_layers_per_block", up)];
+        pipeline_config(&folder(&edits), None)
+    };
+    // Both levels of these folders are without attention; the middle is as deep as the first of the last level.
+    assert_eq!(depths(json!([[1, 7]]), json!([[1, 2]])).unwrap().unet.middle, Middle::Transformer(1));
+    assert_eq!(depths(json!(1), json!(null)).unwrap().unet.down_transformers, [[0]]);
+    let error = depths(json!([[2]]), json!([[1, 2]])).unwrap_err().to_string();
+    assert!(error.contains("mid_block_type is Transformer(2), but"), "{error}");
 }
 
 #[test]
@@ -175,6 +237,7 @@ fn single(projection: &[usize], more: &[(&str, &[usize])], metadata: &[(&str, &s
         (format!("{unet}.input_blocks.1.0.in_layers.2.weight"), &[32, 32, 3, 3]),
         (format!("{unet}.output_blocks.0.0.in_layers.2.weight"), &[32, 64, 3, 3]),
         (format!("{unet}.output_blocks.1.0.in_layers.2.weight"), &[32, 64, 3, 3]),
+        (format!("{unet}.middle_block.2.in_layers.2.weight"), &[32, 32, 3, 3]),
         (format!("{unet}.middle_block.1.proj_in.weight"), projection),
         (format!("{unet}.middle_block.1.transformer_blocks.0.attn1.to_q.weight"), &[32, 32]),
         (format!("{unet}.middle_block.1.transformer_blocks.0.attn2.to_k.weight"), &[32, 16]),
@@ -223,7 +286,7 @@ fn other_kinds_of_unet_are_named() {
     assert!(e.contains("no second text encoder"), "{e}");
     let key = "model.diffusion_model.input_blocks.7.0.in_layers.2.weight";
     let e = pipeline_config(&single(&[32, 32], &[(key, &[32, 32, 3, 3])], &[]), None).unwrap_err().to_string();
-    assert!(e.contains("down_blocks.0 has 7 residual blocks, expected") || e.contains("up_blocks.0 has 2"), "{e}");
+    assert!(e.contains("down_blocks.0 has 7 residual blocks and up_blocks.0 2, where one more is expected"), "{e}");
 }
 
 /// A reader folder with the given fields and two heads, `shape` of 3 values and `frame` of 2.

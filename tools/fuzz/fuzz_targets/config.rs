@@ -1,6 +1,7 @@
 //! Component configurations: any JSON gives a configuration whose programs can be built, or an error.
 #![no_main]
 
+use rarebit::models::config::Middle;
 use rarebit::models::parse::{self, Fields};
 use rarebit::models::unet::Unet;
 use rarebit::models::clip_text::{self, Prompt};
@@ -17,7 +18,8 @@ fn check(bytes: &[u8]) -> Option<()> {
     match kind % 4 {
         0 => {
             let config = parse::unet(&fields).ok()?;
-            if config.channels.len() > 6 || config.layers_per_block > 4 || config.mid_transformers > 20 {
+            let depths = || config.down_transformers.iter().chain(&config.up_transformers).flatten();
+            if depths().count() > 60 || depths().sum::<usize>() > 100 || config.middle > Middle::Transformer(20) {
                 return None; // Large programs only cost time.
             }
             let unet = Unet::new(&config);
