@@ -13,13 +13,17 @@ use std::collections::BTreeSet;
 /// Names of tensors that are shown; the rest are counted.
 const SHOWN: usize = 2;
 
-/// One line about the tensors of a pipeline that nothing reads, if there are any. `Error::Tensor` where a network of another
-/// architecture had them: what is run without them is not that network.
+/// One line about the tensors of a pipeline that nothing reads, if there are any. `Error::Tensor` where the UNet or the decoder lacks
+/// one, and where a network of another architecture had them: what is run without them is not that network.
 pub fn of_pipeline(model: &Model, config: &PipelineConfig) -> Result<Option<String>> {
+    let needed = [unet(&config.unet)?, decoder(&config.vae)?];
+    // A tensor that lacks is told first: it often has another name.
+    needed.iter().flat_map(Program::weights).try_for_each(|(_, weight)| model.rows(weight).map(drop))?;
+    let [unet, decoder] = needed;
     let ignored = model.ignored().iter().filter(|key| !is_harmless(key)).cloned();
     let mut unread: Vec<String> = ignored.collect();
-    unread.extend(check(model, Component::Unet, &[unet(&config.unet)?])?);
-    unread.extend(check(model, Component::Vae, &[decoder(&config.vae)?, encoder(&config.vae)?])?);
+    unread.extend(check(model, Component::Unet, &[unet])?);
+    unread.extend(check(model, Component::Vae, &[decoder, encoder(&config.vae)?])?);
     for (component, tower) in [Component::TextEncoder, Component::TextEncoder2].into_iter().zip(&config.text) {
         unread.extend(check(model, component, &[text(component, tower)?])?);
     }
