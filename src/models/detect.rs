@@ -9,7 +9,7 @@ pub use auxiliary::{clip_config, head_config, policy_config};
 
 use super::config::*;
 use super::parse::{self, Fields};
-use crate::weights::{Component, Model};
+use crate::weights::{Component, Model, NEEDS_BASE};
 use crate::{Error, Result};
 use std::fmt::Debug;
 use std::path::Path;
@@ -200,6 +200,11 @@ fn check_complete(model: &Model) -> Result<()> {
         if model.ignored().iter().any(|key| key == mark) {
             return Err(Error::file(model.path(), format!("is {name} checkpoint, which is not supported")));
         }
+    }
+    if model.is_single_file()
+        && ![Component::Vae, Component::TextEncoder, Component::TextEncoder2].iter().any(|c| model.has(*c))
+    {
+        return Err(Error::file(model.path(), format!("holds a UNet alone: {NEEDS_BASE}")));
     }
     let needed = [Component::Unet, Component::Vae, Component::TextEncoder];
     match needed.into_iter().find(|c| !model.has(*c)) {

@@ -38,7 +38,8 @@ type Known = (At, &'static str, &'static str, &'static str, &'static [Component]
 
 const MERGE: &str = "merge it into a checkpoint first, it is not read";
 const OTHER: &str = "models of that family are not built here; Stable Diffusion 1, 2 and XL are";
-pub(super) const BASE: &str = "it needs a base model; a Stable Diffusion 1, 2 or XL UNet goes over one with --unet";
+/// Where a UNet that was given as a model belongs.
+pub const NEEDS_BASE: &str = "it needs a base model; a Stable Diffusion 1, 2 or XL UNet goes over one with --unet";
 const ALONE: &str = "give the whole model";
 const TEXT: &[Component] = &[Component::TextEncoder, Component::TextEncoder2, Component::Clip, Component::HeldOutClip];
 const IMAGE: &[Component] = &[Component::Clip, Component::HeldOutClip];
@@ -74,8 +75,8 @@ const KINDS: [Known; 41] = [
     (At::Start, "blocks.", "a diffusion transformer", OTHER, &[Component::Reader]),
     (At::Start, "RRDB_trunk.", "an image upscaler", "it is not read", &[]),
     (At::Anywhere, ".rdb1.", "an image upscaler", "it is not read", &[]),
-    (At::Start, "input_blocks.", "a UNet alone", BASE, &[Component::Unet]),
-    (At::Start, "down_blocks.", "a UNet alone", BASE, &[Component::Unet]),
+    (At::Start, "input_blocks.", "a UNet alone", NEEDS_BASE, &[Component::Unet]),
+    (At::Start, "down_blocks.", "a UNet alone", NEEDS_BASE, &[Component::Unet]),
     (At::Start, "decoder.conv_in.", "a VAE alone", ALONE, &[Component::Vae]),
     (At::Start, "decoder.layers.", "a tiny autoencoder (TAESD)", "it is not read", &[]),
     (At::Start, "text_model.", "a CLIP or its text tower", ALONE, TEXT),

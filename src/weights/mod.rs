@@ -13,7 +13,7 @@ mod single_file;
 mod wrappers;
 
 pub use file::{FileId, Header, Stored, fingerprint, parse_header, parse_json};
-pub use kinds::is_harmless;
+pub use kinds::{NEEDS_BASE, is_harmless};
 pub use pack::Rows;
 
 use crate::{Error, Result};

@@ -1,7 +1,7 @@
 //! Single-file checkpoints: which component each CompVis / SGM key belongs to, and views of their fused tensors.
 
 use super::file::File;
-use super::kinds::{self, describe, kind};
+use super::kinds::{describe, kind};
 use super::{Component, Model, Tensor, keys_text, keys_unet, keys_vae, wrappers};
 use crate::{Error, Result};
 use safetensors::tensor::TensorInfo;
@@ -59,10 +59,6 @@ pub(super) fn load(model: &mut Model, file: File) -> Result<()> {
         }
         model.open_clip[component as usize] |= naming == Naming::OpenClip && !group.is_empty();
         found.extend(named(&group, number, component, naming).map(|(name, tensor)| (component, name, tensor)));
-    }
-    let only_unet = |key: &str| !is_known(&key) || key.starts_with(PREFIXES[0].0);
-    if keys(&all).all(only_unet) {
-        return refused(format!("holds a UNet alone: {}", kinds::BASE));
     }
     model.ignored = all.keys().filter(|key| !is_known(key)).map(|key| key.to_string()).collect();
     if let Some(kind) = kind(model.ignored.iter().map(String::as_str)).filter(|kind| kind.name == "a ControlNet") {
@@ -232,7 +228,6 @@ mod tests {
     fn training_state_is_ignored_and_other_files_are_named() {
         let model = open(file(&[
             ("model.diffusion_model.input_blocks.0.0.bias", &[4]),
-            ("vae.quant_conv.bias", &[4]),
             ("model_ema.decay", &[1]),
             ("betas", &[2]),
         ]));

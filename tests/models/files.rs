@@ -122,7 +122,7 @@ fn other_networks_are_named() {
     // Given as the model, a UNet is told where it belongs.
     for key in ["down_blocks.0.resnets.0.conv1.bias", "model.diffusion_model.input_blocks.0.0.bias"] {
         write(key);
-        let error = refusal(Model::open(&file));
+        let error = refusal(open(&file));
         assert!(error.contains("a UNet alone") && error.contains("over one with --unet"), "{error}");
     }
     let pipeline = copy_of("tiny-sd1");
