@@ -356,11 +356,11 @@ impl Model {
 
     /// 16 hex digits that tell pipelines apart: a hash of the length and of samples of every file that makes images. No
     /// cryptography.
-    pub fn fingerprint(&self) -> &str {
+    pub fn fingerprint(&self) -> Result<String> {
         let used =
             |n: usize| Component::PIPELINE.iter().any(|c| self.tensors[*c as usize].values().any(|t| t.file == n));
         let files = || self.files.iter().enumerate().filter(|(n, _)| used(*n)).flat_map(|(_, file)| file.samples());
-        self.fingerprint.get_or_init(|| format!("{:016x}", fingerprint(files())))
+        Ok(self.fingerprint.get_or_init(|| format!("{:016x}", fingerprint(files()))).clone())
     }
 
     /// Has the system read a weight's bytes from disk while the caller works on others; a weight that is not there is left to
