@@ -1,6 +1,7 @@
 //! Files that users hand in: regular ones only, read up to a bound, and named as what they are where they are something else.
 
 use crate::{Error, Result};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
@@ -53,6 +54,11 @@ pub fn read_text(path: &Path, most: u64) -> Result<String> {
 /// JSON as Python's `json` writes it: `NaN`, `Infinity` and `-Infinity`, which JSON does not have, become strings of that name, so
 /// that an entry nobody needs harms nothing and one that should be a number is refused by whoever reads it.
 pub fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
+    from_json(path, bytes)
+}
+
+/// As [`parse_json`], of a certain type.
+pub fn from_json<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
     let malformed = |error: serde_json::Error| match identify(bytes) {
         Some(kind) if kind != JSON => Error::file(path, format!("is {kind}, not JSON")),
         _ => Error::file(path, format!("malformed JSON: {error}")),

@@ -17,7 +17,8 @@ impl Model {
     /// 16 hex digits that tell models apart by all that decides an image: the whole content of the weights files of
     /// [`Component::PIPELINE`], their configurations and the scheduler's, and the tokenizers' files; not where they lie. No cryptography.
     ///
-    /// Reads every file once, at the first call; call it while the weights load, as a file that changed since it was opened is an error.
+    /// Found at the first call, which reads what no weight was read from yet: call it when the weights are loaded. A file that has
+    /// changed since it was opened is an error.
     pub fn fingerprint(&self) -> Result<String> {
         if let Some(known) = self.fingerprint.get() {
             return Ok(known.clone());

@@ -5,7 +5,6 @@ use super::{Model, Pack, Tensor, Weight};
 use crate::{Error, Result};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-use std::borrow::Cow;
 
 /// Most kernel taps times channels permuted at a time: small enough for the stack and the first-level cache.
 const CHUNK: usize = 1024;
@@ -13,7 +12,7 @@ const CHUNK: usize = 1024;
 /// Elements converted at a time through a buffer.
 const STEP: usize = 256;
 
-/// Bytes read from a file at a time, if a row is not longer: enough for a disk, few enough for the second-level cache.
+/// Bytes that a thread reads of a weight in one task, if a row is not longer.
 const BLOCK: usize = 1 << 18;
 
 /// A weight as a matrix of output rows.
@@ -39,7 +38,7 @@ struct Part<'a> {
     count: usize,
     order: Order,
     /// All bytes of a tensor whose order is swapped, as each of its rows is scattered over all of them; empty for others.
-    scattered: Cow<'a, [u8]>,
+    scattered: Vec<u8>,
 }
 
 /// How the coefficients of a row lie in the file.
@@ -135,8 +134,8 @@ impl<'a> Rows<'a> {
             };
             let count = if vector { columns } else { rows };
             let scattered = match order {
-                Order::Swapped => file.read(&tensor.range)?,
-                Order::Plain | Order::Taps(_) => Cow::Borrowed(&[][..]),
+                Order::Swapped => file.visit(tensor.range.clone(), <[u8]>::to_vec)?,
+                Order::Plain | Order::Taps(_) => vec![],
             };
             parts.push(Part { file, start: tensor.range.start, stored, first, count, order, scattered });
             first += count;
@@ -162,24 +161,15 @@ impl Part<'_> {
             self.gather(first, width, out);
             return Ok(());
         }
-        let size = self.stored.bitsize() / 8;
-        let block = (BLOCK / (width * size).max(1)).max(1);
-        for (n, out) in out.chunks_mut((block * width).max(1)).enumerate() {
-            let start = self.start + (first + n * block) * width * size;
-            self.file.visit(start..start + out.len() * size, |bytes| self.decode(bytes, width, out))?;
+        let bytes = width * self.stored.bitsize() / 8;
+        for (row, out) in out.chunks_exact_mut(width.max(1)).enumerate() {
+            let start = self.start + (first + row) * bytes;
+            self.file.visit(start..start + bytes, |bytes| match self.order {
+                Order::Plain | Order::Swapped => T::decode(self.stored, bytes, out),
+                Order::Taps(taps) => untangle(self.stored, bytes, taps, out),
+            })?;
         }
         Ok(())
-    }
-
-    /// Writes the rows that `bytes` holds one after another.
-    fn decode<T: Real>(&self, bytes: &[u8], width: usize, out: &mut [T]) {
-        match self.order {
-            Order::Plain | Order::Swapped => T::decode(self.stored, bytes, out),
-            Order::Taps(taps) => {
-                let rows = bytes.chunks_exact(width * self.stored.bitsize() / 8).zip(out.chunks_exact_mut(width));
-                rows.for_each(|(bytes, out)| untangle(self.stored, bytes, taps, out));
-            }
-        }
     }
 
     /// Collects the rows from `first` on where rows and columns are swapped.
@@ -321,7 +311,15 @@ mod tests {
     /// The rows of a weight in a UNet file that is this single set of tensors.
     fn rows(bytes: &'static [u8], keys: &[&str], pack: Pack, shape: &[usize]) -> Result<Vec<Vec<f32>>> {
         let files = Box::leak(Box::new([("unet/diffusion_pytorch_model.safetensors", bytes)]));
-        let model = Model::embedded(files)?;
+        let embedded = rows_of(&Model::embedded(files)?, keys, pack, shape)?;
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("unet")).unwrap();
+        std::fs::write(folder.path().join(files[0].0), bytes).unwrap();
+        assert_eq!(rows_of(&Model::open(folder.path())?, keys, pack, shape)?, embedded, "read from a disk");
+        Ok(embedded)
+    }
+
+    fn rows_of(model: &Model, keys: &[&str], pack: Pack, shape: &[usize]) -> Result<Vec<Vec<f32>>> {
         let keys = keys.iter().map(|k| k.to_string()).collect();
         let weight = Weight { component: Component::Unet, keys, pack, shape: shape.to_vec() };
         let rows = model.rows(&weight)?;
@@ -332,7 +330,14 @@ mod tests {
             assert!(single.iter().zip(&double).all(|(s, d)| f64::from(*s) == *d));
             single
         };
-        Ok((0..rows.rows()).map(read).collect())
+        let single: Vec<Vec<f32>> = (0..rows.rows()).map(read).collect();
+        let mut together = vec![f32::NAN; rows.rows() * rows.columns()];
+        rows.read_f32(0, &mut together).unwrap();
+        assert_eq!(together, single.concat(), "all rows at once");
+        let mut in_turn = vec![];
+        rows.each_f64(|n, row| in_turn.push((n, row.iter().map(|&x| x as f32).collect()))).unwrap();
+        assert_eq!(in_turn, single.iter().cloned().enumerate().collect::<Vec<_>>());
+        Ok(single)
     }
 
     #[test]
