@@ -5,6 +5,7 @@ mod common;
 
 mod auxiliary;
 mod determinism;
+mod files;
 mod golden;
 mod images;
 mod layouts;
