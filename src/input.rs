@@ -1,6 +1,7 @@
 //! Files that users hand in: regular ones only, read up to a bound, and named as what they are where they are something else.
 
 use crate::{Error, Result};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
@@ -9,12 +10,13 @@ use std::path::Path;
 /// Opens a regular file. A pipe, a device, a socket or a folder is refused before it is opened: opening a pipe waits for its writer,
 /// and a device may never end.
 pub fn open(path: &Path) -> Result<File> {
-    let found = fs::metadata(path).map_err(|error| match fs::symlink_metadata(path) {
-        Ok(_) if error.kind() == ErrorKind::NotFound => {
-            Error::file(path, "is a link that points nowhere (an unfinished download?)")
+    let found = match (fs::metadata(path), fs::read_link(path)) {
+        (Err(error), Ok(to)) if error.kind() == ErrorKind::NotFound => {
+            let to = to.display();
+            return Err(Error::file(path, format!("is a link to {to}, which is not there; an interrupted download?")));
         }
-        Ok(_) | Err(_) => Error::io("read", path)(error),
-    })?;
+        (found, _) => found.map_err(Error::io("read", path))?,
+    };
     if !found.is_file() {
         return Err(Error::file(path, "is not a regular file"));
     }
@@ -53,6 +55,11 @@ pub fn read_text(path: &Path, most: u64) -> Result<String> {
 /// JSON as Python's `json` writes it: `NaN`, `Infinity` and `-Infinity`, which JSON does not have, become strings of that name, so
 /// that an entry nobody needs harms nothing and one that should be a number is refused by whoever reads it.
 pub fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
+    from_json(path, bytes)
+}
+
+/// As [`parse_json`], of a certain type.
+pub fn from_json<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
     let malformed = |error: serde_json::Error| match identify(bytes) {
         Some(kind) if kind != JSON => Error::file(path, format!("is {kind}, not JSON")),
         _ => Error::file(path, format!("malformed JSON: {error}")),
@@ -105,7 +112,7 @@ pub fn identify(bytes: &[u8]) -> Option<&'static str> {
         (b"tjgg", "a GGML file"),
         (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
         (b"\x93NUMPY", "a NumPy array"),
-        (b"version https://git-lfs", "a Git LFS pointer, not the file it stands for"),
+        (b"version https://git-lfs", "a Git LFS pointer"),
         (b"\x1f\x8b", "a gzip archive"),
         (b"BZh", "a bzip2 archive"),
         (b"\x28\xb5\x2f\xfd", "a zstd archive"),
@@ -175,8 +182,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (link, socket) = (folder.path().join("link"), folder.path().join("socket"));
         std::os::unix::fs::symlink(folder.path().join("blob"), &link).unwrap();
-        let error = read_if_there(&link, 9).unwrap_err().to_string();
-        assert!(error.ends_with("is a link that points nowhere (an unfinished download?)"), "{error}");
+        assert!(
+            read_if_there(&link, 9).unwrap_err().to_string().ends_with("which is not there; an interrupted download?")
+        );
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         for path in [socket.as_path(), Path::new("/dev/zero")] {
             assert!(read(path, 9).unwrap_err().to_string().ends_with("is not a regular file"));

@@ -138,14 +138,9 @@ pub(crate) fn tokenizer(model: &Model, folder: &str, pad: &str, tower: &ClipText
         (Some(vocab), Some(merges), _) => Tokenizer::from_bytes(vocab, merges, special, map),
         (_, _, Some(json)) => Tokenizer::from_tokenizer_json(json, special, map),
         _ => Tokenizer::clip(pad),
-    }
-    .and_then(|tokenizer| tokenizer.with_added_tokens(file("added_tokens.json"), special, file("tokenizer.json")))
-    .map_err(|error| Error::file(model.path(), format!("{folder}: {error}")))?
-    .with_max_length(tower.max_positions);
-    if tokenizer.vocab_size() > tower.vocab_size {
-        let (tokens, rows) = (tokenizer.vocab_size(), tower.vocab_size);
-        let what = format!("{folder} has {tokens} tokens but the text encoder embeds {rows}");
-        return Err(Error::file(model.path(), what));
-    }
-    Ok(tokenizer)
+    };
+    let (list, json) = (file("added_tokens.json"), file("tokenizer.json"));
+    let tokenizer = tokenizer.and_then(|t| t.with_added_tokens(list, special, json, tower.vocab_size));
+    let of_model = |error: Error| Error::file(model.path(), format!("{folder}: {error}"));
+    Ok(tokenizer.map_err(of_model)?.with_max_length(tower.max_positions))
 }

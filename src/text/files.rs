@@ -1,7 +1,7 @@
 //! The files of a `tokenizer` folder, read with every surprise turned into an error that names the file.
 
 use super::{END, START};
-use crate::{Error, Result};
+use crate::{Error, Result, input};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -140,25 +140,51 @@ pub fn special(folder: &Path, config: Option<&[u8]>, map: Option<&[u8]>) -> Resu
     Ok((special, length.map(|n| n as usize)))
 }
 
+/// A token that a folder adds to its vocabulary, and the file that does.
+pub struct Added {
+    pub token: String,
+    pub file: &'static str,
+}
+
 /// Tokens that a folder adds to its vocabulary, by id: `added_tokens.json` (`{"token": id}`), `tokenizer_config.json`
 /// (`added_tokens_decoder: {"id": {"content": ..}}`), `tokenizer.json` (`added_tokens: [{"id": .., "content": ..}]`).
-pub fn added(list: Option<&[u8]>, config: Option<&[u8]>, json: Option<&[u8]>) -> Result<BTreeMap<u64, String>> {
-    let nowhere = Path::new("");
-    let read = |name: &str, bytes: Option<&[u8]>| bytes.map_or(Ok(Value::Null), |b| parse::<Value>(nowhere, name, b));
-    let list = read("added_tokens.json", list)?;
-    let (config, json) = (read("tokenizer_config.json", config)?, read("tokenizer.json", json)?);
-    let content = |token: &Value| token["content"].as_str().map(str::to_string);
+pub fn added(list: Option<&[u8]>, config: Option<&[u8]>, json: Option<&[u8]>) -> Result<BTreeMap<u64, Added>> {
+    let read =
+        |name: &str, bytes: Option<&[u8]>| bytes.map_or(Ok(Value::Null), |b| input::parse_json(Path::new(name), b));
     let mut tokens = BTreeMap::new();
-    for (token, id) in list.as_object().into_iter().flatten() {
-        tokens.extend(id.as_u64().map(|id| (id, token.clone())));
+    let mut add = |file: &'static str, entry: Option<(u64, &str)>| {
+        let Some((id, token)) = entry else { return Err(Error::file(file, "an added token lacks its id or text")) };
+        match tokens.insert(id, Added { token: token.to_string(), file }) {
+            Some(other) if other.token != token => {
+                let what =
+                    format!("token {id} is '{}', in {} it is '{}'", short(token), other.file, short(&other.token));
+                Err(Error::file(file, what))
+            }
+            Some(_) | None => Ok(()),
+        }
+    };
+    let list = read("added_tokens.json", list)?;
+    for (token, id) in object("added_tokens.json", &list)? {
+        add("added_tokens.json", id.as_u64().map(|id| (id, token.as_str())))?;
     }
-    for (id, token) in config["added_tokens_decoder"].as_object().into_iter().flatten() {
-        tokens.extend(id.parse().ok().zip(content(token)));
+    let config = read("tokenizer_config.json", config)?;
+    for (id, token) in object("tokenizer_config.json", &config["added_tokens_decoder"])? {
+        add("tokenizer_config.json", id.parse().ok().zip(token["content"].as_str()))?;
     }
+    let json = read("tokenizer.json", json)?;
     for token in json["added_tokens"].as_array().into_iter().flatten() {
-        tokens.extend(token["id"].as_u64().zip(content(token)));
+        add("tokenizer.json", token["id"].as_u64().zip(token["content"].as_str()))?;
     }
     Ok(tokens)
+}
+
+/// The entries of a JSON object, of which there are none where it is null.
+fn object<'v>(file: &str, value: &'v Value) -> Result<impl Iterator<Item = (&'v String, &'v Value)>> {
+    match value {
+        Value::Null => Ok(None.into_iter().flatten()),
+        Value::Object(entries) => Ok(Some(entries).into_iter().flatten()),
+        _ => Err(Error::file(file, "its added tokens are not an object")),
+    }
 }
 
 /// `"text"`, or an object with `content` and the way it is matched. An empty token matches nothing and counts as none.
@@ -170,10 +196,13 @@ fn added_token(value: &Value) -> Option<AddedToken> {
 }
 
 fn parse<T: serde::de::DeserializeOwned>(folder: &Path, name: &str, bytes: &[u8]) -> Result<T> {
-    serde_json::from_slice(bytes).map_err(|e| Error::file(folder.join(name), e.to_string()))
+    input::from_json(&folder.join(name), bytes)
 }
 
 /// Enough of a token to recognise it in a message, on one line.
-fn short(text: &str) -> String {
-    text.chars().take(40).flat_map(char::escape_debug).collect()
+pub fn short(text: &str) -> String {
+    const MOST: usize = 40;
+    let end = if text.chars().nth(MOST).is_some() { "…" } else { "" };
+    let start: String = text.chars().take(MOST).flat_map(char::escape_debug).collect();
+    start + end
 }

@@ -3,7 +3,7 @@
 mod clip;
 mod files;
 
-use crate::{Error, Result};
+use crate::{Error, Result, input};
 use std::path::Path;
 use tokenizers::AddedToken;
 
@@ -16,6 +16,9 @@ pub const OPEN_CLIP_PAD: &str = "!";
 
 /// CLIP's context length, where the files name none.
 const DEFAULT_LENGTH: usize = 77;
+
+/// Most bytes of a tokenizer file: several times what the largest published vocabularies take.
+const FILE_CAP: u64 = 64 << 20;
 
 /// A tokenizer that gives the ids of transformers' `CLIPTokenizer` for the same files: NFC, white space to single spaces,
 /// lower case, words split by CLIP's pattern, byte-level pairs merged with `</w>` at the end of a word.
@@ -67,10 +70,7 @@ impl Tokenizer {
     /// From a `tokenizer` folder: `vocab.json` and `merges.txt`, else `tokenizer.json`; `tokenizer_config.json` and
     /// `special_tokens_map.json` where present.
     pub fn from_folder(folder: &Path) -> Result<Tokenizer> {
-        let read = |name: &str| {
-            let path = folder.join(name);
-            if path.is_file() { std::fs::read(&path).map(Some).map_err(Error::io("read", &path)) } else { Ok(None) }
-        };
+        let read = |name: &str| input::read_if_there(&folder.join(name), FILE_CAP);
         let (config, map) = (read("tokenizer_config.json")?, read("special_tokens_map.json")?);
         let pairs = match (read("vocab.json")?, read("merges.txt")?) {
             (Some(vocab), Some(merges)) => files::vocab_and_merges(folder, &vocab, &merges)?,
@@ -113,7 +113,10 @@ impl Tokenizer {
         let vocab_size = pairs.vocab.values().max().map_or(0, |&id| id as usize + 1);
         let id = |token: &AddedToken| match pairs.vocab.get(&token.content) {
             Some(&id) => i32::try_from(id).map_err(|_| Error::file(at, format!("token id {id} is too large"))),
-            None => Err(Error::file(at, format!("the vocabulary lacks the special token '{}'", token.content))),
+            None => Err(Error::file(
+                at,
+                format!("the vocabulary lacks the special token '{}'", files::short(&token.content)),
+            )),
         };
         let (start, end, pad) = (id(&special.start)?, id(&special.end)?, id(&special.pad)?);
         let inner = clip::pipeline(pairs, special).map_err(|e| Error::file(at, one_line(&e.to_string())))?;
@@ -123,22 +126,32 @@ impl Tokenizer {
 
     /// Adds the tokens that a folder lists beside its vocabulary (a saved textual inversion): the bytes of `added_tokens.json`,
     /// `tokenizer_config.json` and `tokenizer.json`, where present. Their ids must continue the vocabulary's.
+    ///
+    /// `Error::Model` where there are more tokens than the `rows` that the encoder embeds.
     pub fn with_added_tokens(
         mut self,
         list: Option<&[u8]>,
         config: Option<&[u8]>,
         json: Option<&[u8]>,
+        rows: usize,
     ) -> Result<Tokenizer> {
-        for (id, token) in files::added(list, config, json)? {
-            if self.inner.token_to_id(&token).is_some() {
-                continue;
+        let mut new = vec![];
+        for (id, files::Added { token, file }) in files::added(list, config, json)? {
+            let wrong = |what: String| Error::file(file, format!("added token '{}' {what}", files::short(&token)));
+            let next = (self.vocab_size + new.len()) as u64;
+            match self.inner.token_to_id(&token) {
+                Some(known) if u64::from(known) == id => continue,
+                Some(known) => return Err(wrong(format!("has id {id}, in the vocabulary it has {known}"))),
+                None if token.trim().is_empty() => return Err(wrong("is blank".into())),
+                None if id != next => return Err(wrong(format!("has id {id}, the next free one is {next}"))),
+                None => new.push(token),
             }
-            if id != self.vocab_size as u64 {
-                let what = format!("added token '{token}' has id {id}, the next free one is {}", self.vocab_size);
-                return Err(Error::file("added_tokens.json", one_line(&what)));
-            }
-            self.add_placeholder(&token)?;
         }
+        let tokens = self.vocab_size + new.len();
+        if tokens > rows {
+            return Err(Error::Model(format!("has {tokens} tokens but the text encoder embeds {rows}")));
+        }
+        self.add_words(&new).map_err(|what| Error::Model(format!("its added tokens {what}")))?;
         Ok(self)
     }
 
@@ -199,22 +212,30 @@ impl Tokenizer {
     /// Adds a word that stands for a learnable token and returns its id, the first free one. Matched anywhere in a prompt, in
     /// any case. `Error::Usage` when the word is blank or already a token.
     pub fn add_placeholder(&mut self, word: &str) -> Result<i32> {
-        let usage = |what: &str| Err(Error::Usage(format!("placeholder '{word}': {what}")));
+        let usage = |what: String| Error::Usage(format!("placeholder '{}': {what}", files::short(word)));
         if word.trim().is_empty() {
-            return usage("must not be blank");
+            return Err(usage("must not be blank".into()));
         }
-        let id = self.vocab_size;
-        let token = AddedToken::from(word, false);
-        // The library numbers new tokens by the count of known ones, which is the first free id unless the file skips some.
-        let added = self.inner.add_tokens([token]);
-        match added {
-            Ok(1) if self.inner.token_to_id(word) == u32::try_from(id).ok() => {
-                self.vocab_size += 1;
-                i32::try_from(id).or_else(|_| usage("no id is left"))
+        if self.inner.token_to_id(word).is_some() {
+            return Err(usage("is a token already; choose another word".into()));
+        }
+        let id = i32::try_from(self.vocab_size).map_err(|_| usage("no id is left".into()))?;
+        self.add_words(&[word.to_string()]).map_err(usage)?;
+        Ok(id)
+    }
+
+    /// Gives new words the next free ids. All at once: the library builds what finds them in a prompt anew at every call.
+    fn add_words(&mut self, words: &[String]) -> Result<(), String> {
+        let tokens = words.iter().map(|word| AddedToken::from(word.as_str(), false));
+        self.inner.add_tokens(tokens).map_err(|e| format!("cannot be added: {}", one_line(&e.to_string())))?;
+        for word in words {
+            // The library numbers new tokens by the count of known ones, which is the first free id unless the file skips some.
+            if self.inner.token_to_id(word).map(|id| id as usize) != Some(self.vocab_size) {
+                return Err("cannot be added to this vocabulary".into());
             }
-            Ok(0) => usage("is a token already; choose another word"),
-            _ => usage("cannot be added to this vocabulary"),
+            self.vocab_size += 1;
         }
+        Ok(())
     }
 
     /// Tokens of a prompt, without start and end.

@@ -5,6 +5,7 @@ mod common;
 
 mod bench;
 mod compare;
+mod files;
 mod generate;
 mod methods;
 mod models;

@@ -42,6 +42,19 @@ pub fn data_folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
 }
 
+/// A model of the test data, without what it is tested against, in a folder of its own: for tests that change its files.
+pub fn copied(name: &str) -> tempfile::TempDir {
+    let (from, to) = (data_folder(name), tempfile::tempdir().unwrap());
+    std::fs::copy(from.join("model_index.json"), to.path().join("model_index.json")).unwrap();
+    for part in std::fs::read_dir(&from).unwrap().map(Result::unwrap).filter(|part| part.path().is_dir()) {
+        std::fs::create_dir(to.path().join(part.file_name())).unwrap();
+        for file in std::fs::read_dir(part.path()).unwrap().map(Result::unwrap) {
+            std::fs::copy(file.path(), to.path().join(part.file_name()).join(file.file_name())).unwrap();
+        }
+    }
+    to
+}
+
 impl Golden {
     pub fn open(name: &str) -> Golden {
         Golden::at(data_folder(name))

@@ -2,7 +2,7 @@
 //! end to end: its image, the gradient of the minority objective to a token, the same bits alone and in a batch.
 
 use crate::common::emulated::cuda;
-use crate::common::golden::{Golden, relative_error};
+use crate::common::golden::{Golden, copied, relative_error};
 use crate::common::inputs::noise;
 use crate::common::low_precision::LowPrecision;
 use crate::common::minority::settings;
@@ -243,4 +243,17 @@ fn an_iteration_sends_a_few_numbers_to_the_device() {
         let named: Vec<(&str, usize)> = sent.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
         assert_eq!(named, [("objective.counter", 32), ("run", 0), ("optimizer.scalars", 28), ("run", 0)]);
     }
+}
+
+/// What is staged of a file that was cut off is not taken for its weights.
+#[test]
+fn a_file_that_is_cut_off_while_its_weights_load_is_an_error() {
+    let folder = copied("tiny-sd1");
+    let pipeline = Pipeline::open(Model::open(folder.path()).unwrap(), None).unwrap();
+    let unet = folder.path().join("unet/diffusion_pytorch_model.safetensors");
+    std::fs::OpenOptions::new().write(true).open(unet).unwrap().set_len(20_000).unwrap();
+    let mut executor = cuda(emulated());
+    let mut networks = Networks::new(&pipeline, &mut executor, DType::F32);
+    let error = networks.load_unet([1, 4, 8, 8], pipeline.config.unet.context_width, false).unwrap_err().to_string();
+    assert!(error.ends_with("was cut off while it was read; start again once it is whole"), "{error}");
 }

@@ -11,7 +11,7 @@ fn single_file(name: &str) -> Model {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join(format!("{name}.safetensors"));
     crate::common::layouts::write_single_file(name, &path);
-    // The mapping outlives the folder.
+    // The opened file outlives the folder.
     Model::open(&path).unwrap()
 }
 

@@ -4,6 +4,7 @@
 mod common;
 
 mod auxiliary;
+mod content;
 mod determinism;
 mod files;
 mod golden;

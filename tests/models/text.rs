@@ -9,6 +9,9 @@ const CONFIG: &[u8] = include_bytes!("../../src/assets/shapes/tokenizer/tokenize
 const MAP: &[u8] = include_bytes!("../../src/assets/shapes/tokenizer/special_tokens_map.json");
 const GOLDEN: &str = include_str!("../data/clip_tokens.json");
 
+/// More than any vocabulary here needs.
+const ROWS: usize = 1 << 20;
+
 fn shapes() -> Tokenizer {
     Tokenizer::from_bytes(VOCAB, MERGES, Some(CONFIG), Some(MAP)).expect("shapes tokenizer")
 }
@@ -21,17 +24,68 @@ fn clip() -> Tokenizer {
 fn added_tokens_continue_the_vocabulary() {
     let plain = shapes();
     let next = plain.vocab_size();
-    let list = format!("{{\"<cat-toy>\": {next}, \"{END}\": 818}}");
-    let added = shapes().with_added_tokens(Some(list.as_bytes()), Some(CONFIG), None).expect("added");
+    let list = format!("{{\"<cat-toy>\": {next}, \"{END}\": {}}}", plain.end());
+    let added = shapes().with_added_tokens(Some(list.as_bytes()), Some(CONFIG), None, ROWS).expect("added");
     assert_eq!(added.vocab_size(), next + 1);
     let ids = added.encode("a <cat-toy> star").expect("ids").ids;
     assert_eq!(ids.iter().filter(|&&id| id == next as i32).count(), 1);
     assert_eq!(added.encode("a star").expect("ids"), plain.encode("a star").expect("ids"));
     let decoder = format!("{{\"added_tokens_decoder\": {{\"{next}\": {{\"content\": \"<x>\"}}}}}}");
-    assert_eq!(shapes().with_added_tokens(None, Some(decoder.as_bytes()), None).expect("added").vocab_size(), next + 1);
+    assert_eq!(
+        shapes().with_added_tokens(None, Some(decoder.as_bytes()), None, ROWS).expect("added").vocab_size(),
+        next + 1
+    );
     let gap = format!("{{\"<x>\": {}}}", next + 5);
-    let error = shapes().with_added_tokens(Some(gap.as_bytes()), None, None).err().expect("a gap").to_string();
+    let error = shapes().with_added_tokens(Some(gap.as_bytes()), None, None, ROWS).err().expect("a gap").to_string();
     assert!(error.contains("<x>") && error.contains(&next.to_string()), "{error}");
+}
+
+#[test]
+fn added_tokens_that_do_not_fit_are_refused() {
+    let next = shapes().vocab_size();
+    let list = format!("{{\"<x>\": {next}}}");
+    let decoder = |text: &str| format!("{{\"added_tokens_decoder\": {text}}}");
+    let other = decoder(&format!("{{\"{next}\": {{\"content\": \"<y>\"}}}}"));
+    let long = format!("{{\"{}\": 1}}", "x".repeat(5000));
+    let cases: [(Option<&str>, Option<&str>, &str, &str); 9] = [
+        (Some("<html>"), None, "added_tokens.json", "is a web page (HTML), not JSON"),
+        (Some("[1]"), None, "added_tokens.json", "not an object"),
+        (Some("{\"<x>\": \"1\"}"), None, "added_tokens.json", "lacks its id"),
+        (Some("{\" \": 1054}"), None, "added_tokens.json", "is blank"),
+        (Some(&long), None, "added_tokens.json", "xxx…' has id 1, the next free one is"),
+        (Some("{\"<|endoftext|>\": 3}"), None, "added_tokens.json", "in the vocabulary it has 1053"),
+        (Some(&list), Some(&other), "tokenizer_config.json", "is '<y>', in added_tokens.json it is '<x>'"),
+        (None, Some(&decoder("[]")), "tokenizer_config.json", "not an object"),
+        (None, Some(&decoder("{\"819\": {\"text\": \"<x>\"}}")), "tokenizer_config.json", "lacks its id or text"),
+    ];
+    for (list, config, file, why) in cases {
+        let bytes = |text: Option<&str>| text.map(|text| text.as_bytes().to_vec());
+        let (list, config) = (bytes(list), bytes(config));
+        let refused = shapes().with_added_tokens(list.as_deref(), config.as_deref(), None, ROWS);
+        let error = refused.err().expect("refused").to_string();
+        assert!(error.starts_with(file) && error.contains(why) && error.len() < 200, "{error}");
+    }
+    let same = decoder(&format!("{{\"{next}\": {{\"content\": \"<x>\"}}}}"));
+    let both = shapes().with_added_tokens(Some(list.as_bytes()), Some(same.as_bytes()), None, next + 1);
+    assert_eq!(both.expect("the same token twice").vocab_size(), next + 1);
+    let error = shapes().with_added_tokens(Some(list.as_bytes()), None, None, next).err().expect("no row").to_string();
+    assert_eq!(error, format!("has {} tokens but the text encoder embeds {next}", next + 1));
+}
+
+/// The work grows with the number of tokens, not with its square: a hundred thousand are added, or refused, in about a second. The
+/// bound is for slow machines; the square took minutes.
+#[test]
+fn a_hundred_thousand_added_tokens_take_no_longer_than_they_must() {
+    let next = shapes().vocab_size();
+    let entries: Vec<String> = (0..100_000).map(|i| format!("\"<x{i}>\": {}", next + i)).collect();
+    let list = format!("{{{}}}", entries.join(","));
+    let started = std::time::Instant::now();
+    assert!(shapes().with_added_tokens(Some(list.as_bytes()), None, None, next + 9).is_err());
+    let added = shapes().with_added_tokens(Some(list.as_bytes()), None, None, ROWS).expect("added");
+    assert_eq!(added.vocab_size(), next + 100_000);
+    let ids = added.encode("a <x99999> star").expect("ids").ids;
+    assert!(ids.contains(&(next as i32 + 99_999)), "{ids:?}");
+    assert!(started.elapsed().as_secs() < 20, "{:?}", started.elapsed());
 }
 
 #[test]

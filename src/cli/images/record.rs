@@ -1,5 +1,6 @@
 //! The record that an image carries of how it was made.
 
+use crate::Result;
 use crate::cli::flags::images::{Noise, RunFlags};
 use crate::cli::images::targets::Target;
 use crate::cli::images::work::Work;
@@ -7,17 +8,17 @@ use crate::data::metadata::Record;
 use crate::weights::fingerprint;
 
 /// Of one image of a run; prompt, seed and row of `noise` are the target's.
-pub fn record(flags: &RunFlags, work: &Work<'_>, noise: &Noise, target: &Target) -> Record {
+pub fn record(flags: &RunFlags, work: &Work<'_>, noise: &Noise, target: &Target) -> Result<Record> {
     let Work { pipeline, settings, method } = work;
     let scheduler = &pipeline.config.scheduler;
     let row = noise.as_ref().map(|rows| &rows[target.index]);
     let hash = |row: &Vec<f32>| format!("{:016x}", fingerprint(row.iter().flat_map(|x| x.to_le_bytes())));
-    Record {
+    Ok(Record {
         version: env!("CARGO_PKG_VERSION").into(),
         method: method.name().into(),
         options: method.options(),
         model: flags.model.name(),
-        model_hash: pipeline.model.fingerprint().to_string(),
+        model_hash: pipeline.model.fingerprint()?,
         prompt: target.prompt.clone(),
         negative: flags.sampling.negative.clone(),
         seed: target.seed,
@@ -33,5 +34,5 @@ pub fn record(flags: &RunFlags, work: &Work<'_>, noise: &Noise, target: &Target)
         width: settings.width,
         height: settings.height,
         dtype: settings.dtype.to_string(),
-    }
+    })
 }

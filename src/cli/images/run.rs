@@ -134,6 +134,9 @@ impl Run<'_> {
             executor.clear();
             let before = machine::disk_bytes();
             let mut loaded = planned.load(&mut *executor)?;
+            if std::env::var("X_HASH").is_ok() {
+                self.work.pipeline.model.fingerprint()?;
+            }
             if index == 0 {
                 let from_disk = machine::disk_bytes().saturating_sub(before);
                 self.report_load(started.elapsed().as_secs_f64(), from_disk, largest)?;
@@ -206,7 +209,7 @@ impl Run<'_> {
 
     /// Encodes, writes and reports an image while the next one is made.
     fn save(&mut self, target: &Target, image: &Image, seconds: f64) -> Result<()> {
-        let record = record(&self.args.run, &self.work, &self.noise, target);
+        let record = record(&self.args.run, &self.work, &self.noise, target)?;
         let (with_record, reporter) = (!self.args.output.no_metadata, self.reporter.clone());
         let (path, width, height, rgb) = (target.path.clone(), image.width, image.height, image.rgb.clone());
         self.later(move || {
@@ -298,7 +301,7 @@ fn missing(args: &ImageFlags, work: &Work<'_>, noise: &Noise, targets: Vec<Targe
     }
     let mut missing = Vec::new();
     for target in targets {
-        if !targets::is_finished(&target.path, &record(&args.run, work, noise, &target))? {
+        if !targets::is_finished(&target.path, &record(&args.run, work, noise, &target)?)? {
             missing.push(target);
         }
     }
