@@ -10,6 +10,7 @@ mod images;
 mod inspect;
 mod machine;
 mod minority;
+mod paths;
 mod progress;
 mod registry;
 mod report;

@@ -3,6 +3,7 @@
 use crate::cli::flags::device::DeviceFlags;
 use crate::cli::flags::values;
 use crate::cli::images::sheet::{self, Grid, Ink, Tile, words};
+use crate::cli::paths::Paths;
 use crate::cli::progress::Reporter;
 use crate::cli::{machine, report};
 use crate::data::images::{self, Picture};
@@ -65,9 +66,9 @@ pub fn run(args: &Score) -> Result<()> {
     let instrument = Instrument::embedded(&world)?;
     let paths = images::find(&args.images)?;
     if let Some(path) = &args.sheet {
-        if paths.contains(path) {
-            return Err(Error::Usage(format!("{}: --sheet would overwrite an image", path.display())));
-        }
+        let mut all = Paths::default();
+        paths.iter().for_each(|image| all.input("score", image));
+        all.output("--sheet", path)?;
         sheet::probe(path, "--sheet", [world.image_size; 2], paths.len())?;
     }
     let batch = args.batch.min(paths.len());

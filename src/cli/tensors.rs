@@ -1,22 +1,31 @@
 //! Safetensors files a user hands in or asks for: starting noise and final latents.
 
 use crate::cli::atomic;
-use crate::{Error, Result};
+use crate::{Error, Result, input};
+use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use std::io::Read;
 use std::path::Path;
+
+/// Bytes of the header of a file of noise, which names a tensor or a few.
+const MOST_HEADER: u64 = 1 << 20;
 
 /// Tensor `noise`, f32 `[B, C, H/f, W/f]`, unit variance: one row per image.
 pub fn read_noise(path: &Path, shape: [usize; 4]) -> Result<Vec<Vec<f32>>> {
-    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-    let file =
-        SafeTensors::deserialize(&bytes).map_err(|e| Error::file(path, format!("not a safetensors file: {e}")))?;
-    let tensor = file.tensor("noise").map_err(|_| Error::file(path, "holds no tensor 'noise'"))?;
-    if tensor.dtype() != Dtype::F32 || tensor.shape() != shape {
-        return Err(Error::file(
-            path,
-            format!("'noise' is {:?} {:?}, this run needs F32 {shape:?}", tensor.dtype(), tensor.shape()),
-        ));
+    let wrong = |e: SafeTensorError| Error::file(path, format!("not a safetensors file: {e}"));
+    let mut start = Vec::new();
+    input::open(path)?.take(MOST_HEADER).read_to_end(&mut start).map_err(Error::io("read", path))?;
+    let (_, header) = SafeTensors::read_metadata(&start).map_err(wrong)?;
+    // What is not the noise of this run is not read to its end.
+    let noise = header.info("noise").ok_or_else(|| Error::file(path, "holds no tensor 'noise'"))?;
+    if noise.dtype != Dtype::F32 || noise.shape != shape {
+        let (dtype, found) = (noise.dtype, &noise.shape);
+        return Err(Error::file(path, format!("'noise' is {dtype:?} {found:?}, this run needs F32 {shape:?}")));
     }
+    let values: usize = shape.iter().product();
+    let bytes = input::read(path, MOST_HEADER + 4 * values as u64)?;
+    let file = SafeTensors::deserialize(&bytes).map_err(wrong)?;
+    let tensor = file.tensor("noise").map_err(wrong)?;
     let values: Vec<f32> =
         tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
     if values.iter().any(|x| !x.is_finite()) {
@@ -28,7 +37,7 @@ pub fn read_noise(path: &Path, shape: [usize; 4]) -> Result<Vec<Vec<f32>>> {
 /// Tensor `latents`, f32, all images of a run in order.
 pub fn write_latents(path: &Path, shape: [usize; 4], latents: &[f32]) -> Result<()> {
     let bytes: Vec<u8> = latents.iter().flat_map(|x| x.to_le_bytes()).collect();
-    let invalid = |e: safetensors::SafeTensorError| Error::file(path, e.to_string());
+    let invalid = |e: SafeTensorError| Error::file(path, e.to_string());
     let view = TensorView::new(Dtype::F32, shape.to_vec(), &bytes).map_err(invalid)?;
     let file = safetensors::serialize([("latents", view)], None).map_err(invalid)?;
     atomic::write(path, |out| out.write_all(&file))

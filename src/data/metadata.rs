@@ -26,6 +26,9 @@ pub struct Record {
     pub rng: String,
     /// Hash of the starting noise, where it came from a file.
     pub noise: Option<String>,
+    /// Learned tokens that the prompts name; left out where there is none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tokens: Vec<TokenRecord>,
     pub steps: usize,
     pub sampler: String,
     pub spacing: String,
@@ -36,12 +39,24 @@ pub struct Record {
     pub width: usize,
     pub height: usize,
     pub dtype: String,
+    /// The kind of device; left out for the CPU. Sums in another order differ in their last bits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+}
+
+/// A learned token of a prompt.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenRecord {
+    pub word: String,
+    /// Of its embeddings.
+    pub hash: String,
 }
 
 impl Record {
-    /// Whether both describe the same image; another version of this program makes no other image of the same settings.
+    /// Whether both describe the same image. Another version of this program makes no other image of the same settings, and what a
+    /// model is called says nothing: its hash does.
     pub fn same_image(&self, other: &Record) -> bool {
-        Record { version: other.version.clone(), ..self.clone() } == *other
+        Record { version: other.version.clone(), model: other.model.clone(), ..self.clone() } == *other
     }
 
     /// The text that AUTOMATIC1111's web UI writes and the tools around it read.
@@ -164,6 +179,7 @@ mod tests {
             seed: u64::MAX,
             rng: "philox".into(),
             noise: None,
+            tokens: vec![],
             steps: 20,
             sampler: "ddim".into(),
             spacing: "leading".into(),
@@ -174,7 +190,30 @@ mod tests {
             width: 2,
             height: 1,
             dtype: "f32".into(),
+            device: None,
         }
+    }
+
+    #[test]
+    fn what_decides_an_image() {
+        let record = example("a red star");
+        let text = serde_json::to_string(&record).unwrap();
+        assert!(!text.contains("tokens") && !text.contains("device"), "{text}");
+        let token = |hash: &str| vec![TokenRecord { word: "<odd>".into(), hash: hash.into() }];
+        let same = Record { version: "9".into(), model: "renamed".into(), ..record.clone() };
+        assert!(record.same_image(&same));
+        let with_token = Record { tokens: token("1"), ..record.clone() };
+        assert!(with_token.same_image(&serde_json::from_str(&serde_json::to_string(&with_token).unwrap()).unwrap()));
+        for other in [
+            with_token.clone(),
+            Record { device: Some("cuda".into()), ..record.clone() },
+            Record { model_hash: "other".into(), ..record.clone() },
+            Record { noise: Some("1".into()), ..record.clone() },
+            Record { options: serde_json::json!({"n": 2}), ..record.clone() },
+        ] {
+            assert!(!record.same_image(&other), "{other:?}");
+        }
+        assert!(!with_token.same_image(&Record { tokens: token("2"), ..record }));
     }
 
     #[test]

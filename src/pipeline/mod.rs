@@ -79,6 +79,24 @@ impl Pipeline {
         self.tokenizers.iter().zip(&self.config.text).map(encode).collect()
     }
 
+    /// The learned tokens that a prompt names where `reserved` others take their room; what is cut is not among them.
+    pub fn learned_in(&self, prompt: &str, reserved: usize) -> Result<Vec<&LearnedToken>> {
+        if self.learned.is_empty() {
+            return Ok(vec![]);
+        }
+        let (encoded, _) = &self.add_special_tokens(prompt, reserved, Position::End)?[0];
+        let mut first = self.config.text[0].vocab_size as i32;
+        let mut named = vec![];
+        for token in &self.learned {
+            let rows = first..first + token.rows as i32;
+            first = rows.end;
+            if encoded.ids.iter().any(|id| rows.contains(id)) {
+                named.push(token);
+            }
+        }
+        Ok(named)
+    }
+
     /// Learned words as the rows they stand for: tokenizers number words after the `known` last ones of their vocabulary, the towers
     /// rows after `table`.
     fn expanded(&self, tokens: Vec<Token>, known: usize, table: usize) -> Vec<Token> {

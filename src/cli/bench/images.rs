@@ -25,8 +25,12 @@ pub fn run(setup: &mut Setup<'_>, nvml: &NvmlDevice, batch: usize) -> Result<Cas
     let mut loaded = generator.load(&mut *setup.executor)?;
     let load = started.elapsed().as_secs_f64();
     let jobs = |run: usize| -> Vec<Job> {
-        let job =
-            |i| Job { prompt: PROMPT.into(), negative: None, seed: seed + (run * batch + i) as u64, draws: vec![] };
+        let job = |i| Job {
+            prompt: PROMPT.into(),
+            negative: None,
+            seed: seed.wrapping_add((run * batch + i) as u64),
+            draws: vec![],
+        };
         (0..batch).map(job).collect()
     };
     let mut first: Option<Image> = None;

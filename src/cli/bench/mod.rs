@@ -13,6 +13,7 @@ use crate::cli::flags::model::ModelFlags;
 use crate::cli::flags::sampling::SamplingFlags;
 use crate::cli::flags::values;
 use crate::cli::machine;
+use crate::cli::paths::Paths;
 use crate::cli::terminal::{print_json, print_line, print_text, say};
 use crate::exec::cuda::NvmlDevice;
 use crate::sampler::Method;
@@ -43,7 +44,7 @@ pub struct Bench {
     #[arg(long, default_value_t = 20, allow_negative_numbers = true, value_parser = values::count)]
     runs: usize,
     /// Untimed runs before them
-    #[arg(long, default_value_t = 3, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 3, allow_negative_numbers = true, value_parser = values::number_of)]
     warmup: usize,
     /// Write everything as JSON, every single time included
     #[arg(long, value_name = "FILE")]
@@ -93,6 +94,10 @@ impl Bench {
 }
 
 pub fn run(args: Bench) -> Result<()> {
+    let mut paths = Paths::default();
+    args.model.inputs(&mut paths);
+    args.baseline.iter().for_each(|path| paths.input("--baseline", path));
+    args.out.iter().try_for_each(|path| paths.output("--out", path))?;
     let baseline = args.baseline.as_deref().map(report::read).transpose()?;
     let opened = Instant::now();
     let pipeline = args.model.open()?;
@@ -110,7 +115,7 @@ pub fn run(args: Bench) -> Result<()> {
         executor,
         settings,
         device: args.device,
-        seed: args.sampling.seed,
+        seed: args.sampling.seed(),
         plan: Plan { runs: args.runs, warmup: args.warmup },
     };
     let mut report = header(&args, &setup);

@@ -6,8 +6,9 @@ use crate::cli::flags::model::ModelFlags;
 use crate::cli::flags::output::OutputFlags;
 use crate::cli::flags::sampling::SamplingFlags;
 use crate::cli::flags::values;
-use crate::cli::tensors;
-use crate::data::textual_inversion;
+use crate::cli::paths::Paths;
+use crate::cli::{machine, tensors};
+use crate::data::textual_inversion::{self, LearnedToken};
 use crate::pipeline::Pipeline;
 use crate::pipeline::generate::Settings;
 use clap::Args;
@@ -29,6 +30,19 @@ pub struct ImageFlags {
     pub run: RunFlags,
     #[command(flatten)]
     pub output: OutputFlags,
+}
+
+impl ImageFlags {
+    /// Images that are already there are not made again.
+    pub fn resumes(&self) -> bool {
+        self.prompts.is_some() && !self.output.overwrite
+    }
+
+    /// Every file that is read.
+    pub fn inputs(&self, paths: &mut Paths) {
+        self.prompts.iter().for_each(|path| paths.input("--prompts", path));
+        self.run.inputs(paths);
+    }
 }
 
 /// How images are made.
@@ -81,14 +95,52 @@ impl RunFlags {
         Ok(pipeline)
     }
 
+    /// Every file that is read.
+    pub fn inputs(&self, paths: &mut Paths) {
+        self.model.inputs(paths);
+        self.token.iter().for_each(|path| paths.input("--token", path));
+        self.noise.iter().for_each(|path| paths.input("--noise", path));
+    }
+
+    /// What the user may not expect of these flags with this model, for so many images whose prompts and negative prompts are `texts`.
+    pub fn remarks<'t, T: Iterator<Item = &'t str>>(
+        &self,
+        pipeline: &Pipeline,
+        images: usize,
+        texts: impl Fn() -> T,
+    ) -> Vec<String> {
+        let mut remarks = self.sampling.remarks(pipeline);
+        if self.batch > images {
+            remarks.push(format!("--batch {}: there are only {images} images", self.batch));
+        }
+        if self.noise.is_some() && self.sampling.seed.is_some() {
+            remarks.push(
+                "--noise is what the images begin as; --seed is only for their names and for what is drawn later"
+                    .into(),
+            );
+        }
+        for LearnedToken { word, .. } in &pipeline.learned {
+            // Prompts are lower case to the tokenizer.
+            let lower = word.to_lowercase();
+            if texts().all(|text| !text.to_lowercase().contains(&lower)) {
+                remarks.push(format!("--token: no prompt names '{word}'"));
+            }
+        }
+        remarks
+    }
+
     pub fn settings(&self, pipeline: &Pipeline) -> Result<Settings> {
         self.sampling.settings(pipeline, self.device.program_dtype()?)
     }
 
     /// Rows of `--noise`, one per image.
     pub fn noise(&self, pipeline: &Pipeline, settings: &Settings, images: usize) -> Result<Noise> {
+        let Some(path) = &self.noise else { return Ok(None) };
         let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
         let shape = [images, pipeline.config.unet.in_channels, height, width];
-        self.noise.as_ref().map(|path| tensors::read_noise(path, shape)).transpose()
+        // The file's bytes and its numbers.
+        let values = shape.iter().try_fold(2usize, |product, side| product.checked_mul(*side));
+        machine::check_host_memory(self.device.memory_limit, values, "--noise")?;
+        tensors::read_noise(path, shape).map(Some)
     }
 }

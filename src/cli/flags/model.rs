@@ -1,6 +1,7 @@
 //! Which model a command opens.
 
 use crate::Result;
+use crate::cli::paths::Paths;
 use crate::models::config::Prediction;
 use crate::pipeline::Pipeline;
 use crate::weights::Model;
@@ -48,6 +49,12 @@ impl ModelFlags {
             model.replace_unet(unet)?;
         }
         Pipeline::open(model, self.prediction.map(Prediction::from))
+    }
+
+    /// Every file that is read, or may be.
+    pub fn inputs(&self, paths: &mut Paths) {
+        self.model.iter().for_each(|path| paths.model("--model", path));
+        self.unet.iter().for_each(|path| paths.model("--unet", path));
     }
 
     /// The model's name as images record it.

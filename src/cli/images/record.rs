@@ -1,28 +1,31 @@
 //! The record that an image carries of how it was made.
 
+use crate::Result;
+use crate::cli::flags::device::Device;
 use crate::cli::flags::images::{Noise, RunFlags};
 use crate::cli::images::targets::Target;
 use crate::cli::images::work::Work;
-use crate::data::metadata::Record;
+use crate::data::metadata::{Record, TokenRecord};
+use crate::data::textual_inversion::LearnedToken;
 use crate::weights::fingerprint;
 
 /// Of one image of a run; prompt, seed and row of `noise` are the target's.
-pub fn record(flags: &RunFlags, work: &Work<'_>, noise: &Noise, target: &Target) -> Record {
+pub fn record(flags: &RunFlags, work: &Work<'_>, noise: &Noise, target: &Target) -> Result<Record> {
     let Work { pipeline, settings, method } = work;
     let scheduler = &pipeline.config.scheduler;
     let row = noise.as_ref().map(|rows| &rows[target.index]);
-    let hash = |row: &Vec<f32>| format!("{:016x}", fingerprint(row.iter().flat_map(|x| x.to_le_bytes())));
-    Record {
+    Ok(Record {
         version: env!("CARGO_PKG_VERSION").into(),
         method: method.name().into(),
         options: method.options(),
         model: flags.model.name(),
         model_hash: pipeline.model.fingerprint().to_string(),
-        prompt: target.prompt.clone(),
+        prompt: target.prompt.to_string(),
         negative: flags.sampling.negative.clone(),
         seed: target.seed,
         rng: settings.rng.to_string(),
         noise: row.map(hash),
+        tokens: tokens(flags, work, target)?,
         steps: settings.sampler.steps,
         sampler: settings.sampler.method.to_string(),
         spacing: settings.sampler.spacing(scheduler).to_string(),
@@ -33,5 +36,30 @@ pub fn record(flags: &RunFlags, work: &Work<'_>, noise: &Noise, target: &Target)
         width: settings.width,
         height: settings.height,
         dtype: settings.dtype.to_string(),
+        device: match flags.device.device {
+            Device::Auto | Device::Cpu => None,
+            Device::Cuda(_) => Some("cuda".into()),
+        },
+    })
+}
+
+/// The learned tokens that decide an image: those its prompt or its negative prompt names.
+fn tokens(flags: &RunFlags, work: &Work<'_>, target: &Target) -> Result<Vec<TokenRecord>> {
+    let Work { pipeline, method, .. } = work;
+    let mut named: Vec<&LearnedToken> = pipeline.learned_in(&target.prompt, method.reserved_tokens())?;
+    if let Some(negative) = method.negative(flags.sampling.negative.as_deref()) {
+        named.extend(pipeline.learned_in(negative, 0)?);
     }
+    let record = |token: &LearnedToken| {
+        // Towers and rows have one length each.
+        TokenRecord { word: token.word.clone(), hash: hash(token.embeddings.iter().flatten()) }
+    };
+    let mut records: Vec<TokenRecord> = named.into_iter().map(record).collect();
+    records.sort_by(|a, b| a.word.cmp(&b.word));
+    records.dedup();
+    Ok(records)
+}
+
+fn hash<'x>(values: impl IntoIterator<Item = &'x f32>) -> String {
+    format!("{:016x}", fingerprint(values.into_iter().flat_map(|x| x.to_le_bytes())))
 }
