@@ -9,7 +9,13 @@ use std::path::Path;
 /// Opens a regular file. A pipe, a device, a socket or a folder is refused before it is opened: opening a pipe waits for its writer,
 /// and a device may never end.
 pub fn open(path: &Path) -> Result<File> {
-    let found = fs::metadata(path).map_err(Error::io("read", path))?;
+    let found = match (fs::metadata(path), fs::read_link(path)) {
+        (Err(error), Ok(to)) if error.kind() == ErrorKind::NotFound => {
+            let to = to.display();
+            return Err(Error::file(path, format!("is a link to {to}, which is not there; an interrupted download?")));
+        }
+        (found, _) => found.map_err(Error::io("read", path))?,
+    };
     if !found.is_file() {
         return Err(Error::file(path, "is not a regular file"));
     }
@@ -31,12 +37,7 @@ pub fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
 pub fn read_if_there(path: &Path, most: u64) -> Result<Option<Vec<u8>>> {
     match read(path, most) {
         Ok(bytes) => Ok(Some(bytes)),
-        // A link that points nowhere is a file somebody meant to be there.
-        Err(Error::Io { source, .. })
-            if source.kind() == ErrorKind::NotFound && fs::symlink_metadata(path).is_err() =>
-        {
-            Ok(None)
-        }
+        Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -104,7 +105,7 @@ pub fn identify(bytes: &[u8]) -> Option<&'static str> {
         (b"tjgg", "a GGML file"),
         (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
         (b"\x93NUMPY", "a NumPy array"),
-        (b"version https://git-lfs", "a Git LFS pointer, not the file it stands for"),
+        (b"version https://git-lfs", "a Git LFS pointer"),
         (b"\x1f\x8b", "a gzip archive"),
         (b"BZh", "a bzip2 archive"),
         (b"\x28\xb5\x2f\xfd", "a zstd archive"),
@@ -174,7 +175,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (link, socket) = (folder.path().join("link"), folder.path().join("socket"));
         std::os::unix::fs::symlink(folder.path().join("blob"), &link).unwrap();
-        assert!(matches!(read_if_there(&link, 9), Err(Error::Io { .. })));
+        assert!(
+            read_if_there(&link, 9).unwrap_err().to_string().ends_with("which is not there; an interrupted download?")
+        );
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         for path in [socket.as_path(), Path::new("/dev/zero")] {
             assert!(read(path, 9).unwrap_err().to_string().ends_with("is not a regular file"));

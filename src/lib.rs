@@ -6,7 +6,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`input`] | files that users hand in: regular, bounded, named as what they are |
-//! | [`weights`], [`text`] | safetensors over mmap under one set of names, whatever the layout; CLIP's tokenizer |
+//! | [`weights`], [`text`] | safetensors files under one set of names, whatever the layout; CLIP's tokenizer |
 //! | [`program`] | a flat list of coarse ops in eight families, already fused as kernels are; shapes checked as they are appended |
 //! | [`models`] | text towers, UNet, VAE, CLIP image towers, GPT-2: one builder file each |
 //! | [`autodiff`] | from a program to a longer one that also gives gradients: a rule per op, and which values to keep or compute again |

@@ -1,7 +1,8 @@
 //! Folders of diffusers and transformers: configs, tokenizer files, and component weights in one file, a variant, or shards.
 
-use super::file::{File, parse_json};
+use super::file::File;
 use super::{Component, Model, Tensor, keys_text, keys_vae};
+use crate::input::parse_json;
 use crate::{Error, Result};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,15 +1,18 @@
-//! Weights: safetensors over mmap, the key names of every checkpoint layout, and packing into the matrices executors
-//! use.
+//! Weights: safetensors files, the key names of every checkpoint layout, and packing into the matrices executors use.
 
 mod file;
+mod fingerprint;
 mod folder;
+mod header;
 mod keys_text;
 mod keys_unet;
 mod keys_vae;
 mod pack;
 mod single_file;
 
-pub use file::{FileId, Header, Stored, fingerprint, parse_header, parse_json};
+pub use file::{FileId, Stored};
+pub use fingerprint::fingerprint;
+pub use header::{Header, not_safetensors, parse_header};
 pub use pack::Rows;
 
 use crate::{Error, Result};
@@ -123,8 +126,7 @@ impl Weight {
     }
 }
 
-/// All components of a pipeline on disk (or in the binary): mapped tensors under diffusers / transformers names, and
-/// configs.
+/// All components of a pipeline on disk (or in the binary): tensors under diffusers / transformers names, and configs.
 ///
 /// Whatever the layout of the checkpoint, keys are those diffusers saves; text towers carry the `text_model.` prefix.
 pub struct Model {
@@ -170,6 +172,7 @@ impl Model {
     /// checkpoint, or a diffusers `unet` folder (or one that holds it), whose `config.json` then counts too.
     pub fn replace_unet(&mut self, path: &Path) -> Result<()> {
         self.tensors[Component::Unet as usize].clear();
+        self.fingerprint = OnceLock::new();
         if path.is_dir() {
             folder::load_unet(self, &folder::Source::Disk(path))
         } else {
@@ -206,6 +209,7 @@ impl Model {
     /// Forgets a network and what belongs to it.
     fn remove(&mut self, c: Component) {
         self.tensors[c as usize].clear();
+        self.fingerprint = OnceLock::new();
         self.configs.retain(|name, _| !c.owns(name));
         self.tokenizers.retain(|name, _| !c.owns(name));
     }
@@ -325,7 +329,7 @@ impl Model {
         self.metadata.get(key).map(String::as_str)
     }
 
-    /// Opens a weight for reading row by row.
+    /// Opens a weight for reading rows.
     ///
     /// Errors name the key that is missing, is not stored as a float, or has another shape than the weight needs.
     pub fn rows(&self, weight: &Weight) -> Result<Rows<'_>> {
@@ -344,7 +348,7 @@ impl Model {
         let rows = self.rows(weight)?;
         let (n, k) = (rows.rows(), rows.columns());
         let mut values = vec![0.0; n * k];
-        values.chunks_exact_mut(k.max(1)).enumerate().for_each(|(n, row)| rows.row_f32(n, row));
+        rows.read_f32(0, &mut values)?;
         Ok(match weight.pack {
             Pack::Table | Pack::Vector => values,
             // Rows are outputs, which the value has last.
@@ -352,15 +356,6 @@ impl Model {
                 (0..n * k).map(|i| values[i % n * k + i / n]).collect()
             }
         })
-    }
-
-    /// 16 hex digits that tell pipelines apart: a hash of the length and of samples of every file that makes images. No
-    /// cryptography.
-    pub fn fingerprint(&self) -> &str {
-        let used =
-            |n: usize| Component::PIPELINE.iter().any(|c| self.tensors[*c as usize].values().any(|t| t.file == n));
-        let files = || self.files.iter().enumerate().filter(|(n, _)| used(*n)).flat_map(|(_, file)| file.samples());
-        self.fingerprint.get_or_init(|| format!("{:016x}", fingerprint(files())))
     }
 
     /// Has the system read a weight's bytes from disk while the caller works on others; a weight that is not there is left to
@@ -371,27 +366,12 @@ impl Model {
         }
     }
 
-    /// Lets the system drop the mapped pages of all files, to keep resident memory low. Reading them again stays possible.
-    ///
-    /// All, not only those of a weight just read: a page that is touched may bring a megabyte around it.
-    pub fn release(&self) {
-        self.files.iter().for_each(File::release);
-    }
-
     fn tensor(&self, c: Component, key: &str) -> Result<&Tensor> {
         self.tensors[c as usize].get(key).ok_or_else(|| Error::Tensor {
             path: self.source(c).to_path_buf(),
             key: key.to_string(),
             what: format!("is missing from the {}", c.name()),
         })
-    }
-
-    fn tensor_path(&self, tensor: &Tensor) -> PathBuf {
-        self.files[tensor.file].path().to_path_buf()
-    }
-
-    fn tensor_bytes(&self, tensor: &Tensor) -> &[u8] {
-        self.files[tensor.file].bytes(&tensor.range)
     }
 
     /// Enters a tensor under its diffusers name.

@@ -1,10 +1,11 @@
-//! Packing: a weight's stored tensors read row by row as the matrix the executors use, without copying a tensor.
+//! Packing: a weight's stored tensors read by rows as the matrix the executors use, without holding a tensor.
 
-use super::file::Stored;
+use super::file::{File, Stored};
 use super::{Model, Pack, Tensor, Weight};
 use crate::{Error, Result};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use std::borrow::Cow;
 
 /// Most kernel taps times channels permuted at a time: small enough for the stack and the first-level cache.
 const CHUNK: usize = 1024;
@@ -12,10 +13,14 @@ const CHUNK: usize = 1024;
 /// Elements converted at a time through a buffer.
 const STEP: usize = 256;
 
+/// Bytes read from a file at a time, if a row is not longer: enough for a disk, few enough for the second-level cache.
+const BLOCK: usize = 1 << 18;
+
 /// A weight as a matrix of output rows.
 ///
 /// Row `n` holds the `K` input coefficients of output `n`; convolutions are permuted to `k = (ky * kw + kx) * I + i`.
-/// A table gives its rows, a vector is one row. Reading is `Sync`: threads may take rows in any order.
+/// A table gives its rows, a vector is one row. Reading is `Sync`: threads may take rows in any order. It fails, naming the file, where
+/// that cannot be read or has changed since it was opened; what was written to `out` is then worth nothing.
 pub struct Rows<'a> {
     parts: Vec<Part<'a>>,
     rows: usize,
@@ -26,11 +31,15 @@ pub struct Rows<'a> {
 
 /// The rows (of a vector: the columns) that one key contributes, from `first` on.
 struct Part<'a> {
-    bytes: &'a [u8],
+    file: &'a File,
+    /// Of the tensor's first byte in the file.
+    start: usize,
     stored: Stored,
     first: usize,
     count: usize,
     order: Order,
+    /// All bytes of a tensor whose order is swapped, as each of its rows is scattered over all of them; empty for others.
+    scattered: Cow<'a, [u8]>,
 }
 
 /// How the coefficients of a row lie in the file.
@@ -62,23 +71,51 @@ impl<'a> Rows<'a> {
         self.columns
     }
 
-    /// Writes row `n` to `out`, which holds `columns()` values. Panics when either is out of range.
-    pub fn row_f32(&self, n: usize, out: &mut [f32]) {
-        self.row(n, out);
+    /// Rows that are well read at once.
+    pub fn block(&self) -> usize {
+        (BLOCK / (4 * self.columns).max(1)).clamp(1, self.rows.max(1))
     }
 
-    /// [`Rows::row_f32`] in double precision; exact for every stored type.
-    pub fn row_f64(&self, n: usize, out: &mut [f64]) {
-        self.row(n, out);
+    /// Writes the rows from `first` on to `out`, which holds some times `columns()` values. Panics when there are not so many rows.
+    pub fn read_f32(&self, first: usize, out: &mut [f32]) -> Result<()> {
+        self.read(first, out)
     }
 
-    fn row<T: Real>(&self, n: usize, out: &mut [T]) {
-        assert!(n < self.rows && out.len() == self.columns, "row {n} of {} x {}", self.rows, self.columns);
-        if self.vector {
-            return self.parts.iter().for_each(|p| p.row(0, &mut out[p.first..p.first + p.count]));
+    /// [`Rows::read_f32`] in double precision; exact for every stored type.
+    pub fn read_f64(&self, first: usize, out: &mut [f64]) -> Result<()> {
+        self.read(first, out)
+    }
+
+    /// Gives `visit` every row in turn with its number, in double precision.
+    pub fn each_f64(&self, mut visit: impl FnMut(usize, &[f64])) -> Result<()> {
+        let mut values = vec![0.0; self.block() * self.columns];
+        for first in (0..self.rows).step_by(self.block()) {
+            let values = &mut values[..self.block().min(self.rows - first) * self.columns];
+            self.read_f64(first, values)?;
+            values.chunks_exact(self.columns.max(1)).enumerate().for_each(|(n, row)| visit(first + n, row));
         }
-        let part = &self.parts[self.parts.partition_point(|p| p.first <= n) - 1];
-        part.row(n - part.first, out);
+        Ok(())
+    }
+
+    fn read<T: Real>(&self, first: usize, out: &mut [T]) -> Result<()> {
+        let width = self.columns;
+        let end = first + out.len() / width.max(1);
+        assert!(
+            end <= self.rows && out.len() == (end - first) * width,
+            "rows {first}..{end} of {} x {width}",
+            self.rows
+        );
+        for part in &self.parts {
+            if self.vector {
+                part.read(0, part.count, &mut out[part.first..][..part.count])?;
+                continue;
+            }
+            let (from, to) = (first.max(part.first), end.min(part.first + part.count));
+            if from < to {
+                part.read(from - part.first, width, &mut out[(from - first) * width..(to - first) * width])?;
+            }
+        }
+        Ok(())
     }
 
     /// Lines up the tensors of `weight`, checking type and shape of each.
@@ -87,16 +124,21 @@ impl<'a> Rows<'a> {
         let vector = weight.pack == Pack::Vector;
         let mut first = 0;
         for (key, tensor) in weight.keys.iter().zip(tensors) {
-            let wrong = |what: String| Error::Tensor { path: model.tensor_path(tensor), key: key.clone(), what };
+            let file = &model.files[tensor.file];
+            let wrong = |what: String| Error::Tensor { path: file.path().to_path_buf(), key: key.clone(), what };
             let stored = tensor.dtype;
             if !matches!(stored, Stored::F16 | Stored::BF16 | Stored::F32 | Stored::F64) {
                 return Err(wrong(format!("is stored as {stored}; only F16, BF16, F32 and F64 are read")));
             }
-            let Some(layout) = layout(weight, tensor) else {
+            let Some(Layout { rows, columns, order }) = layout(weight, tensor) else {
                 return Err(wrong(format!("has shape {:?}, the model needs {}", tensor.shape, needed(weight))));
             };
-            let count = if vector { layout.columns } else { layout.rows };
-            parts.push(Part { bytes: model.tensor_bytes(tensor), stored, first, count, order: layout.order });
+            let count = if vector { columns } else { rows };
+            let scattered = match order {
+                Order::Swapped => file.read(&tensor.range)?,
+                Order::Plain | Order::Taps(_) => Cow::Borrowed(&[][..]),
+            };
+            parts.push(Part { file, start: tensor.range.start, stored, first, count, order, scattered });
             first += count;
         }
         let [rows, columns] = matrix(weight);
@@ -114,18 +156,40 @@ impl<'a> Rows<'a> {
 }
 
 impl Part<'_> {
-    fn row<T: Real>(&self, n: usize, out: &mut [T]) {
+    /// Writes the part's rows of `width` values from `first` on to `out`, which holds some of them.
+    fn read<T: Real>(&self, first: usize, width: usize, out: &mut [T]) -> Result<()> {
+        if matches!(self.order, Order::Swapped) {
+            self.gather(first, width, out);
+            return Ok(());
+        }
         let size = self.stored.bitsize() / 8;
-        let width = out.len() * size;
+        let block = (BLOCK / (width * size).max(1)).max(1);
+        for (n, out) in out.chunks_mut((block * width).max(1)).enumerate() {
+            let start = self.start + (first + n * block) * width * size;
+            self.file.visit(start..start + out.len() * size, |bytes| self.decode(bytes, width, out))?;
+        }
+        Ok(())
+    }
+
+    /// Writes the rows that `bytes` holds one after another.
+    fn decode<T: Real>(&self, bytes: &[u8], width: usize, out: &mut [T]) {
         match self.order {
-            Order::Plain => T::decode(self.stored, &self.bytes[n * width..(n + 1) * width], out),
-            Order::Swapped => {
-                for (k, value) in out.iter_mut().enumerate() {
-                    let at = (k * self.count + n) * size;
-                    T::decode(self.stored, &self.bytes[at..at + size], std::slice::from_mut(value));
-                }
+            Order::Plain | Order::Swapped => T::decode(self.stored, bytes, out),
+            Order::Taps(taps) => {
+                let rows = bytes.chunks_exact(width * self.stored.bitsize() / 8).zip(out.chunks_exact_mut(width));
+                rows.for_each(|(bytes, out)| untangle(self.stored, bytes, taps, out));
             }
-            Order::Taps(taps) => untangle(self.stored, &self.bytes[n * width..(n + 1) * width], taps, out),
+        }
+    }
+
+    /// Collects the rows from `first` on where rows and columns are swapped.
+    fn gather<T: Real>(&self, first: usize, width: usize, out: &mut [T]) {
+        let size = self.stored.bitsize() / 8;
+        for (n, row) in out.chunks_exact_mut(width).enumerate() {
+            for (k, value) in row.iter_mut().enumerate() {
+                let at = (k * self.count + first + n) * size;
+                T::decode(self.stored, &self.scattered[at..at + size], std::slice::from_mut(value));
+            }
         }
     }
 }
@@ -263,8 +327,8 @@ mod tests {
         let rows = model.rows(&weight)?;
         let read = |n| {
             let (mut single, mut double) = (vec![f32::NAN; rows.columns()], vec![f64::NAN; rows.columns()]);
-            rows.row_f32(n, &mut single);
-            rows.row_f64(n, &mut double);
+            rows.read_f32(n, &mut single).unwrap();
+            rows.read_f64(n, &mut double).unwrap();
             assert!(single.iter().zip(&double).all(|(s, d)| f64::from(*s) == *d));
             single
         };

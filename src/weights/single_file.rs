@@ -191,7 +191,7 @@ mod tests {
         let rows = model.rows(&weight).unwrap();
         let read = |n| {
             let mut row = vec![0.0; rows.columns()];
-            rows.row_f32(n, &mut row);
+            rows.read_f32(n, &mut row).unwrap();
             row
         };
         (0..rows.rows()).map(read).collect()

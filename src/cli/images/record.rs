@@ -19,7 +19,7 @@ pub fn record(flags: &RunFlags, work: &Work<'_>, noise: &Noise, target: &Target)
         method: method.name().into(),
         options: method.options(),
         model: flags.model.name(),
-        model_hash: pipeline.model.fingerprint().to_string(),
+        model_hash: pipeline.model.fingerprint()?,
         prompt: target.prompt.to_string(),
         negative: flags.sampling.negative.clone(),
         seed: target.seed,

@@ -3,6 +3,7 @@
 //! The functions are branch-free where speed matters (f32), so a plain loop over a slice inside `Simd::vectorize` becomes
 //! vector code. `S` only tells whether the processor fuses multiply and add.
 
+use crate::Result;
 use crate::program::DType;
 use crate::weights::Rows;
 use bytemuck::Pod;
@@ -53,8 +54,8 @@ pub trait Float:
     fn exp<S: Simd>(self) -> Self;
     /// `x Φ(x)` and its derivative `Φ(x) + x φ(x)`, which share their exponential.
     fn gelu_and_slope<S: Simd>(self) -> (Self, Self);
-    /// Row `n` of a weight, converted.
-    fn fetch(rows: &Rows<'_>, n: usize, out: &mut [Self]);
+    /// The rows of a weight from `first` on, converted.
+    fn fetch(rows: &Rows<'_>, first: usize, out: &mut [Self]) -> Result<()>;
 
     #[inline(always)]
     fn greater(self, other: Self) -> Self {
@@ -220,8 +221,8 @@ impl Float for f32 {
         (positive - a * e * h, if self > 0.0 { 1.0 - tail } else { tail })
     }
 
-    fn fetch(rows: &Rows<'_>, n: usize, out: &mut [f32]) {
-        rows.row_f32(n, out);
+    fn fetch(rows: &Rows<'_>, first: usize, out: &mut [f32]) -> Result<()> {
+        rows.read_f32(first, out)
     }
 }
 
@@ -277,8 +278,8 @@ impl Float for f64 {
         (0.5 * self * twice, 0.5 * twice + self * (-0.5 * self * self).exp() * DENSITY)
     }
 
-    fn fetch(rows: &Rows<'_>, n: usize, out: &mut [f64]) {
-        rows.row_f64(n, out);
+    fn fetch(rows: &Rows<'_>, first: usize, out: &mut [f64]) -> Result<()> {
+        rows.read_f64(first, out)
     }
 }
 

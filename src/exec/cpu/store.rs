@@ -8,6 +8,7 @@ use crate::weights::{FileId, Model, Pack, Rows, Weight};
 use crate::{Error, Result};
 use rayon::prelude::*;
 use std::collections::HashMap;
+use std::sync::OnceLock;
 
 /// A named buffer.
 pub struct Named<T> {
@@ -60,11 +61,10 @@ impl<T: Float> Store<T> {
         let rows = model.rows(weight)?;
         pack::ask::<T>(rows.rows() * rows.columns())?;
         let held = if weight.pack.is_rhs() {
-            panels(&rows, weight_columns(weight, tiling), tiling.lanes)
+            panels(&rows, weight_columns(weight, tiling), tiling.lanes)?
         } else {
-            plain(&rows)
+            plain(&rows)?
         };
-        model.release();
         self.weights.push(held);
         self.by_weight.insert(key, self.weights.len() - 1);
         Ok(self.weights.len() - 1)
@@ -153,23 +153,26 @@ fn fill<A: Copy, B>(out: &mut [B], values: &[A], convert: impl Fn(A) -> B) {
 }
 
 /// Row after row, in parallel.
-fn plain<T: Float>(rows: &Rows<'_>) -> Aligned<T> {
-    let width = rows.columns();
+fn plain<T: Float>(rows: &Rows<'_>) -> Result<Aligned<T>> {
+    let (width, block) = (rows.columns(), rows.block());
     let mut held = Aligned::zeroed(rows.rows() * width);
-    held.as_mut_slice().par_chunks_mut(width).enumerate().for_each(|(n, out)| T::fetch(rows, n, out));
-    held
+    let blocks = held.as_mut_slice().par_chunks_mut((block * width).max(1)).enumerate();
+    blocks.try_for_each(|(n, out)| T::fetch(rows, n * block, out))?;
+    Ok(held)
 }
 
 /// The rows of a weight are the columns of the product: a vector's worth of them is fetched and transposed into its panel.
-fn panels<T: Float>(rows: &Rows<'_>, columns: Columns, lanes: usize) -> Aligned<T> {
+fn panels<T: Float>(rows: &Rows<'_>, columns: Columns, lanes: usize) -> Result<Aligned<T>> {
     let k = rows.columns();
     let mut held = Aligned::zeroed(k * columns.padded());
+    let failure = OnceLock::new();
     columns.fill(k, held.as_mut_slice(), |panel, out| {
         let mut fetched = vec![T::ZERO; lanes * k];
         for first in (0..panel.width).step_by(lanes) {
             let lanes = lanes.min(panel.width - first);
-            for (lane, row) in fetched.chunks_exact_mut(k).take(lanes).enumerate() {
-                T::fetch(rows, panel.start + first + lane, row);
+            if let Err(error) = T::fetch(rows, panel.start + first, &mut fetched[..lanes * k]) {
+                failure.get_or_init(|| error);
+                return;
             }
             for (k_index, out) in out.chunks_exact_mut(columns.padded_width(panel)).enumerate() {
                 for (lane, out) in out[first..][..lanes].iter_mut().enumerate() {
@@ -178,5 +181,5 @@ fn panels<T: Float>(rows: &Rows<'_>, columns: Columns, lanes: usize) -> Aligned<
             }
         }
     });
-    held
+    failure.into_inner().map_or(Ok(held), Err)
 }

@@ -100,7 +100,7 @@ impl Store {
     }
 
     /// The address of a weight, fetched and uploaded if it is not held yet: row by row, of a product's right operand `[N, K]`.
-    /// All cores convert some rows while those before them are on their way.
+    /// All cores read and convert some rows while those before them are on their way.
     pub fn weight(&mut self, driver: &mut dyn Driver, weight: &Weight, dtype: DType, model: &Model) -> Result<Address> {
         let key = (weight.clone(), model.sources(weight)?, dtype);
         if let Some(&address) = self.weights.get(&key) {
@@ -111,20 +111,24 @@ impl Store {
         let bytes = width * dtype.bytes();
         let address = driver.allocate(count * bytes)?;
         let step = (STAGE / bytes.max(1)).clamp(1, count.max(1));
+        let block = rows.block();
         for first in (0..count).step_by(step) {
             let some = step.min(count - first);
+            let mut read = Ok(());
             driver.stage(address.offset(first * bytes), some * bytes, &mut |staged| {
-                let rows_of = staged.par_chunks_exact_mut(bytes.max(1)).enumerate();
-                rows_of.for_each_init(
-                    || vec![0.0f32; width],
+                let blocks = staged.par_chunks_mut((block * bytes).max(1)).enumerate();
+                read = blocks.try_for_each_init(
+                    || vec![0.0f32; block * width],
                     |values, (n, out)| {
-                        rows.row_f32(first + n, values);
+                        let values = &mut values[..out.len() / dtype.bytes()];
+                        rows.read_f32(first + n * block, values)?;
                         encode(dtype, values.iter().copied(), out);
+                        Ok(())
                     },
                 );
             })?;
+            read?;
         }
-        model.release();
         self.weights.insert(key, address);
         Ok(address)
     }

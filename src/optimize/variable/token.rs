@@ -155,15 +155,15 @@ impl TokenSettings {
             }
             Init::Word(word) => {
                 let id = self.word(pipeline, tower, word, &table)?;
-                values.chunks_mut(width).for_each(|row| table.row_f32(id, row));
+                values.chunks_mut(width).try_for_each(|row| table.read_f32(id, row))?;
             }
-            Init::RandomWord => values.chunks_mut(width).enumerate().for_each(|(row, out)| {
+            Init::RandomWord => values.chunks_mut(width).enumerate().try_for_each(|(row, out)| {
                 let (seed, draw) = draw(row);
-                table.row_f32(sampler::uniform(seed, draw, table.rows()), out);
-            }),
+                table.read_f32(sampler::uniform(seed, draw, table.rows()), out)
+            })?,
             Init::Unit => values.chunks_mut(width).enumerate().for_each(|(row, out)| normal(row, out)),
             Init::White { scale } => {
-                let Moments { mean, std } = Moments::of(&table);
+                let Moments { mean, std } = Moments::of(&table)?;
                 values.chunks_mut(width).enumerate().for_each(|(row, out)| {
                     normal(row, out);
                     for ((x, mean), std) in out.iter_mut().zip(&mean).zip(&std) {
@@ -175,9 +175,9 @@ impl TokenSettings {
                 // A mixture of all rows with normal weights `w` has covariance `Xᵀ X / V` without that matrix being formed.
                 let mut weights = vec![0.0; rows * table.rows()];
                 weights.chunks_mut(table.rows()).enumerate().for_each(|(row, w)| normal(row, w));
-                let mixed = mix(&table, &weights);
+                let mixed = mix(&table, &weights)?;
                 let factor = scale / (table.rows() as f64).sqrt();
-                let mean = Moments::of(&table).mean;
+                let mean = Moments::of(&table)?.mean;
                 for (x, (mixed, mean)) in values.iter_mut().zip(mixed.iter().zip(mean.iter().cycle())) {
                     *x = (mean + factor * mixed) as f32;
                 }
@@ -212,7 +212,7 @@ fn table(pipeline: &Pipeline, tower: usize) -> Result<Rows<'_>> {
 
 /// The root mean square distance of an embedding's numbers from the mean of their column: the scale for steps of a token's rows.
 pub fn spread(pipeline: &Pipeline, tower: usize) -> Result<f64> {
-    let std = Moments::of(&table(pipeline, tower)?).std;
+    let std = Moments::of(&table(pipeline, tower)?)?.std;
     Ok((std.iter().map(|d| d * d).sum::<f64>() / std.len() as f64).sqrt())
 }
 
@@ -223,33 +223,30 @@ struct Moments {
 }
 
 impl Moments {
-    fn of(table: &Rows<'_>) -> Moments {
+    fn of(table: &Rows<'_>) -> Result<Moments> {
         let (rows, width) = (table.rows(), table.columns());
-        let (mut sum, mut squares, mut row) = (vec![0.0; width], vec![0.0; width], vec![0.0; width]);
-        for n in 0..rows {
-            table.row_f64(n, &mut row);
-            for ((sum, square), x) in sum.iter_mut().zip(&mut squares).zip(&row) {
+        let (mut sum, mut squares) = (vec![0.0; width], vec![0.0; width]);
+        table.each_f64(|_, row| {
+            for ((sum, square), x) in sum.iter_mut().zip(&mut squares).zip(row) {
                 *sum += x;
                 *square += x * x;
             }
-        }
+        })?;
         let mean: Vec<f64> = sum.iter().map(|sum| sum / rows as f64).collect();
         let variance = squares.iter().zip(&mean).map(|(square, mean)| (square / rows as f64 - mean * mean).max(0.0));
-        Moments { std: variance.map(f64::sqrt).collect(), mean }
+        Ok(Moments { std: variance.map(f64::sqrt).collect(), mean })
     }
 }
 
 /// `weights [R, V]` times the table `[V, C]`.
-fn mix(table: &Rows<'_>, weights: &[f32]) -> Vec<f64> {
+fn mix(table: &Rows<'_>, weights: &[f32]) -> Result<Vec<f64>> {
     let (rows, width) = (table.rows(), table.columns());
-    let count = weights.len() / rows;
-    let (mut mixed, mut row) = (vec![0.0; count * width], vec![0.0; width]);
-    for n in 0..rows {
-        table.row_f64(n, &mut row);
+    let mut mixed = vec![0.0; weights.len() / rows * width];
+    table.each_f64(|n, row| {
         for (r, out) in mixed.chunks_mut(width).enumerate() {
             let w = f64::from(weights[r * rows + n]);
-            out.iter_mut().zip(&row).for_each(|(out, x)| *out += w * x);
+            out.iter_mut().zip(row).for_each(|(out, x)| *out += w * x);
         }
-    }
-    mixed
+    })?;
+    Ok(mixed)
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// The first byte chooses the component, the rest is the file.
 fn check(bytes: &[u8]) -> Option<()> {
     let (&kind, bytes) = bytes.split_first()?;
-    let json = rarebit::weights::parse_json(Path::new("config.json"), bytes).ok()?;
+    let json = rarebit::input::parse_json(Path::new("config.json"), bytes).ok()?;
     let fields = Fields::new(PathBuf::from("config.json"), &json).ok()?;
     let mut b = Builder::new("fuzz", DType::F32);
     match kind % 4 {
