@@ -7,6 +7,8 @@ use serde_json::Value;
 use std::io::{Read, Write};
 use std::path::Path;
 
+pub use crate::data::png_chunks::SIGNATURE;
+
 /// PNG text keywords.
 pub const PARAMETERS: &str = "parameters";
 pub const RECORD: &str = "rarebit";

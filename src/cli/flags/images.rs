@@ -40,7 +40,8 @@ pub struct RunFlags {
     pub device: DeviceFlags,
     #[command(flatten)]
     pub sampling: SamplingFlags,
-    /// A learned token (textual inversion): safetensors; prompts name it by the word in the file, else by <FILE>
+    /// A learned token (textual inversion): safetensors; prompts name it by the word in the file, else by the file's name, as it is
+    /// or in angle brackets
     #[arg(long, value_name = "FILE")]
     pub token: Vec<PathBuf>,
     /// Starting noise: safetensors, tensor `noise`, f32 [B, C, H/f, W/f], unit variance, one row per image

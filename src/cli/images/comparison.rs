@@ -100,11 +100,13 @@ impl Run<'_> {
 
     fn warn(&self, works: &[Work<'_>]) -> Result<()> {
         let Some(most_reserved) = works.iter().max_by_key(|work| work.method.reserved_tokens()) else { return Ok(()) };
-        let negatives = works.iter().filter_map(|work| self.negative(work.method));
+        let negatives = || works.iter().filter_map(|work| self.negative(work.method));
         let prompt = [self.comparison.prompt].into_iter();
-        work::warn_of_cut_tokens(most_reserved, prompt, negatives, &self.reporter)?;
+        let pipeline = most_reserved.pipeline;
+        work::warn_of_learned_tokens(pipeline, prompt.clone().chain(negatives()), &self.reporter)?;
+        work::warn_of_cut_tokens(most_reserved, prompt, negatives(), &self.reporter)?;
         let sampling = &self.flags.sampling;
-        sampling.remarks(most_reserved.pipeline).iter().for_each(|remark| self.reporter.warn(remark));
+        sampling.remarks(pipeline).iter().for_each(|remark| self.reporter.warn(remark));
         let replaces_negative = |work: &Work<'_>| work.method.negative(None).is_some();
         if sampling.guidance == Some(1.0) && !sampling.cfg_pp && works.iter().any(replaces_negative) {
             self.reporter.warn("--guidance 1 uses no negative prompt: the null-prompted images are the plain ones");

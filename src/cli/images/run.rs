@@ -71,8 +71,10 @@ pub fn run(args: &ImageFlags, pipeline: &Pipeline, method: &dyn ImageMethod, ext
     let noise = args.run.noise(pipeline, &settings, targets.len())?;
     prepare_output(args, extras, &targets)?;
     let work = Work { pipeline, settings: &settings, method };
-    let missing = missing(args, &work, &noise, targets)?;
     let reporter = Reporter::new(args.run.json, args.run.quiet);
+    let prompts = targets.iter().map(|target| target.prompt.as_str()).chain(args.run.sampling.negative.as_deref());
+    work::warn_of_learned_tokens(pipeline, prompts, &reporter)?;
+    let missing = missing(args, &work, &noise, targets)?;
     work::check(method, &missing, args.run.batch)?;
     let prompts = missing.iter().map(|target| target.prompt.as_str());
     work::warn_of_cut_tokens(&work, prompts, args.run.sampling.negative.as_deref(), &reporter)?;
