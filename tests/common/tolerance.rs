@@ -1,6 +1,7 @@
 //! How exact a kernel must be: within twice the error of exact arithmetic that rounds its results to the same storage.
 
 use rarebit::program::DType;
+use rayon::prelude::*;
 
 /// What kernels store.
 pub const TYPES: [DType; 3] = [DType::F16, DType::BF16, DType::F32];
@@ -96,6 +97,16 @@ pub fn whereabouts(found: &[f64], expected: &[f64], allowed: f64) -> String {
 /// What is wrong with a kernel's outputs, given the exact ones and those of exact arithmetic with the same storage.
 pub fn judge(found: &[Vec<f64>], exact: &[Vec<f64>], honest: &[Vec<f64>]) -> Option<String> {
     Some(verdict(found, exact, honest)).filter(|verdict| !verdict.ok()).map(|verdict| verdict.what)
+}
+
+/// What `check` finds wrong with the cases, in their order; the index is a case's place. They are checked on all cores, so that the
+/// last and longest test of a binary does not leave the others idle.
+pub fn side_by_side<T: Sync>(
+    cases: impl Iterator<Item = T>,
+    check: impl Fn(usize, &T) -> Vec<String> + Sync,
+) -> Vec<String> {
+    let cases: Vec<T> = cases.collect();
+    cases.par_iter().enumerate().flat_map_iter(|(index, case)| check(index, case)).collect()
 }
 
 pub fn report(wrong: Vec<String>) {

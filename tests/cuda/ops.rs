@@ -7,7 +7,7 @@ use crate::common::cases::{Built, Case};
 use crate::common::emulated::{cuda, cudas, wanted};
 use crate::common::gradients::{self, Gradient};
 use crate::common::inputs::{no_weights, operands, run, try_run};
-use crate::common::tolerance::{TYPES, judge, report, round, same_bits};
+use crate::common::tolerance::{TYPES, judge, report, round, same_bits, side_by_side};
 use crate::common::{cases, naive};
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::cuda::{Copies, Cuda, Order, Settings};
@@ -30,8 +30,8 @@ fn every_gradient() -> impl Iterator<Item = Gradient> {
 #[test]
 fn as_exact_as_storage_allows() {
     let model = no_weights();
-    let mut wrong = vec![];
-    for (index, case) in every_case().enumerate() {
+    report(side_by_side(every_case(), |index, case| {
+        let mut wrong = vec![];
         for (number, dtype) in TYPES.into_iter().enumerate() {
             let (batch, through_op) = (1 + (index + number) % 5, (index + number) % 2 == 0);
             let built = case.program(dtype, batch, through_op);
@@ -50,15 +50,15 @@ fn as_exact_as_storage_allows() {
                 }
             }
         }
-    }
-    report(wrong);
+        wrong
+    }));
 }
 
 #[test]
 fn gradients_as_exact_as_storage_allows() {
     let model = no_weights();
-    let mut wrong = vec![];
-    for (index, case) in every_gradient().enumerate() {
+    report(side_by_side(every_gradient(), |index, case| {
+        let mut wrong = vec![];
         for (number, dtype) in TYPES.into_iter().enumerate() {
             let (batch, through_op) = (1 + (index + number) % 5, (index + number) % 2 == 0);
             let built = case.backward(dtype, batch, through_op);
@@ -79,16 +79,16 @@ fn gradients_as_exact_as_storage_allows() {
                 Err(error) => wrong.push(format!("{name}: {error}")),
             }
         }
-    }
-    report(wrong);
+        wrong
+    }));
 }
 
 /// Threads in any order, copies at any time, one warp far ahead: the same bits, twice in a row.
 #[test]
 fn bits_do_not_depend_on_the_order_of_threads() {
     let model = no_weights();
-    let mut wrong = vec![];
-    let mut check = |name: &str, built: Built| {
+    let check = |name: &str, built: Built| {
+        let mut wrong = vec![];
         let buffers = operands(&built, 0, 2);
         for hopper in cudas(Settings::default(), &built.program).iter().map(Cuda::hopper) {
             let name = format!("{name} Hopper {hopper:?}");
@@ -111,14 +111,14 @@ fn bits_do_not_depend_on_the_order_of_threads() {
                 }
             }
         }
+        wrong
     };
-    for (index, case) in every_case().enumerate() {
-        check(&case.name, case.program(TYPES[index % 3], 2, index % 2 == 0));
-    }
-    for (index, case) in every_gradient().enumerate() {
-        check(&case.name, case.backward(TYPES[index % 3], 2, index % 2 == 0));
-    }
-    report(wrong);
+    report(side_by_side(every_case(), |index, case| {
+        check(&case.name, case.program(TYPES[index % 3], 2, index % 2 == 0))
+    }));
+    report(side_by_side(every_gradient(), |index, case| {
+        check(&case.name, case.backward(TYPES[index % 3], 2, index % 2 == 0))
+    }));
 }
 
 #[test]

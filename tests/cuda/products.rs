@@ -5,7 +5,7 @@
 use crate::common::emulated::{cuda, cudas, wanted};
 use crate::common::inputs::no_weights;
 use crate::common::products::{self, Case, How, programs, rounded, run, stored};
-use crate::common::tolerance::{TYPES, judge, report, round};
+use crate::common::tolerance::{TYPES, judge, report, round, side_by_side};
 use rarebit::exec::Executor;
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::cuda::{Copies, Cuda, Hopper, Order, Settings, product};
@@ -21,18 +21,18 @@ fn cases() -> impl Iterator<Item = Case> {
 
 #[test]
 fn as_exact_as_storage_allows() {
-    let mut wrong = vec![];
-    for (index, case) in cases().enumerate() {
+    report(side_by_side(cases(), |index, case| {
+        let mut wrong = vec![];
         for (number, dtype) in TYPES.into_iter().enumerate() {
             let how = How::new(dtype, 1 + (index + number) % 3);
             let values = rounded(case.values(0, how.batch), dtype);
             let model = stored(&case.shapes(how.batch)[1], &values.w);
-            let double = programs(&case, How { dtype: DType::F64, ..how });
+            let double = programs(case, How { dtype: DType::F64, ..how });
             let exact: Vec<Vec<f64>> =
                 double.iter().map(|(_, double)| run(Cpu::<f64>::new(), double, &values, &model, 1)).collect();
             // The gradient to a weight has none to hold.
             for held in [false, true].into_iter().filter(|held| !held || !matches!(case, Case::Weight(_))) {
-                for ((name, program), exact) in programs(&case, How { held, ..how }).iter().zip(&exact) {
+                for ((name, program), exact) in programs(case, How { held, ..how }).iter().zip(&exact) {
                     let honest = [exact.iter().map(|x| round(dtype, *x)).collect()];
                     for cuda in cudas(Settings::default(), program) {
                         let which = cuda.hopper();
@@ -44,20 +44,20 @@ fn as_exact_as_storage_allows() {
                 }
             }
         }
-    }
-    report(wrong);
+        wrong
+    }));
 }
 
 #[test]
 fn bits_depend_on_neither_the_order_of_threads_nor_the_batch() {
-    let mut wrong = vec![];
-    for (index, case) in cases().enumerate() {
+    report(side_by_side(cases(), |index, case| {
+        let mut wrong = vec![];
         let is_weight = matches!(case, Case::Weight(_));
         let how = How { held: index % 2 == 0 && !is_weight, ..How::new(TYPES[index % 3], 3) };
         let values = rounded(case.values(0, 3), how.dtype);
         let model = if is_weight { no_weights() } else { stored(&case.shapes(3)[1], &values.w) };
         let one = rounded(case.values(2, 1), how.dtype);
-        for ((name, program), (_, alone)) in programs(&case, how).iter().zip(programs(&case, How { batch: 1, ..how })) {
+        for ((name, program), (_, alone)) in programs(case, how).iter().zip(programs(case, How { batch: 1, ..how })) {
             let sums_over_the_batch = is_weight && name == "backward";
             for first in cudas(Settings::default(), program) {
                 let which = first.hopper();
@@ -77,8 +77,8 @@ fn bits_depend_on_neither_the_order_of_threads_nor_the_batch() {
                 }
             }
         }
-    }
-    report(wrong);
+        wrong
+    }));
 }
 
 /// Kernels that a program launches, and whether each is split.
