@@ -16,7 +16,7 @@ pub struct Parameters {
 
 /// Reads it as the web UI does, and where its writer left parts out.
 pub fn parse(text: &str) -> Parameters {
-    let text = text.replace("\r\n", "\n");
+    let text = text.replace("\r\n", "\n").replace('\0', " ");
     let lines: Vec<&str> = text.trim().split('\n').map(str::trim).collect();
     let at = settings_line(&lines);
     let mut found = Parameters { settings: pairs(lines.get(at).unwrap_or(&"")), ..Parameters::default() };
@@ -191,10 +191,16 @@ mod tests {
     }
 
     proptest! {
+        /// What was read can be written, and reads the same but for white space.
         #[test]
-        fn any_text_is_read(text in "(\\PC|[\\n\\r,:\"]|Steps: |Negative prompt: ){0,60}") {
-            let found = parse(&text);
-            prop_assert!(found.prompt.len() <= text.len());
+        fn any_text_is_read(text in "(\\PC|[\\x00\\n\\r,:\"]|Steps: |Steps: 1, |Negative prompt: ){0,60}") {
+            let words = |text: &str| text.split_whitespace().map(String::from).collect::<Vec<_>>();
+            let read = parse(&text);
+            let settings = [("Steps", "2".to_string()), ("Seed", "1".to_string()), ("Model", text)];
+            let again = parse(&write(&read.prompt, &read.negative, &settings));
+            prop_assert_eq!(words(&again.prompt), words(&read.prompt));
+            prop_assert_eq!(words(&again.negative), words(&read.negative));
+            prop_assert_eq!(again.settings, settings.map(|(key, value)| (key.to_string(), value)));
         }
 
         #[test]

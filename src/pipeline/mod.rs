@@ -24,8 +24,6 @@ pub struct Pipeline {
     pub tokenizers: Vec<Tokenizer>,
     /// Tokens that were learned elsewhere; see [`Pipeline::learn`].
     pub learned: Vec<LearnedToken>,
-    /// What their words stand for, in the order in which the tokenizers number the words: which token, and rows of all learned ones.
-    words: Vec<(usize, Range<usize>)>,
 }
 
 impl Pipeline {
@@ -34,7 +32,7 @@ impl Pipeline {
         let config = detect::pipeline_config(&model, prediction)?;
         let tokenizers =
             (0..config.text.len()).map(|tower| tower_tokenizer(&model, &config, tower)).collect::<Result<Vec<_>>>()?;
-        Ok(Pipeline { model, config, tokenizers, learned: vec![], words: vec![] })
+        Ok(Pipeline { model, config, tokenizers, learned: vec![] })
     }
 
     /// Lets words in prompts stand for learned embeddings. `Error::Usage` where they do not fit this model's towers or a word is taken;
@@ -51,7 +49,6 @@ impl Pipeline {
             let (found, towers) = (list(found.collect()), list(towers.collect()));
             return usage(format!("has rows of {found} numbers; this model's text towers take {towers}"));
         }
-        let before: usize = self.learned.iter().map(|token| token.rows).sum();
         let is_ordinary = |word: &Word| self.tokenizers.iter().any(|tokenizer| tokenizer.has_word(&word.text));
         token.words.retain(|word| !word.is_plain || !is_ordinary(word));
         for word in &token.words {
@@ -62,7 +59,6 @@ impl Pipeline {
             for tokenizer in &mut self.tokenizers {
                 tokenizer.add_placeholder(&word.text, word.is_plain)?;
             }
-            self.words.push((self.learned.len(), before + word.rows.start..before + word.rows.end));
         }
         self.learned.push(token);
         Ok(())
@@ -82,16 +78,27 @@ impl Pipeline {
             }
             for token in tokenizer.tokens(prompt)? {
                 if let Some((learned, _)) = self.word(&token, tokenizer.vocab_size()) {
-                    is_named[*learned] = true;
+                    is_named[learned] = true;
                 }
             }
         }
         Ok(self.learned.iter().zip(is_named).filter(|(_, named)| !named).map(|(token, _)| token).collect())
     }
 
-    /// What a token stands for, where it is a learned word: those are the last of the `known` tokens.
-    fn word(&self, token: &Token, known: usize) -> Option<&(usize, Range<usize>)> {
-        self.words.get((token.id as usize).checked_sub(known - self.words.len())?)
+    /// What a token stands for, where it is a learned word: which learned token, and which rows of all learned ones. Tokenizers number
+    /// the words of those in order, as the last of the `known` tokens.
+    fn word(&self, token: &Token, known: usize) -> Option<(usize, Range<usize>)> {
+        let words: usize = self.learned.iter().map(|token| token.words.len()).sum();
+        let mut number = (token.id as usize).checked_sub(known - words)?;
+        let mut first = 0;
+        for (index, learned) in self.learned.iter().enumerate() {
+            if let Some(word) = learned.words.get(number) {
+                return Some((index, first + word.rows.start..first + word.rows.end));
+            }
+            number -= learned.words.len();
+            first += learned.rows;
+        }
+        None
     }
 
     /// The prompt's token ids for every tower.
@@ -124,7 +131,7 @@ impl Pipeline {
         for token in tokens {
             match self.word(&token, known) {
                 Some((_, rows)) => {
-                    expanded.extend(rows.clone().map(|row| Token { id: (table + row) as i32, ..token.clone() }));
+                    expanded.extend(rows.map(|row| Token { id: (table + row) as i32, ..token.clone() }));
                 }
                 None => expanded.push(token),
             }

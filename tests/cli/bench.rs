@@ -118,7 +118,7 @@ fn another_measurement_is_no_baseline() {
     refused(&[&file, "--sampler", "euler"], &["another --sampler"]);
     refused(&[&file, "--guidance", "1"], &["another --guidance"]);
     refused(&[&file, "--dtype", "f64"], &["another --dtype"]);
-    let model = data_folder().join("tiny-sdxl").display().to_string();
+    let model = data_folder("tiny-sdxl").display().to_string();
     refused(&[&file, "--model", &model], &["another model", "tiny-sdxl"]);
     // The same name with other weights.
     let mut edited = report.clone();

@@ -89,6 +89,7 @@ fn names_of_tokens_and_classes() {
     let model = copy_of("tiny-sd1");
     let index = serde_json::json!({"_class_name": HOSTILE, "unet": [HOSTILE, HOSTILE]}).to_string();
     fs::write(model.path().join("model_index.json"), index).unwrap();
-    fs::write(model.path().join("tokenizer/added_tokens.json"), serde_json::json!({HOSTILE: 9999}).to_string()).unwrap();
+    fs::write(model.path().join("tokenizer/added_tokens.json"), serde_json::json!({HOSTILE: 9999}).to_string())
+        .unwrap();
     is_harmless(&rarebit(&["inspect", &model.path().display().to_string()]));
 }

@@ -91,7 +91,18 @@ fn a_token_that_no_prompt_names_is_told() {
     }
     let sheet = path(&folder, "sheet.png");
     let output = rarebit(&[
-        "compare", "a star", "--methods", "ddim", "--steps", "1", "--count", "1", "--quiet", "--token", &file, "--out",
+        "compare",
+        "a star",
+        "--methods",
+        "ddim",
+        "--steps",
+        "1",
+        "--count",
+        "1",
+        "--quiet",
+        "--token",
+        &file,
+        "--out",
         &sheet,
     ]);
     assert!(text(&output.stderr).contains(unnamed), "{}", text(&output.stderr));
@@ -129,7 +140,7 @@ fn what_does_not_fit_is_refused_in_one_line() {
     refused(&[&pickle], 1, &["style.pt", "a PyTorch pickle"]);
     refused(&[&folder.path().display().to_string()], 1, &["is not a regular file"]);
     // SDXL has two towers, and its own widths are told.
-    let sdxl = data_folder().join("tiny-sdxl").display().to_string();
+    let sdxl = data_folder("tiny-sdxl").display().to_string();
     let out = path(&folder, "i.png");
     fails(&["generate", "x", "--model", &sdxl, "--token", &a, "--out", &out], 2, &["rows of 128", " and "]);
     // What an optimised token begins as is one word's.
