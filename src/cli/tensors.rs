@@ -12,9 +12,12 @@ const MOST_HEADER: u64 = 1 << 20;
 
 /// Tensor `noise`, f32 `[B, C, H/f, W/f]`, unit variance: one row per image.
 pub fn read_noise(path: &Path, shape: [usize; 4]) -> Result<Vec<Vec<f32>>> {
-    let wrong = |e: SafeTensorError| Error::file(path, format!("not a safetensors file: {e}"));
     let mut start = Vec::new();
     input::open(path)?.take(MOST_HEADER).read_to_end(&mut start).map_err(Error::io("read", path))?;
+    let wrong = |error: SafeTensorError| match input::identify(&start) {
+        Some(kind) => Error::file(path, format!("is {kind}, not a safetensors file")),
+        None => Error::file(path, format!("not a safetensors file: {error}")),
+    };
     let (_, header) = SafeTensors::read_metadata(&start).map_err(wrong)?;
     // What is not the noise of this run is not read to its end.
     let noise = header.info("noise").ok_or_else(|| Error::file(path, "holds no tensor 'noise'"))?;
@@ -65,5 +68,10 @@ mod tests {
         assert!(read_noise(&path, [1, 1, 1, 1]).unwrap_err().to_string().contains("'noise'"));
         std::fs::write(&path, b"short").unwrap();
         assert!(read_noise(&path, [1, 1, 1, 1]).is_err());
+        write("noise", &vec![0.0; 1 << 19]);
+        assert!(read_noise(&path, [1, 1, 1, 2]).unwrap_err().to_string().contains("F32 [1, 1, 1, 2], is 8"));
+        std::fs::write(&path, b"PK\x03\x04........noise/data.pkl").unwrap();
+        assert!(read_noise(&path, [1, 1, 1, 1]).unwrap_err().to_string().contains("is a PyTorch pickle"));
+        assert!(read_noise(folder.path(), [1, 1, 1, 1]).unwrap_err().to_string().contains("is not a regular file"));
     }
 }

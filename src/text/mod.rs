@@ -137,7 +137,7 @@ impl Tokenizer {
                 let what = format!("added token '{token}' has id {id}, the next free one is {}", self.vocab_size);
                 return Err(Error::file("added_tokens.json", one_line(&what)));
             }
-            self.add_placeholder(&token)?;
+            self.add_placeholder(&token, false)?;
         }
         Ok(self)
     }
@@ -197,14 +197,14 @@ impl Tokenizer {
     }
 
     /// Adds a word that stands for a learnable token and returns its id, the first free one. Matched anywhere in a prompt, in
-    /// any case. `Error::Usage` when the word is blank or already a token.
-    pub fn add_placeholder(&mut self, word: &str) -> Result<i32> {
+    /// any case, or only where it `is_whole`, no part of a longer word. `Error::Usage` when the word is blank or already a token.
+    pub fn add_placeholder(&mut self, word: &str, is_whole: bool) -> Result<i32> {
         let usage = |what: &str| Err(Error::Usage(format!("placeholder '{word}': {what}")));
         if word.trim().is_empty() {
             return usage("must not be blank");
         }
         let id = self.vocab_size;
-        let token = AddedToken::from(word, false);
+        let token = AddedToken::from(word, false).single_word(is_whole);
         // The library numbers new tokens by the count of known ones, which is the first free id unless the file skips some.
         let added = self.inner.add_tokens([token]);
         match added {
@@ -215,6 +215,12 @@ impl Tokenizer {
             Ok(0) => usage("is a token already; choose another word"),
             _ => usage("cannot be added to this vocabulary"),
         }
+    }
+
+    /// Whether the vocabulary has the text as one token, in any case.
+    pub fn has_word(&self, text: &str) -> bool {
+        let lower = text.to_lowercase();
+        [text, &lower, &format!("{lower}</w>")].into_iter().any(|token| self.inner.token_to_id(token).is_some())
     }
 
     /// Tokens of a prompt, without start and end.

@@ -8,3 +8,5 @@ mod compare;
 mod generate;
 mod methods;
 mod recommended;
+mod terminal;
+mod tokens;

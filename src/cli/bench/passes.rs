@@ -18,11 +18,19 @@ use serde_json::json;
 const LATENTS: &str = "bench.latents";
 const CONTEXT: &str = "bench.context";
 
+/// Of the case of [`gradients`].
+pub fn name(batch: usize) -> String {
+    format!("UNet passes of batch {batch}")
+}
+
+/// Of the case of [`methods`].
+pub const METHODS: &str = "methods, one image";
+
 /// One pass, and one with its gradient to the text states or to the latents.
 pub fn gradients(setup: &mut Setup<'_>, batch: usize) -> Result<Case> {
     let rows = passes(setup, batch, setup.plan)?;
     setup.executor.clear();
-    Ok(Case { name: format!("UNet passes of batch {batch}"), rows, total: None, facts: json!({}) })
+    Ok(Case { name: name(batch), rows, total: None, facts: json!({}) })
 }
 
 /// The passes, loaded and timed.
@@ -30,7 +38,7 @@ fn passes(setup: &mut Setup<'_>, batch: usize, runs: Plan) -> Result<Vec<Row>> {
     let mut found = vec![];
     let names = ["unet forward", "  and backward to the text", "  and backward to the latents"];
     let leaves = [None, Some(CONTEXT), Some(LATENTS)];
-    let planned: Vec<Planned> = leaves.iter().map(|leaf| pass(setup, batch, *leaf)).collect::<Result<_>>()?;
+    let planned = leaves.map(|leaf| pass(setup, batch, leaf)).into_iter().collect::<Result<Vec<_>>>()?;
     setup.check_memory(&Footprint::of(&planned.iter().collect::<Vec<_>>()), batch)?;
     for ((name, leaf), planned) in names.into_iter().zip(leaves).zip(planned) {
         let (program, arena) = (planned.program.clone(), planned.plan.arena_bytes);
@@ -123,5 +131,5 @@ pub fn methods(setup: &mut Setup<'_>) -> Result<Case> {
         "iterations": counted.backward / 2, "forward": counted.forward, "backward": counted.backward,
         "found_over_predicted": Times { ms: ratios.clone() }.median(), "raw_found_over_predicted": ratios,
     });
-    Ok(Case { name: "methods, one image".into(), rows, total: None, facts })
+    Ok(Case { name: METHODS.into(), rows, total: None, facts })
 }

@@ -8,7 +8,7 @@ use crate::cli::flags::sampling::SamplingFlags;
 use crate::cli::flags::values;
 use crate::cli::paths::Paths;
 use crate::cli::{machine, tensors};
-use crate::data::textual_inversion::{self, LearnedToken};
+use crate::data::textual_inversion;
 use crate::pipeline::Pipeline;
 use crate::pipeline::generate::Settings;
 use clap::Args;
@@ -54,7 +54,8 @@ pub struct RunFlags {
     pub device: DeviceFlags,
     #[command(flatten)]
     pub sampling: SamplingFlags,
-    /// A learned token (textual inversion): safetensors; prompts name it by the word in the file, else by <FILE>
+    /// A learned token (textual inversion): safetensors; prompts name it by the word in the file, else by the file's name, as it is
+    /// or in angle brackets
     #[arg(long, value_name = "FILE")]
     pub token: Vec<PathBuf>,
     /// Starting noise: safetensors, tensor `noise`, f32 [B, C, H/f, W/f], unit variance, one row per image
@@ -102,13 +103,8 @@ impl RunFlags {
         self.noise.iter().for_each(|path| paths.input("--noise", path));
     }
 
-    /// What the user may not expect of these flags with this model, for so many images whose prompts and negative prompts are `texts`.
-    pub fn remarks<'t, T: Iterator<Item = &'t str>>(
-        &self,
-        pipeline: &Pipeline,
-        images: usize,
-        texts: impl Fn() -> T,
-    ) -> Vec<String> {
+    /// What the user may not expect of these flags with this model, for so many images.
+    pub fn remarks(&self, pipeline: &Pipeline, images: usize) -> Vec<String> {
         let mut remarks = self.sampling.remarks(pipeline);
         if self.batch > images {
             remarks.push(format!("--batch {}: there are only {images} images", self.batch));
@@ -118,13 +114,6 @@ impl RunFlags {
                 "--noise is what the images begin as; --seed is only for their names and for what is drawn later"
                     .into(),
             );
-        }
-        for LearnedToken { word, .. } in &pipeline.learned {
-            // Prompts are lower case to the tokenizer.
-            let lower = word.to_lowercase();
-            if texts().all(|text| !text.to_lowercase().contains(&lower)) {
-                remarks.push(format!("--token: no prompt names '{word}'"));
-            }
         }
         remarks
     }

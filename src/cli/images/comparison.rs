@@ -102,12 +102,12 @@ impl Run<'_> {
 
     fn warn(&self, works: &[Work<'_>]) -> Result<()> {
         let Some(most_reserved) = works.iter().max_by_key(|work| work.method.reserved_tokens()) else { return Ok(()) };
-        let negatives = works.iter().filter_map(|work| self.negative(work.method));
+        let negatives = || works.iter().filter_map(|work| self.negative(work.method));
         let prompt = [self.comparison.prompt].into_iter();
-        work::warn_of_cut_tokens(most_reserved, prompt, negatives, &self.reporter)?;
-        let texts =
-            || [self.comparison.prompt].into_iter().chain(works.iter().filter_map(|work| self.negative(work.method)));
-        let remarks = self.flags.remarks(most_reserved.pipeline, self.targets.len(), texts);
+        let pipeline = most_reserved.pipeline;
+        work::warn_of_learned_tokens(pipeline, prompt.clone().chain(negatives()), &self.reporter)?;
+        work::warn_of_cut_tokens(most_reserved, prompt, negatives(), &self.reporter)?;
+        let remarks = self.flags.remarks(pipeline, self.targets.len());
         remarks.iter().for_each(|remark| self.reporter.warn(remark));
         let sampling = &self.flags.sampling;
         let replaces_negative = |work: &Work<'_>| work.method.negative(None).is_some();

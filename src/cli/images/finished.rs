@@ -11,7 +11,7 @@ use crate::data::metadata::{self, Record};
 use crate::data::textual_inversion;
 use crate::{Error, Result, input};
 use std::fs;
-use std::io::{Cursor, ErrorKind};
+use std::io::ErrorKind;
 use std::path::Path;
 
 /// What is to be made, and what was found instead.
@@ -97,8 +97,6 @@ pub enum Found {
 
 /// Larger files are no image of ours: 16384 × 16384 pixels take less.
 const MOST_BYTES: u64 = 1 << 30;
-/// How a whole PNG ends.
-const END: &[u8] = b"\0\0\0\0IEND\xaeB`\x82";
 
 /// Holds a file against the record of an image.
 pub fn examine(path: &Path, record: &Record) -> Result<Found> {
@@ -106,30 +104,14 @@ pub fn examine(path: &Path, record: &Record) -> Result<Found> {
     if bytes.is_empty() {
         return Ok(Found::Damaged);
     }
-    // Checksums are verified.
-    let Ok(mut reader) = png::Decoder::new(Cursor::new(&bytes)).read_info() else { return Ok(Found::NoImage) };
-    let signed = |texts: Result<Vec<_>, _>| metadata::record(&texts.unwrap_or_default());
-    // Ours stands before the pixels.
-    let before = signed(metadata::texts(reader.info()));
-    let info = reader.info();
-    let (width, height) = (info.width as usize, info.height as usize);
-    let mut pixels = vec![0; if before.is_some() { reader.output_buffer_size().unwrap_or(0) } else { 0 }];
-    let is_read = before.is_none() || reader.next_frame(&mut pixels).is_ok();
-    let is_whole = is_read && reader.finish().is_ok() && bytes.ends_with(END);
-    let made = match before {
-        Some(found) => Some(found),
-        None if is_whole => signed(metadata::texts(reader.info())),
-        None => return Ok(Found::NoImage),
-    };
-    Ok(match made {
-        None => Found::Unsigned,
-        Some(Ok(found)) if found.same_image(record) && (width, height) == (record.width, record.height) => {
-            if is_whole {
-                Found::Image
-            } else {
-                Found::Damaged
-            }
-        }
-        Some(Ok(_) | Err(_)) => Found::Otherwise,
+    let (signed, whole) = (metadata::record_before_damage(&bytes), metadata::whole_png(&bytes));
+    Ok(match (signed, whole) {
+        (None, None) => Found::NoImage,
+        (None, Some(_)) => Found::Unsigned,
+        (Some(Ok(found)), _) if found.same_image(record) => match whole == Some([record.width, record.height]) {
+            true => Found::Image,
+            false => Found::Damaged,
+        },
+        (Some(_), _) => Found::Otherwise,
     })
 }

@@ -45,19 +45,14 @@ pub fn record(flags: &RunFlags, work: &Work<'_>, noise: &Noise, target: &Target)
 
 /// The learned tokens that decide an image: those its prompt or its negative prompt names.
 fn tokens(flags: &RunFlags, work: &Work<'_>, target: &Target) -> Result<Vec<TokenRecord>> {
-    let Work { pipeline, method, .. } = work;
-    let mut named: Vec<&LearnedToken> = pipeline.learned_in(&target.prompt, method.reserved_tokens())?;
-    if let Some(negative) = method.negative(flags.sampling.negative.as_deref()) {
-        named.extend(pipeline.learned_in(negative, 0)?);
-    }
-    let record = |token: &LearnedToken| {
+    let negative = work.method.negative(flags.sampling.negative.as_deref());
+    let named = work.pipeline.named([&*target.prompt].into_iter().chain(negative))?;
+    let record = |token: &LearnedToken| TokenRecord {
+        word: token.name.clone(),
         // Towers and rows have one length each.
-        TokenRecord { word: token.word.clone(), hash: hash(token.embeddings.iter().flatten()) }
+        hash: hash(token.embeddings.iter().flatten()),
     };
-    let mut records: Vec<TokenRecord> = named.into_iter().map(record).collect();
-    records.sort_by(|a, b| a.word.cmp(&b.word));
-    records.dedup();
-    Ok(records)
+    Ok(named.into_iter().map(record).collect())
 }
 
 fn hash<'x>(values: impl IntoIterator<Item = &'x f32>) -> String {

@@ -93,8 +93,9 @@ pub fn run(
     let reporter = Reporter::new(args.run.json, args.run.quiet);
     work::check(method, selection.len(), args.run.batch)?;
     let negative = method.negative(args.run.sampling.negative.as_deref());
+    work::warn_of_learned_tokens(pipeline, targets.prompts().chain(negative), &reporter)?;
     work::warn_of_cut_tokens(&work, selection.distinct_prompts(), negative, &reporter)?;
-    let remarks = args.run.remarks(pipeline, targets.len(), || targets.prompts().chain(negative));
+    let remarks = args.run.remarks(pipeline, targets.len());
     remarks.iter().chain(&remarks_on_outputs(args, &chosen)).for_each(|remark| reporter.warn(remark));
 
     let (height, width) = pipeline.latent_size(settings.width, settings.height)?;

@@ -6,6 +6,7 @@ use crate::cli::flags::images::Noise;
 use crate::cli::images::targets::{Selection, Target};
 use crate::cli::machine;
 use crate::cli::progress::Reporter;
+use crate::cli::terminal::shorten;
 use crate::exec::Executor;
 use crate::methods::{ImageMethod, PlannedMethod, Request};
 use crate::pipeline::Pipeline;
@@ -21,6 +22,9 @@ pub struct Work<'a> {
     pub settings: &'a Settings,
     pub method: &'a dyn ImageMethod,
 }
+
+/// Characters of a prompt, or of a list, in a message.
+const SHOWN: usize = 200;
 
 /// Batches of one size with the programs that make them.
 pub struct Part<'a> {
@@ -111,6 +115,24 @@ pub fn job(target: &Target, negative: Option<&str>, noise: &Noise) -> Job {
     }
 }
 
+/// Says which learned tokens no prompt names, and what of their files is not used.
+pub fn warn_of_learned_tokens<'a>(
+    pipeline: &Pipeline,
+    prompts: impl Iterator<Item = &'a str>,
+    reporter: &Reporter,
+) -> Result<()> {
+    for token in pipeline.learned.iter().filter(|token| !token.unused.is_empty()) {
+        let tensors = token.unused.join(", ");
+        reporter.warn(&format!("--token {}: not used of the file: {}", token.name, shorten(&tensors, SHOWN)));
+    }
+    for token in pipeline.unnamed(prompts)? {
+        let words: Vec<String> = token.words.iter().map(|word| format!("'{}'", word.text)).collect();
+        let words = words.join(" or ");
+        reporter.warn(&format!("--token {}: no prompt names it; write {}", token.name, shorten(&words, SHOWN)));
+    }
+    Ok(())
+}
+
 /// Says which prompts do not fit the model, and what of them is cut.
 pub fn warn_of_cut_tokens<'a>(
     work: &Work<'_>,
@@ -125,7 +147,8 @@ pub fn warn_of_cut_tokens<'a>(
         let cut = pipeline.add_special_tokens(prompt, reserved, Position::End)?.swap_remove(0).0.truncated;
         if !cut.is_empty() {
             let kept = (pipeline.tokens() - 2).saturating_sub(reserved);
-            reporter.warn(&format!("'{prompt}': only {kept} tokens fit, cut: {}", cut.join(" ")));
+            let (shown, words) = (shorten(prompt, SHOWN), cut.join(" "));
+            reporter.warn(&format!("'{shown}': only {kept} tokens fit, cut: {}", shorten(&words, SHOWN)));
             reporter.event(json!({"event": "cut", "prompt": prompt, "tokens": cut}))?;
         }
     }

@@ -273,11 +273,14 @@ impl MinorityFlags {
 
     fn token(&self, chooser: &mut Chooser, r: &Recommended, usual: TokenSettings) -> Result<TokenSettings> {
         let saved = self.init_token.as_deref().map(textual_inversion::read).transpose()?;
-        if let (Some(path), Some(token), Some(tokens)) = (&self.init_token, &saved, self.tokens)
-            && token.rows != tokens
-        {
-            let (path, found) = (path.display(), token.rows);
-            return Err(Error::Usage(format!("--init-token {path}: has {found} rows; --tokens is {tokens}")));
+        if let (Some(path), Some(token)) = (&self.init_token, &saved) {
+            let wrong = |what: String| Err(Error::Usage(format!("--init-token {}: {what}", path.display())));
+            if !token.words.iter().any(|word| word.rows == (0..token.rows)) {
+                return wrong(format!("holds {} words; give a file of one", token.words.len()));
+            }
+            if let Some(tokens) = self.tokens.filter(|tokens| *tokens != token.rows) {
+                return wrong(format!("has {} rows; --tokens is {tokens}", token.rows));
+            }
         }
         let rows = self.tokens.or(saved.as_ref().map(|token| token.rows));
         let init = self.init.clone().or(saved.map(|token| Init::Given(token.embeddings)));

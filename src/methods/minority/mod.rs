@@ -337,7 +337,7 @@ impl<'p, 'e> Loaded<'p, 'e> {
             rows[index * len..][..len].to_vec()
         };
         let embeddings = learned.into_iter().map(own).collect();
-        Ok(LearnedToken { word: word.to_string(), rows: settings.rows, embeddings })
+        Ok(LearnedToken::new(word, settings.rows, embeddings))
     }
 
     /// The gradient of what was last raised, per parameter as [`Loaded::learned`] has them.
