@@ -94,7 +94,8 @@ fn inspect_image(path: &Path, json: bool) -> Result<()> {
 
 fn inspect_model(args: &Inspect, model: &ModelFlags) -> Result<()> {
     let pipeline = model.open()?;
-    let plan = match args.plan || args.ops || args.explain.is_some() {
+    let limit = args.device.memory_limit;
+    let plan = match args.plan || args.ops || args.explain.is_some() || limit.is_some() {
         true => Some(plan(args, &pipeline)?),
         false => None,
     };
@@ -104,9 +105,25 @@ fn inspect_model(args: &Inspect, model: &ModelFlags) -> Result<()> {
         }
         (None, _) | (_, None) => vec![],
     };
+    show_model(args, &pipeline, plan.as_ref(), &explained)?;
+    // A plan may be made for another machine; only a limit that was given is held against it.
+    match (plan, limit) {
+        (Some(plan), Some(limit)) => {
+            check_memory(Some(limit), None, &plan.footprint(), device::smaller_plan(args.batch))
+        }
+        (None, _) | (_, None) => Ok(()),
+    }
+}
+
+fn show_model(
+    args: &Inspect,
+    pipeline: &Pipeline,
+    plan: Option<&Generator<'_>>,
+    explained: &[Explained],
+) -> Result<()> {
     if args.json {
-        let mut report = describe_json(&pipeline);
-        if let Some(plan) = &plan {
+        let mut report = describe_json(pipeline);
+        if let Some(plan) = plan {
             report["plan"] = plan_json(&plan.footprint());
         }
         if !explained.is_empty() {
@@ -114,22 +131,17 @@ fn inspect_model(args: &Inspect, model: &ModelFlags) -> Result<()> {
         }
         return print_json(&report);
     }
-    describe(&pipeline)?;
+    describe(pipeline)?;
     let Some(plan) = plan else { return Ok(()) };
     if args.ops {
         for planned in plan.programs().all() {
             print_text(&planned.program.to_string())?;
         }
     }
-    for explained in &explained {
+    for explained in explained {
         print_text(&explained.to_string())?;
     }
-    print_text(&plan.footprint().to_string())?;
-    // A plan may be made for another machine; only a limit that was given is held against it.
-    match args.device.memory_limit {
-        Some(limit) => check_memory(Some(limit), None, &plan.footprint(), device::smaller_plan(args.batch)),
-        None => Ok(()),
-    }
+    print_text(&plan.footprint().to_string())
 }
 
 /// A plan needs no device: what runs on a GPU is planned as for one.

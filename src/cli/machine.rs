@@ -87,8 +87,7 @@ fn group_limit(read: &dyn Fn(&str) -> Option<String>) -> Option<usize> {
         let counts = controllers.is_empty() || controllers.split(',').any(|controller| controller == "memory");
         let groups = Path::new(path.trim_start_matches('/')).ancestors().filter(move |_| counts);
         // "max" is no number.
-        let limit =
-            |group: &Path| read(&format!("{}/{file}", Path::new(root).join(group).display()))?.trim().parse().ok();
+        let limit = |group: &Path| read(&Path::new(root).join(group).join(file).to_string_lossy())?.trim().parse().ok();
         groups.filter_map(limit).collect::<Vec<usize>>()
     });
     limits.min()

@@ -49,6 +49,12 @@ enum Command {
     Bench(Box<bench::Bench>),
 }
 
+/// The flags of all subcommands, for tests that go through them.
+#[doc(hidden)]
+pub fn command() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
+}
+
 /// Parses, runs, reports: 0 done, 1 failed, 2 bad usage, 3 slower than a baseline.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {

@@ -2,33 +2,32 @@
 
 use crate::cli::atomic;
 use crate::{Error, Result, input};
-use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use std::io::Read;
 use std::path::Path;
 
-/// Bytes of the header of a file of noise, which names a tensor or a few.
+/// Bytes of a header and of what else may lie beside the noise.
 const MOST_HEADER: u64 = 1 << 20;
 
 /// Tensor `noise`, f32 `[B, C, H/f, W/f]`, unit variance: one row per image.
 pub fn read_noise(path: &Path, shape: [usize; 4]) -> Result<Vec<Vec<f32>>> {
-    let mut start = Vec::new();
-    input::open(path)?.take(MOST_HEADER).read_to_end(&mut start).map_err(Error::io("read", path))?;
-    let wrong = |error: SafeTensorError| match input::identify(&start) {
+    let needed = shape.iter().fold(4usize, |bytes, side| bytes.saturating_mul(*side)) as u64;
+    let size = input::open(path)?.metadata().map_err(Error::io("read", path))?.len();
+    if size > needed.saturating_add(MOST_HEADER) {
+        let what = format!("is {size} bytes; 'noise' as this run needs it, F32 {shape:?}, is {needed}");
+        return Err(Error::file(path, what));
+    }
+    let bytes = input::read(path, needed.saturating_add(MOST_HEADER))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|error| match input::identify(&bytes) {
         Some(kind) => Error::file(path, format!("is {kind}, not a safetensors file")),
         None => Error::file(path, format!("not a safetensors file: {error}")),
-    };
-    let (_, header) = SafeTensors::read_metadata(&start).map_err(wrong)?;
-    // What is not the noise of this run is not read to its end.
-    let noise = header.info("noise").ok_or_else(|| Error::file(path, "holds no tensor 'noise'"))?;
-    if noise.dtype != Dtype::F32 || noise.shape != shape {
-        let (dtype, found) = (noise.dtype, &noise.shape);
-        return Err(Error::file(path, format!("'noise' is {dtype:?} {found:?}, this run needs F32 {shape:?}")));
+    })?;
+    let tensor = file.tensor("noise").map_err(|_| Error::file(path, "holds no tensor 'noise'"))?;
+    if tensor.dtype() != Dtype::F32 || tensor.shape() != shape {
+        return Err(Error::file(
+            path,
+            format!("'noise' is {:?} {:?}, this run needs F32 {shape:?}", tensor.dtype(), tensor.shape()),
+        ));
     }
-    let values: usize = shape.iter().product();
-    let bytes = input::read(path, MOST_HEADER + 4 * values as u64)?;
-    let file = SafeTensors::deserialize(&bytes).map_err(wrong)?;
-    let tensor = file.tensor("noise").map_err(wrong)?;
     let values: Vec<f32> =
         tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
     if values.iter().any(|x| !x.is_finite()) {
@@ -40,7 +39,7 @@ pub fn read_noise(path: &Path, shape: [usize; 4]) -> Result<Vec<Vec<f32>>> {
 /// Tensor `latents`, f32, all images of a run in order.
 pub fn write_latents(path: &Path, shape: [usize; 4], latents: &[f32]) -> Result<()> {
     let bytes: Vec<u8> = latents.iter().flat_map(|x| x.to_le_bytes()).collect();
-    let invalid = |e: SafeTensorError| Error::file(path, e.to_string());
+    let invalid = |e: safetensors::SafeTensorError| Error::file(path, e.to_string());
     let view = TensorView::new(Dtype::F32, shape.to_vec(), &bytes).map_err(invalid)?;
     let file = safetensors::serialize([("latents", view)], None).map_err(invalid)?;
     atomic::write(path, |out| out.write_all(&file))

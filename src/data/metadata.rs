@@ -271,6 +271,8 @@ mod tests {
             |(texts, [eta, guidance], (seed, steps, width, height, cfg_pp), options, negative, noise)| {
                 let [version, method, model, model_hash, prompt, rng, sampler, spacing, dtype] = texts;
                 let prediction = model.clone();
+                let tokens = vec![TokenRecord { word: rng.clone(), hash: sampler.clone() }];
+                let device = noise.clone();
                 Record {
                     version,
                     method,
@@ -282,6 +284,7 @@ mod tests {
                     seed,
                     rng,
                     noise,
+                    tokens,
                     steps,
                     sampler,
                     spacing,
@@ -292,6 +295,7 @@ mod tests {
                     width,
                     height,
                     dtype,
+                    device,
                 }
             },
         )

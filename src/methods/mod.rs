@@ -56,6 +56,11 @@ pub trait ImageMethod {
         Ok(())
     }
 
+    /// What the user may not expect: options that change nothing with these settings.
+    fn remarks(&self, _settings: &generate::Settings) -> Vec<String> {
+        vec![]
+    }
+
     /// Plans every program that batches of these prompts need.
     fn plan<'p>(
         &self,

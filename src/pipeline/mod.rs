@@ -64,21 +64,24 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Learned tokens that some of the prompts name.
-    pub fn named<'a>(&self, prompts: impl IntoIterator<Item = &'a str>) -> Result<Vec<&LearnedToken>> {
-        self.those_named(true, prompts)
+    /// The learned words of a prompt, as it spells them, each with its embeddings in all towers.
+    pub fn learned_words(&self, prompt: &str) -> Result<Vec<(String, Vec<f32>)>> {
+        let mut words = vec![];
+        for token in self.tokenizers[0].tokens(prompt)? {
+            let Some((index, rows)) = self.word(&token, self.tokenizers[0].vocab_size()) else { continue };
+            let learned = &self.learned[index];
+            let first: usize = self.learned[..index].iter().map(|token| token.rows).sum();
+            let of_tower = |values: &Vec<f32>| {
+                let width = values.len() / learned.rows;
+                values[(rows.start - first) * width..(rows.end - first) * width].to_vec()
+            };
+            words.push((token.text, learned.embeddings.iter().flat_map(of_tower).collect()));
+        }
+        Ok(words)
     }
 
     /// Learned tokens that none of the prompts names.
     pub fn unnamed<'a>(&self, prompts: impl IntoIterator<Item = &'a str>) -> Result<Vec<&LearnedToken>> {
-        self.those_named(false, prompts)
-    }
-
-    fn those_named<'a>(
-        &self,
-        wanted: bool,
-        prompts: impl IntoIterator<Item = &'a str>,
-    ) -> Result<Vec<&LearnedToken>> {
         let mut is_named = vec![false; self.learned.len()];
         let (tokenizer, mut before) = (&self.tokenizers[0], None);
         for prompt in prompts {
@@ -95,7 +98,7 @@ impl Pipeline {
                 }
             }
         }
-        Ok(self.learned.iter().zip(is_named).filter(|(_, named)| *named == wanted).map(|(token, _)| token).collect())
+        Ok(self.learned.iter().zip(is_named).filter(|(_, named)| !named).map(|(token, _)| token).collect())
     }
 
     /// What a token stands for, where it is a learned word: which learned token, and which rows of all learned ones. Tokenizers number

@@ -5,8 +5,12 @@ mod common;
 
 mod bench;
 mod compare;
+mod flags;
 mod generate;
+mod kills;
 mod methods;
+mod outputs;
 mod recommended;
+mod resume;
 mod terminal;
 mod tokens;

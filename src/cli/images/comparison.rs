@@ -108,7 +108,8 @@ impl Run<'_> {
         work::warn_of_learned_tokens(pipeline, prompt.clone().chain(negatives()), &self.reporter)?;
         work::warn_of_cut_tokens(most_reserved, prompt, negatives(), &self.reporter)?;
         let remarks = self.flags.remarks(pipeline, self.targets.len());
-        remarks.iter().for_each(|remark| self.reporter.warn(remark));
+        let of_methods = works.iter().flat_map(|work| work.method.remarks(work.settings));
+        remarks.into_iter().chain(of_methods).for_each(|remark| self.reporter.warn(&remark));
         let sampling = &self.flags.sampling;
         let replaces_negative = |work: &Work<'_>| work.method.negative(None).is_some();
         if sampling.guidance == Some(1.0) && !sampling.cfg_pp && works.iter().any(replaces_negative) {

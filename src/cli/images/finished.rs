@@ -42,11 +42,11 @@ pub fn choose<'t>(
         let token = extras.save_token.as_ref().map(|path| targets.beside(path, &target));
         token.iter().try_for_each(|token| atomic::check(token))?;
         // Side files cannot be made without the image.
-        let trace_end = traced.as_ref().map(|traced| traced.end_of(target.index));
-        let has_trace = extras.iterations == 0 || trace_end.is_none_or(|end| end.is_some());
+        let (lines, end) = traced.as_ref().map_or((extras.iterations, 0), |traced| traced.of(target.index));
+        let has_trace = lines >= extras.iterations;
         let has_token = token.is_none_or(|token| textual_inversion::read(&token).is_ok());
         if is_there && resumes && is_made(args, &target, work, noise, &mut chosen.unsigned)? && has_trace && has_token {
-            chosen.trace_end = chosen.trace_end.max(trace_end.flatten().unwrap_or(0));
+            chosen.trace_end = chosen.trace_end.max(end);
             continue;
         }
         if is_there {

@@ -6,7 +6,6 @@ use crate::cli::flags::images::{Noise, RunFlags};
 use crate::cli::images::targets::Target;
 use crate::cli::images::work::Work;
 use crate::data::metadata::{Record, TokenRecord};
-use crate::data::textual_inversion::LearnedToken;
 use crate::weights::fingerprint;
 
 /// Of one image of a run; prompt, seed and row of `noise` are the target's.
@@ -43,16 +42,20 @@ pub fn record(flags: &RunFlags, work: &Work<'_>, noise: &Noise, target: &Target)
     })
 }
 
-/// The learned tokens that decide an image: those its prompt or its negative prompt names.
+/// The learned words that decide an image: those of its prompt and of its negative prompt.
 fn tokens(flags: &RunFlags, work: &Work<'_>, target: &Target) -> Result<Vec<TokenRecord>> {
-    let negative = work.method.negative(flags.sampling.negative.as_deref());
-    let named = work.pipeline.named([&*target.prompt].into_iter().chain(negative))?;
-    let record = |token: &LearnedToken| TokenRecord {
-        word: token.name.clone(),
-        // Towers and rows have one length each.
-        hash: hash(token.embeddings.iter().flatten()),
-    };
-    Ok(named.into_iter().map(record).collect())
+    if work.pipeline.learned.is_empty() {
+        return Ok(vec![]);
+    }
+    let mut words = work.pipeline.learned_words(&target.prompt)?;
+    if let Some(negative) = work.method.negative(flags.sampling.negative.as_deref()) {
+        words.extend(work.pipeline.learned_words(negative)?);
+    }
+    let mut tokens: Vec<TokenRecord> =
+        words.iter().map(|(word, values)| TokenRecord { word: word.clone(), hash: hash(values) }).collect();
+    tokens.sort_by(|a, b| a.word.cmp(&b.word));
+    tokens.dedup();
+    Ok(tokens)
 }
 
 fn hash<'x>(values: impl IntoIterator<Item = &'x f32>) -> String {

@@ -46,31 +46,32 @@ pub fn targets(args: &ImageFlags, extras: &Extras, mut paths: Paths) -> Result<T
     let (seed, count) = (args.run.sampling.seed(), args.run.count.unwrap_or(1));
     args.inputs(&mut paths);
     args.output.out.iter().try_for_each(|out| metadata::check_name("--out", out))?;
-    let targets = match (&args.prompts, out(args)) {
-        (Some(file), Out::Folder(out) | Out::File(out)) => {
-            paths.output("--out", &out)?;
-            Targets::for_file(prompts::read(file)?, seed, count, &out)?
-        }
+    let out = out(args);
+    let (Out::File(named) | Out::Folder(named)) = &out;
+    let named = named.clone();
+    paths.output("--out", &named)?;
+    let others =
+        [("--latents-out", &args.output.latents_out), ("--trace", &extras.trace), ("--save-token", &extras.save_token)];
+    for (flag, path) in others {
+        path.iter().try_for_each(|path| paths.output(flag, path))?;
+    }
+    let targets = match (&args.prompts, out) {
+        (Some(file), Out::Folder(out) | Out::File(out)) => Targets::for_file(prompts::read(file)?, seed, count, &out)?,
         (None, out) => {
             let prompt = args.prompt.as_deref().unwrap_or_default();
             let file = match out {
                 Out::File(file) => file,
-                Out::Folder(folder) => {
-                    paths.output("--out", &folder)?;
-                    folder.join("image.png")
-                }
+                Out::Folder(folder) => folder.join("image.png"),
             };
             Targets::for_prompt(prompt, seed, count, &file)?
         }
     };
-    for (flag, path) in [("--latents-out", &args.output.latents_out), ("--trace", &extras.trace)] {
-        path.iter().try_for_each(|path| paths.output(flag, path))?;
-    }
-    for target in targets.iter() {
+    for target in targets.iter().filter(|target| target.path != named) {
         paths.numbered_output("--out", &target.path)?;
-        if let Some(token) = &extras.save_token {
-            paths.numbered_output("--save-token", &targets.beside(token, &target))?;
-        }
+    }
+    if let Some(path) = &extras.save_token {
+        let tokens = targets.iter().map(|target| targets.beside(path, &target));
+        tokens.filter(|token| token != path).try_for_each(|token| paths.numbered_output("--save-token", &token))?;
     }
     Ok(targets)
 }
@@ -95,8 +96,9 @@ pub fn run(
     let negative = method.negative(args.run.sampling.negative.as_deref());
     work::warn_of_learned_tokens(pipeline, targets.prompts().chain(negative), &reporter)?;
     work::warn_of_cut_tokens(&work, selection.distinct_prompts(), negative, &reporter)?;
-    let remarks = args.run.remarks(pipeline, targets.len());
-    remarks.iter().chain(&remarks_on_outputs(args, &chosen)).for_each(|remark| reporter.warn(remark));
+    let remarks =
+        [args.run.remarks(pipeline, targets.len()), method.remarks(&settings), remarks_on_outputs(args, &chosen)];
+    remarks.iter().flatten().for_each(|remark| reporter.warn(remark));
 
     let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
     let shape = [selection.len(), pipeline.config.unet.in_channels, height, width];

@@ -47,8 +47,8 @@ impl Trace {
 /// Which images a trace is of.
 #[derive(Default)]
 pub struct Traced {
-    /// Per image, where its last line ends.
-    ends: HashMap<usize, u64>,
+    /// Per image, its lines and where the last of them ends.
+    images: HashMap<usize, (usize, u64)>,
 }
 
 #[derive(Deserialize)]
@@ -68,17 +68,18 @@ impl Traced {
                 let what = "is the trace of other images; choose another name, or --overwrite";
                 return Err(Error::Usage(format!("--trace {}: {what}", path.display())));
             }
-            line.images.into_iter().for_each(|index| {
-                traced.ends.insert(index, end);
-            });
+            for index in line.images {
+                let (lines, _) = traced.images.get(&index).copied().unwrap_or_default();
+                traced.images.insert(index, (lines + 1, end));
+            }
             Ok(true)
         })?;
         Ok(traced)
     }
 
-    /// Where the lines of an image end; `None` where it has none.
-    pub fn end_of(&self, index: usize) -> Option<u64> {
-        self.ends.get(&index).copied()
+    /// How many lines an image has, and where they end.
+    pub fn of(&self, index: usize) -> (usize, u64) {
+        self.images.get(&index).copied().unwrap_or_default()
     }
 }
 
@@ -135,7 +136,7 @@ mod tests {
         let path = folder.path().join("t.jsonl");
         let prompts = vec![(1, "x".to_string()), (2, "y".to_string())];
         let targets = Targets::for_file(prompts, 0, 2, Path::new("d")).unwrap();
-        assert!(Traced::read(&path, &targets).unwrap().ends.is_empty());
+        assert!(Traced::read(&path, &targets).unwrap().images.is_empty());
         let mut trace = Trace::open(&path, 0).unwrap();
         assert!(Trace::open(&path, 0).err().unwrap().to_string().contains("another run"));
         for index in [0, 0, 1] {
@@ -148,7 +149,7 @@ mod tests {
         for length in two..whole.len() {
             std::fs::write(&path, &whole[..length]).unwrap();
             let traced = Traced::read(&path, &targets).unwrap();
-            assert_eq!((traced.end_of(0), traced.end_of(1)), (Some(two as u64), None), "{length}");
+            assert_eq!((traced.of(0), traced.of(1)), ((2, two as u64), (0, 0)), "{length}");
         }
         let mut trace = Trace::open(&path, two as u64).unwrap();
         trace.write(&[targets.get(1)], &report()).unwrap();
