@@ -37,6 +37,9 @@ pub enum Error {
     /// [`Executor::set_check_finite`](crate::exec::Executor::set_check_finite).
     #[error("{0} is not finite; --check-finite names the op where that begins")]
     NotFinite(String),
+    /// Some of what was asked for failed, and that was said when it did; the rest is done.
+    #[error("{0}")]
+    Incomplete(String),
     /// A measurement is worse than it may be.
     #[error("{0}")]
     Regression(String),

@@ -97,6 +97,7 @@ fn quote_non_numbers(bytes: &[u8]) -> Option<Vec<u8>> {
 }
 
 const JSON: &str = "JSON text";
+pub const WEB_PAGE: &str = "a web page (HTML)";
 
 /// What a file is by its first bytes, with an article; `None` for what is not known, and for other text.
 pub fn identify(bytes: &[u8]) -> Option<&'static str> {
@@ -152,7 +153,7 @@ pub fn identify(bytes: &[u8]) -> Option<&'static str> {
     let text = start.strip_prefix(b"\xef\xbb\xbf").unwrap_or(start).trim_ascii_start();
     let lower: Vec<u8> = text.iter().take(64).map(u8::to_ascii_lowercase).collect();
     match text.first() {
-        Some(b'<') if lower.starts_with(b"<!doctype html") || lower.starts_with(b"<html") => Some("a web page (HTML)"),
+        Some(b'<') if lower.starts_with(b"<!doctype html") || lower.starts_with(b"<html") => Some(WEB_PAGE),
         Some(b'<') if lower.starts_with(b"<?xml") => Some("XML text"),
         Some(b'{' | b'[') => Some(JSON),
         _ => None,

@@ -5,6 +5,7 @@ use crate::cli::flags::images::RunFlags;
 use crate::cli::flags::method::Context;
 use crate::cli::images::comparison::{self, Comparison};
 use crate::cli::images::scores::Score;
+use crate::cli::paths::Paths;
 use crate::cli::registry::Listed;
 use std::path::PathBuf;
 
@@ -31,9 +32,13 @@ impl Compare {
 }
 
 pub fn run(args: &Compare) -> Result<()> {
+    let mut paths = Paths::default();
+    args.run.inputs(&mut paths);
+    args.methods.inputs(&mut paths)?;
+    paths.output("--out", &args.out)?;
     let pipeline = args.run.open()?;
     let embedded = args.run.model.model.is_none();
-    let context = Context { pipeline: &pipeline, embedded, seed: args.run.sampling.seed };
+    let context = Context { pipeline: &pipeline, embedded, seed: args.run.sampling.seed() };
     let methods = args.methods.methods(&context)?;
     let (prompt, path) = (args.prompt.as_str(), args.out.as_path());
     let comparison = Comparison { prompt, methods: &methods, path, flag: "--out", ledger: true, scores: &args.score };

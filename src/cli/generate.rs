@@ -4,6 +4,7 @@ use crate::Result;
 use crate::cli::flags::images::ImageFlags;
 use crate::cli::flags::method::Context;
 use crate::cli::images::run::{self, Extras};
+use crate::cli::paths::Paths;
 use crate::cli::registry::Switched;
 
 #[derive(clap::Args)]
@@ -15,9 +16,11 @@ pub struct Generate {
 }
 
 pub fn run(args: &Generate) -> Result<()> {
+    let extras = Extras::default();
+    let targets = run::targets(&args.images, &extras, Paths::default())?;
     let pipeline = args.images.run.open()?;
     let embedded = args.images.run.model.model.is_none();
-    let context = Context { pipeline: &pipeline, embedded, seed: args.images.run.sampling.seed };
+    let context = Context { pipeline: &pipeline, embedded, seed: args.images.run.sampling.seed() };
     let method = args.method.method(&context)?;
-    run::run(&args.images, &pipeline, &*method, &Extras::default())
+    run::run(&args.images, &pipeline, &*method, &extras, &targets)
 }

@@ -6,17 +6,16 @@ use crate::cli::flags::sampling::SamplingFlags;
 use crate::cli::flags::values;
 use crate::cli::machine::check_memory;
 use crate::cli::terminal::{print_json, print_line, print_text};
-use crate::data::metadata;
+use crate::data::{images, metadata};
 use crate::exec::cuda::{self, Explained, Peak, explain};
 use crate::pipeline::Pipeline;
 use crate::pipeline::generate::Generator;
 use crate::plan::{Footprint, show_bytes};
 use crate::sampler::Method;
 use crate::weights::Component;
-use crate::{Error, Result};
+use crate::{Error, Result, input};
 use serde_json::{Value, json};
-use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
@@ -48,8 +47,6 @@ pub struct Inspect {
     json: bool,
 }
 
-const PNG_SIGNATURE: [u8; 8] = *b"\x89PNG\r\n\x1a\n";
-
 pub fn run(args: &Inspect) -> Result<()> {
     match &args.path {
         Some(path) if is_png(path)? => inspect_image(path, args.json),
@@ -66,34 +63,39 @@ fn is_png(path: &Path) -> Result<bool> {
         return Ok(false);
     }
     let mut start = Vec::new();
-    let file = File::open(path).map_err(Error::io("read", path))?;
-    file.take(8).read_to_end(&mut start).map_err(Error::io("read", path))?;
-    Ok(start == PNG_SIGNATURE)
+    input::open(path)?.take(8).read_to_end(&mut start).map_err(Error::io("read", path))?;
+    Ok(start == metadata::SIGNATURE)
 }
 
+/// Text that cannot be read is the error at the end.
 fn inspect_image(path: &Path, json: bool) -> Result<()> {
-    let file = File::open(path).map_err(Error::io("read", path))?;
-    let texts = metadata::read_text(&path.display().to_string(), BufReader::new(file))?;
+    let bytes = input::read(path, images::MOST_BYTES)?;
+    let (mut texts, mut wrong) = (Vec::new(), None);
+    for (key, text) in metadata::texts(path, &bytes, |_| true)? {
+        match text {
+            Ok(text) => texts.push((key, text)),
+            Err(error) => wrong = wrong.or(Some(error)),
+        }
+    }
     if json {
         // The record is JSON itself; other chunks are strings.
-        let chunk = |(key, text): &(String, String)| {
-            let value = if key == metadata::RECORD { serde_json::from_str(text).ok() } else { None };
-            (key.clone(), value.unwrap_or_else(|| Value::String(text.clone())))
+        let chunk = |(key, text): (String, String)| {
+            let value = if key == metadata::RECORD { serde_json::from_str(&text).ok() } else { None };
+            (key, value.unwrap_or(Value::String(text)))
         };
-        return print_json(&Value::Object(texts.iter().map(chunk).collect()));
+        print_json(&Value::Object(texts.into_iter().map(chunk).collect()))?;
+    } else if texts.is_empty() && wrong.is_none() {
+        print_line("no text chunks")?;
+    } else {
+        texts.iter().try_for_each(|(key, text)| print_line(&format!("{key}: {text}")))?;
     }
-    if texts.is_empty() {
-        return print_line("no text chunks");
-    }
-    for (key, text) in &texts {
-        print_line(&format!("{key}: {text}"))?;
-    }
-    Ok(())
+    wrong.map_or(Ok(()), Err)
 }
 
 fn inspect_model(args: &Inspect, model: &ModelFlags) -> Result<()> {
     let pipeline = model.open()?;
-    let plan = match args.plan || args.ops || args.explain.is_some() {
+    let limit = args.device.memory_limit;
+    let plan = match args.plan || args.ops || args.explain.is_some() || limit.is_some() {
         true => Some(plan(args, &pipeline)?),
         false => None,
     };
@@ -103,9 +105,25 @@ fn inspect_model(args: &Inspect, model: &ModelFlags) -> Result<()> {
         }
         (None, _) | (_, None) => vec![],
     };
+    show_model(args, &pipeline, plan.as_ref(), &explained)?;
+    // A plan may be made for another machine; only a limit that was given is held against it.
+    match (plan, limit) {
+        (Some(plan), Some(limit)) => {
+            check_memory(Some(limit), None, &plan.footprint(), device::smaller_plan(args.batch))
+        }
+        (None, _) | (_, None) => Ok(()),
+    }
+}
+
+fn show_model(
+    args: &Inspect,
+    pipeline: &Pipeline,
+    plan: Option<&Generator<'_>>,
+    explained: &[Explained],
+) -> Result<()> {
     if args.json {
-        let mut report = describe_json(&pipeline);
-        if let Some(plan) = &plan {
+        let mut report = describe_json(pipeline);
+        if let Some(plan) = plan {
             report["plan"] = plan_json(&plan.footprint());
         }
         if !explained.is_empty() {
@@ -113,22 +131,17 @@ fn inspect_model(args: &Inspect, model: &ModelFlags) -> Result<()> {
         }
         return print_json(&report);
     }
-    describe(&pipeline)?;
+    describe(pipeline)?;
     let Some(plan) = plan else { return Ok(()) };
     if args.ops {
         for planned in plan.programs().all() {
             print_text(&planned.program.to_string())?;
         }
     }
-    for explained in &explained {
+    for explained in explained {
         print_text(&explained.to_string())?;
     }
-    print_text(&plan.footprint().to_string())?;
-    // A plan may be made for another machine; only a limit that was given is held against it.
-    match args.device.memory_limit {
-        Some(limit) => check_memory(Some(limit), None, &plan.footprint(), device::smaller_plan(args.batch)),
-        None => Ok(()),
-    }
+    print_text(&plan.footprint().to_string())
 }
 
 /// A plan needs no device: what runs on a GPU is planned as for one.

@@ -10,6 +10,7 @@ mod images;
 mod inspect;
 mod machine;
 mod minority;
+mod paths;
 mod progress;
 mod registry;
 mod report;
@@ -46,6 +47,12 @@ enum Command {
     Score(Box<score::Score>),
     /// Measure how fast images and gradients are made here.
     Bench(Box<bench::Bench>),
+}
+
+/// The flags of all subcommands, for tests that go through them.
+#[doc(hidden)]
+pub fn command() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
 }
 
 /// Parses, runs, reports: 0 done, 1 failed, 2 bad usage, 3 slower than a baseline.

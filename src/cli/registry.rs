@@ -4,6 +4,7 @@
 use crate::cli::baselines::{BestOfFlags, CadsFlags, DdimFlags, NullPromptFlags, SgmsFlags};
 use crate::cli::flags::method::{Context, MethodFlags};
 use crate::cli::minority::flags::MinorityFlags;
+use crate::cli::paths::Paths;
 use crate::methods::ImageMethod;
 use crate::{Error, Result};
 use clap::builder::PossibleValuesParser;
@@ -24,12 +25,13 @@ struct Method {
     /// The flag of `generate` that chooses it.
     switch: Option<&'static str>,
     augment: fn(Command) -> Command,
+    inputs: fn(&ArgMatches, &mut Paths) -> Result<()>,
     make: fn(&ArgMatches, &Context<'_>) -> Result<Box<dyn ImageMethod>>,
 }
 
 impl Method {
     const fn new<F: MethodFlags + Args>(name: &'static str) -> Method {
-        Method { name, switch: None, augment: F::augment_args, make: make::<F> }
+        Method { name, switch: None, augment: F::augment_args, inputs: inputs::<F>, make: make::<F> }
     }
 
     const fn with_switch(self, switch: &'static str) -> Method {
@@ -45,8 +47,17 @@ impl Method {
     }
 }
 
+fn flags<F: FromArgMatches>(matches: &ArgMatches) -> Result<F> {
+    F::from_arg_matches(matches).map_err(|error| Error::Usage(error.to_string()))
+}
+
+fn inputs<F: MethodFlags + FromArgMatches>(matches: &ArgMatches, paths: &mut Paths) -> Result<()> {
+    flags::<F>(matches)?.inputs(paths);
+    Ok(())
+}
+
 fn make<F: MethodFlags + FromArgMatches>(matches: &ArgMatches, context: &Context<'_>) -> Result<Box<dyn ImageMethod>> {
-    F::from_arg_matches(matches).map_err(|error| Error::Usage(error.to_string()))?.method(context)
+    flags::<F>(matches)?.method(context)
 }
 
 /// One method, by its switch: plain sampling without.
@@ -55,6 +66,11 @@ pub struct Switched(ArgMatches);
 impl Switched {
     pub fn method(&self, context: &Context<'_>) -> Result<Box<dyn ImageMethod>> {
         let is_on = |switch: &str| self.0.value_source(switch) == Some(ValueSource::CommandLine);
+        for (method, switch) in METHODS.iter().filter_map(|method| Some((method, method.switch?))) {
+            if let (Some(flag), false) = (method.given(&self.0), is_on(switch)) {
+                return Err(Error::Usage(format!("{flag}: does nothing without --{switch}")));
+            }
+        }
         let chosen = METHODS.iter().find(|method| method.switch.is_some_and(is_on));
         (chosen.unwrap_or(&METHODS[0]).make)(&self.0, context)
     }
@@ -67,6 +83,11 @@ pub struct Listed(ArgMatches);
 const USUAL: &str = "ddim,best-of,minority,cads";
 
 impl Listed {
+    /// Every file that is read.
+    pub fn inputs(&self, paths: &mut Paths) -> Result<()> {
+        METHODS.iter().try_for_each(|method| (method.inputs)(&self.0, paths))
+    }
+
     pub fn methods(&self, context: &Context<'_>) -> Result<Vec<Box<dyn ImageMethod>>> {
         let names: Vec<&String> = self.0.get_many("methods").into_iter().flatten().collect();
         for method in METHODS.iter().filter(|method| names.iter().all(|name| *name != method.name)) {

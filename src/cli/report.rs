@@ -1,11 +1,15 @@
 //! The report of `rarebit score --shapes` as text: what the images show beside what the world holds.
 
+use crate::cli::terminal::printable;
 use crate::metrics::shapes::{AttributeReport, Estimate, Fraction, Reference, Report, Scored, World};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 /// Width of the report in characters.
 const WIDTH: usize = 120;
+
+/// Most characters of the column of paths; a longer path moves what is beside it.
+const PATH_WIDTH: usize = 120;
 
 /// One line per image under a head line; every path has the width of the longest.
 pub struct Lines<'w> {
@@ -15,7 +19,7 @@ pub struct Lines<'w> {
 
 impl Lines<'_> {
     pub fn new<'w>(world: &'w World, paths: &[PathBuf]) -> Lines<'w> {
-        let width = |path: &PathBuf| path.display().to_string().chars().count();
+        let width = |path: &PathBuf| printable(&path.display().to_string()).chars().count().min(PATH_WIDTH);
         Lines { world, path_width: paths.iter().map(width).max().unwrap_or(0).max("image".len()) }
     }
 
@@ -40,7 +44,7 @@ impl Lines<'_> {
         let read: Vec<String> = image.reading.cell.iter().enumerate().map(read).collect();
         format!(
             "{:width$}  {:>11}  {:>9.2}  {:>10.3}  {}",
-            path.display().to_string(),
+            printable(&path.display().to_string()),
             log_density(image),
             image.aesthetic,
             image.reading.confidence,

@@ -3,6 +3,7 @@
 use crate::cli::flags::device::DeviceFlags;
 use crate::cli::flags::values;
 use crate::cli::images::sheet::{self, Grid, Ink, Tile, words};
+use crate::cli::paths::Paths;
 use crate::cli::progress::Reporter;
 use crate::cli::{machine, report};
 use crate::data::images::{self, Picture};
@@ -23,6 +24,9 @@ pub struct Score {
     /// The prompt of all images [default: the one each image carries]
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
+    /// Stop at the first image that cannot be read; without, the others are measured, and the exit code is 1
+    #[arg(long)]
+    strict: bool,
     /// A line per image however many there are [default: for at most 32]
     #[arg(long)]
     each: bool,
@@ -63,11 +67,21 @@ pub fn run(args: &Score) -> Result<()> {
     }
     let world = World::embedded()?;
     let instrument = Instrument::embedded(&world)?;
-    let paths = images::find(&args.images)?;
-    if let Some(path) = &args.sheet {
-        if paths.contains(path) {
-            return Err(Error::Usage(format!("{}: --sheet would overwrite an image", path.display())));
+    let mut unreadable = Unreadable::new(args.strict, Reporter::new(args.json, args.quiet));
+    let mut paths = Vec::new();
+    for path in &args.images {
+        match images::find(std::slice::from_ref(path)) {
+            Ok(found) => paths.extend(found),
+            Err(error) => unreadable.add(path, error)?,
         }
+    }
+    if paths.is_empty() {
+        return unreadable.outcome();
+    }
+    if let Some(path) = &args.sheet {
+        let mut all = Paths::default();
+        paths.iter().for_each(|image| all.input("score", image));
+        all.output("--sheet", path)?;
         sheet::probe(path, "--sheet", [world.image_size; 2], paths.len())?;
     }
     let batch = args.batch.min(paths.len());
@@ -87,23 +101,46 @@ pub fn run(args: &Score) -> Result<()> {
         judge: Judge::new(&world),
         lines: (!args.json && (args.each || paths.len() <= FEW)).then(|| report::Lines::new(&world, &paths)),
         reporter: Reporter::new(args.json, args.quiet),
+        unreadable,
         scored: Vec::new(),
         tiles: Vec::new(),
         not_captions: None,
     };
     run.read(&paths, batch)?;
-    if let Some(path) = &args.sheet {
-        sheet::write(path, [world.image_size; 2], &run.tiles, &Grid::Square)?;
+    if !run.scored.is_empty() {
+        run.summarise(&instrument)?;
     }
-    let summary = shapes::report(&world, &run.scored);
-    if args.json {
-        let mut event = json!({"event": "summary", "report": summary, "reader": instrument.reference});
-        event["not_captions"] = run.not_captions.map_or(Value::Null, |(n, why)| json!({"prompts": n, "first": why}));
-        return run.reporter.event(event);
+    run.unreadable.outcome()
+}
+
+/// Images that could not be read: a line each, and the last one's is the outcome.
+struct Unreadable {
+    /// The first one ends the run.
+    strict: bool,
+    reporter: Reporter,
+    last: Option<Error>,
+}
+
+impl Unreadable {
+    fn new(strict: bool, reporter: Reporter) -> Unreadable {
+        Unreadable { strict, reporter, last: None }
     }
-    let text = report::text(&summary, instrument.reference.as_ref(), &run.not_captions);
-    let gap = if run.lines.is_some() { "\n" } else { "" };
-    run.reporter.text(&format!("{gap}{text}"))
+
+    fn add(&mut self, path: &Path, error: Error) -> Result<()> {
+        if self.strict {
+            return Err(error);
+        }
+        let (path, text) = (path.display().to_string(), error.to_string());
+        self.reporter.event(json!({"event": "unreadable", "path": path, "error": text}))?;
+        if let Some(before) = self.last.replace(error) {
+            self.reporter.warn(&before.to_string());
+        }
+        Ok(())
+    }
+
+    fn outcome(self) -> Result<()> {
+        self.last.map_or(Ok(()), Err)
+    }
 }
 
 /// What is known of the images so far: a few numbers each, and with --sheet their pixels.
@@ -115,6 +152,7 @@ struct Run<'a> {
     /// Where every image gets a line.
     lines: Option<report::Lines<'a>>,
     reporter: Reporter,
+    unreadable: Unreadable,
     scored: Vec<Scored>,
     tiles: Vec<Tile>,
     /// How many prompts are outside the grammar, and why the first of them is.
@@ -127,12 +165,24 @@ impl Run<'_> {
             self.reporter.line(&lines.head())?;
         }
         self.reporter.start("image", paths.len());
+        self.unreadable.reporter = self.reporter.clone();
         for paths in paths.chunks(batch) {
-            let pictures: Vec<Picture> =
-                paths.iter().map(|path| images::read_square(path, self.world.image_size)).collect::<Result<_>>()?;
-            let pixels: Vec<u8> = pictures.iter().flat_map(|picture| &picture.rgb).copied().collect();
+            let mut pictures: Vec<(&PathBuf, Picture)> = Vec::with_capacity(paths.len());
+            for path in paths {
+                match images::read_square(path, self.world.image_size) {
+                    Ok(picture) => pictures.push((path, picture)),
+                    Err(error) => {
+                        self.unreadable.add(path, error)?;
+                        self.reporter.step();
+                    }
+                }
+            }
+            if pictures.is_empty() {
+                continue;
+            }
+            let pixels: Vec<u8> = pictures.iter().flat_map(|(_, picture)| &picture.rgb).copied().collect();
             let readings = self.reader.read(&pixels)?;
-            for ((path, picture), reading) in paths.iter().zip(pictures).zip(readings) {
+            for ((path, picture), reading) in pictures.into_iter().zip(readings) {
                 let prompt = self.args.prompt.clone().or(picture.prompt);
                 let stated = prompt.as_ref().and_then(|prompt| self.parse(prompt));
                 let image = self.judge.judge(reading, stated);
@@ -146,6 +196,24 @@ impl Run<'_> {
         }
         self.reporter.finish();
         Ok(())
+    }
+
+    /// The sheet and the report.
+    fn summarise(&self, instrument: &Instrument) -> Result<()> {
+        if let Some(path) = &self.args.sheet {
+            sheet::write(path, [self.world.image_size; 2], &self.tiles, &Grid::Square)?;
+        }
+        let summary = shapes::report(self.world, &self.scored);
+        let not_captions = &self.not_captions;
+        if self.args.json {
+            let mut event = json!({"event": "summary", "report": summary, "reader": instrument.reference});
+            let count = |(n, why): &(usize, String)| json!({"prompts": n, "first": why});
+            event["not_captions"] = not_captions.as_ref().map_or(Value::Null, count);
+            return self.reporter.event(event);
+        }
+        let text = report::text(&summary, instrument.reference.as_ref(), not_captions);
+        let gap = if self.lines.is_some() { "\n" } else { "" };
+        self.reporter.text(&format!("{gap}{text}"))
     }
 
     /// What the prompt states; a prompt outside the grammar is counted.

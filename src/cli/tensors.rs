@@ -1,15 +1,26 @@
 //! Safetensors files a user hands in or asks for: starting noise and final latents.
 
 use crate::cli::atomic;
-use crate::{Error, Result};
+use crate::{Error, Result, input};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use std::path::Path;
 
+/// Bytes of a header and of what else may lie beside the noise.
+const MOST_HEADER: u64 = 1 << 20;
+
 /// Tensor `noise`, f32 `[B, C, H/f, W/f]`, unit variance: one row per image.
 pub fn read_noise(path: &Path, shape: [usize; 4]) -> Result<Vec<Vec<f32>>> {
-    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-    let file =
-        SafeTensors::deserialize(&bytes).map_err(|e| Error::file(path, format!("not a safetensors file: {e}")))?;
+    let needed = shape.iter().fold(4usize, |bytes, side| bytes.saturating_mul(*side)) as u64;
+    let size = input::open(path)?.metadata().map_err(Error::io("read", path))?.len();
+    if size > needed.saturating_add(MOST_HEADER) {
+        let what = format!("is {size} bytes; 'noise' as this run needs it, F32 {shape:?}, is {needed}");
+        return Err(Error::file(path, what));
+    }
+    let bytes = input::read(path, needed.saturating_add(MOST_HEADER))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|error| match input::identify(&bytes) {
+        Some(kind) => Error::file(path, format!("is {kind}, not a safetensors file")),
+        None => Error::file(path, format!("not a safetensors file: {error}")),
+    })?;
     let tensor = file.tensor("noise").map_err(|_| Error::file(path, "holds no tensor 'noise'"))?;
     if tensor.dtype() != Dtype::F32 || tensor.shape() != shape {
         return Err(Error::file(
@@ -56,5 +67,10 @@ mod tests {
         assert!(read_noise(&path, [1, 1, 1, 1]).unwrap_err().to_string().contains("'noise'"));
         std::fs::write(&path, b"short").unwrap();
         assert!(read_noise(&path, [1, 1, 1, 1]).is_err());
+        write("noise", &vec![0.0; 1 << 19]);
+        assert!(read_noise(&path, [1, 1, 1, 2]).unwrap_err().to_string().contains("F32 [1, 1, 1, 2], is 8"));
+        std::fs::write(&path, b"PK\x03\x04........noise/data.pkl").unwrap();
+        assert!(read_noise(&path, [1, 1, 1, 1]).unwrap_err().to_string().contains("is a PyTorch pickle"));
+        assert!(read_noise(folder.path(), [1, 1, 1, 1]).unwrap_err().to_string().contains("is not a regular file"));
     }
 }

@@ -1,8 +1,8 @@
 //! Images a user hands in: which files, their pixels and the prompt they carry.
 
-use crate::data::metadata;
+use crate::data::{metadata, png_chunks};
 use crate::weights::fingerprint;
-use crate::{Error, Result};
+use crate::{Error, Result, input};
 use image::codecs::{jpeg::JpegDecoder, png::PngDecoder, webp::WebPDecoder};
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, Limits};
 use std::fs;
@@ -29,8 +29,8 @@ impl Picture {
 
 /// Larger images are refused before their pixels get memory; networks see a few hundred pixels a side.
 const MOST_PIXELS: u64 = 1 << 27;
-/// Larger files are not read at all.
-const MOST_BYTES: u64 = 1 << 31;
+/// Larger files are not read at all: those of the most pixels, unpacked and of 16 bits, are half as large.
+pub const MOST_BYTES: u64 = 1 << 31;
 
 /// Files as given; a folder stands for every `.png`, `.jpg`, `.jpeg` and `.webp` in it, in the order of the bytes of their names.
 pub fn find(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
@@ -89,19 +89,30 @@ pub fn read_square(path: &Path, side: usize) -> Result<Picture> {
 
 fn decode(path: &Path, side: Option<usize>) -> Result<Picture> {
     let wrong = |what: String| Error::file(path, what);
-    let bytes = load(path)?;
+    let bytes = input::read(path, MOST_BYTES)?;
     let format = Format::of(&bytes).map_err(|what| wrong(format!("not a readable PNG, JPEG or WebP: {what}")))?;
-    let broken = |error: ImageError| wrong(format!("not a readable {format:?}: {}", one_line(&error.to_string())));
-    let (mut decoder, is_animated) = format.decoder(&bytes).map_err(broken)?;
+    let unreadable = |what: String| wrong(format!("not a readable {format:?}: {what}"));
+    let broken = |error: ImageError| unreadable(one_line(&error.to_string()));
+    let mut prompt = None;
+    let (mut decoder, is_animated) = match format {
+        Format::PNG => {
+            prompt = png_prompt(path, &bytes)?;
+            let pixels = png_chunks::pixels(&bytes).map_err(unreadable)?;
+            check_size((pixels.width, pixels.height), side).map_err(wrong)?;
+            (png_decoder(pixels.bytes).map_err(broken)?, pixels.is_animated)
+        }
+        Format::JPEG if !jpeg_has_end(&bytes) => return Err(unreadable("it is cut short".into())),
+        Format::JPEG => (Box::new(JpegDecoder::new(Cursor::new(&bytes)).map_err(broken)?) as Decoder<'_>, false),
+        Format::WebP => {
+            let decoder = WebPDecoder::new(Cursor::new(&bytes)).map_err(broken)?;
+            let is_animated = decoder.has_animation();
+            (Box::new(decoder) as Decoder<'_>, is_animated)
+        }
+    };
     check_size(decoder.dimensions(), side).map_err(wrong)?;
     if is_animated {
         return Err(wrong("is an animation; save the frame that is meant as an image".into()));
     }
-    let prompt = match format {
-        Format::PNG => metadata::prompt(&metadata::read_text(&path.display().to_string(), Cursor::new(&bytes))?),
-        Format::JPEG if !jpeg_has_end(&bytes) => return Err(wrong("not a readable JPEG: it is cut short".into())),
-        Format::JPEG | Format::WebP => None,
-    };
 
     let orientation = decoder.orientation().map_err(broken)?;
     let mut image = DynamicImage::from_decoder(decoder).map_err(broken)?;
@@ -117,17 +128,18 @@ fn decode(path: &Path, side: Option<usize>) -> Result<Picture> {
     Ok(Picture { width, height, rgb: image.into_rgb8().into_raw(), prompt })
 }
 
-/// The bytes of a file.
-fn load(path: &Path) -> Result<Vec<u8>> {
-    let file = fs::metadata(path).map_err(Error::io("read", path))?;
-    // Reading a pipe or a device may never end.
-    if !file.is_file() {
-        return Err(Error::file(path, "is not a regular file"));
-    }
-    if file.len() > MOST_BYTES {
-        return Err(Error::file(path, format!("is {} bytes, too large for an image", file.len())));
-    }
-    fs::read(path).map_err(Error::io("read", path))
+type Decoder<'a> = Box<dyn ImageDecoder + 'a>;
+
+/// Of a file of nothing but pixels; its limits are of one line of them.
+fn png_decoder(bytes: Vec<u8>) -> Result<Decoder<'static>, ImageError> {
+    Ok(Box::new(PngDecoder::with_limits(Cursor::new(bytes), Limits::default())?))
+}
+
+/// What a PNG says it was made from; other text may be as large or broken as it likes.
+fn png_prompt(path: &Path, bytes: &[u8]) -> Result<Option<String>> {
+    let texts = metadata::texts(path, bytes, |key| [metadata::RECORD, metadata::PARAMETERS].contains(&key))?;
+    let texts: Vec<(String, String)> = texts.into_iter().map(|(key, text)| Ok((key, text?))).collect::<Result<_>>()?;
+    Ok(metadata::prompt(&texts))
 }
 
 fn check_size((width, height): (u32, u32), side: Option<usize>) -> Result<(), String> {
@@ -163,25 +175,6 @@ impl Format {
             Err(_) if bytes.get(4..8) == Some(b"ftyp") => Err("it is a HEIC image or a video".into()),
             Err(_) => Err("its content is no image".into()),
         }
-    }
-
-    /// The decoder, its header read, and whether the file holds an animation.
-    fn decoder(self, bytes: &[u8]) -> Result<(Box<dyn ImageDecoder + '_>, bool), ImageError> {
-        let bytes = Cursor::new(bytes);
-        Ok(match self {
-            Format::PNG => {
-                // The limits bound what compressed metadata may unfold to.
-                let decoder = PngDecoder::with_limits(bytes, Limits::default())?;
-                let is_animated = decoder.is_apng()?;
-                (Box::new(decoder), is_animated)
-            }
-            Format::JPEG => (Box::new(JpegDecoder::new(bytes)?), false),
-            Format::WebP => {
-                let decoder = WebPDecoder::new(bytes)?;
-                let is_animated = decoder.has_animation();
-                (Box::new(decoder), is_animated)
-            }
-        })
     }
 }
 

@@ -2,5 +2,7 @@
 
 pub mod images;
 pub mod metadata;
+pub mod parameters;
+mod png_chunks;
 pub mod prompts;
 pub mod textual_inversion;

@@ -21,7 +21,8 @@ pub struct Request<'a> {
     pub settings: &'a generate::Settings,
     /// Images of one batch.
     pub batch: usize,
-    /// The prompt of every image that will be made, in the order of the batches; whole batches.
+    /// The prompt of every image that will be made, in the order of the batches; whole batches. A batch with the prompts of the one
+    /// before may be left out.
     pub prompts: &'a [&'a str],
     /// Bytes; where the fastest way would not fit, a method may choose one that computes more again.
     pub memory: Option<usize>,
@@ -55,6 +56,11 @@ pub trait ImageMethod {
         Ok(())
     }
 
+    /// What the user may not expect: options that change nothing with these settings.
+    fn remarks(&self, _settings: &generate::Settings) -> Vec<String> {
+        vec![]
+    }
+
     /// Plans every program that batches of these prompts need.
     fn plan<'p>(
         &self,
@@ -86,20 +92,26 @@ pub trait PlannedMethod {
 
 /// A method on an executor.
 pub trait LoadedMethod {
-    /// Makes one full batch of images.
+    /// Makes one full batch of images. Where some are not finite it is an error, but `observe` has seen the others.
     fn run(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>>;
 
     fn executor(&mut self) -> &mut dyn Executor;
 
-    /// [`LoadedMethod::run`]; what is not finite is made once more with a check of every op, for the error to name the first that
-    /// goes wrong.
+    /// [`LoadedMethod::run`]; of what is not finite the error names the op where that begins.
     fn run_checked(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
-        let made = self.run(jobs, observe);
-        let Err(Error::NotFinite(_)) = made else { return made };
+        self.run(jobs, observe).map_err(|error| self.locate(error, jobs, observe))
+    }
+
+    /// The error of a run of these jobs; where something was not finite, they are made once more with a check of every op, for the
+    /// error to name the first that goes wrong.
+    fn locate(&mut self, error: Error, jobs: &[Job], observe: &mut Observer<'_>) -> Error {
+        if !matches!(error, Error::NotFinite(_)) {
+            return error;
+        }
         self.executor().set_check_finite(true);
         let again = self.run(jobs, &mut |_| observe(Progress::Again));
         self.executor().set_check_finite(false);
-        again.and(made)
+        again.err().unwrap_or(error)
     }
 
     /// What the image of job `index` of the last batch was chosen by, where there was a choice.

@@ -6,7 +6,7 @@ use super::{Observer, Progress};
 use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::pipeline::Pipeline;
 use crate::pipeline::conditioning::{Branch, Conditioning, States, Text};
-use crate::pipeline::programs::{Programs, Sizes, buffer, rows, write_step};
+use crate::pipeline::programs::{Programs, Sizes, buffer, check_pixels, rows, write_step};
 use crate::plan::Footprint;
 use crate::program::DType;
 use crate::sampler::{self, Noise, Rng, Schedule};
@@ -53,6 +53,7 @@ impl<'p> Generator<'p> {
         schedule: Schedule,
     ) -> Result<Generator<'p>> {
         let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
+        check_pixels(settings.width, settings.height, batch)?;
         let sizes = Sizes { batch, height, width, tokens: pipeline.tokens() };
         let programs = Programs::plan(pipeline, executor, settings.dtype, sizes, &schedule)?;
         Ok(Generator { pipeline, settings, schedule, sizes, programs })
@@ -248,31 +249,38 @@ impl Loaded<'_, '_> {
         Ok(latents)
     }
 
-    /// Decodes the batch image by image: the decoder needs more memory than the UNet.
+    /// Decodes the batch image by image: the decoder needs more memory than the UNet. Where some are not finite it is an error, but
+    /// `observe` has seen the others.
     pub fn finish(&mut self, observe: &mut Observer<'_>) -> Result<Vec<Image>> {
         let batch = self.sizes.batch;
         let channels = self.pipeline.config.unet.in_channels;
         self.decode(0)?;
         let latents = self.latents()?;
-        if let Some(image) = latents.chunks(latents.len() / batch).position(|x| !are_finite(x)) {
-            return Err(Error::NotFinite(format!("what is sampled for {}", self.image(image))));
-        }
         let mut pixels =
             vec![0.0; self.settings.height * self.settings.width * self.pipeline.config.vae.image_channels];
         let mut images = Vec::with_capacity(batch);
+        let mut failed = None;
         for (index, latents) in latents.chunks(latents.len() / batch).enumerate() {
             self.executor.read(buffer::IMAGE, DataMut::F32(&mut pixels))?;
             if index + 1 < batch {
                 self.decode(index + 1)?;
             }
-            if !are_finite(&pixels) {
-                return Err(self.where_pixels_go_wrong(index));
+            // One image of a batch does not spoil the others.
+            let (sampled, decoded) = (are_finite(latents), are_finite(&pixels));
+            if !sampled || !decoded {
+                failed.get_or_insert((index, sampled));
+                continue;
             }
             let rgb = pixels.par_iter().with_min_len(1 << 14).map(|&x| to_byte(x)).collect();
             let latents = to_channels_first(latents, channels);
             let image = Image { width: self.settings.width, height: self.settings.height, rgb, latents };
             observe(Progress::Image { index, image: &image })?;
             images.push(image);
+        }
+        match failed {
+            Some((index, true)) => return Err(self.where_pixels_go_wrong(index)),
+            Some((index, false)) => return Err(Error::NotFinite(format!("what is sampled for {}", self.image(index)))),
+            None => {}
         }
         Ok(images)
     }

@@ -10,12 +10,13 @@ mod remarks;
 
 pub use progress::{Iteration, Observer, Progress};
 
-use crate::data::textual_inversion::LearnedToken;
+use crate::data::textual_inversion::{LearnedToken, Word};
 use crate::models::config::{ClipTextConfig, Family, PipelineConfig, Prediction};
 use crate::models::detect;
 use crate::text::{self, Encoded, Position, Token, Tokenizer};
 use crate::weights::Model;
 use crate::{Error, Result};
+use std::ops::Range;
 
 pub struct Pipeline {
     pub model: Model,
@@ -39,25 +40,86 @@ impl Pipeline {
         Ok(Pipeline { model, config, tokenizers, learned: vec![], remarks })
     }
 
-    /// Lets a word in prompts stand for learned embeddings. `Error::Usage` where they do not fit this model's towers or the word
-    /// is taken.
-    pub fn learn(&mut self, token: LearnedToken) -> Result<()> {
-        let usage = |what: String| Err(Error::Usage(format!("token '{}': {what}", token.word)));
-        if token.embeddings.len() != self.config.text.len() {
-            let (found, towers) = (token.embeddings.len(), self.config.text.len());
-            return usage(format!("was learned for {found} text towers, this model has {towers}"));
+    /// Lets words in prompts stand for learned embeddings. `Error::Usage` where they do not fit this model's towers or a word is taken;
+    /// a plain name that the vocabulary holds keeps its meaning there.
+    pub fn learn(&mut self, mut token: LearnedToken) -> Result<()> {
+        let name = token.name.clone();
+        let usage = |what: String| Err(Error::Usage(format!("token '{name}': {what}")));
+        let found = token.embeddings.iter().map(|embeddings| embeddings.len() / token.rows.max(1));
+        let towers = self.config.text.iter().map(|tower| tower.width);
+        let of_rows =
+            token.embeddings.iter().all(|embeddings| token.rows > 0 && embeddings.len().is_multiple_of(token.rows));
+        if !of_rows || !found.clone().eq(towers.clone()) {
+            let list = |widths: Vec<usize>| widths.iter().map(usize::to_string).collect::<Vec<_>>().join(" and ");
+            let (found, towers) = (list(found.collect()), list(towers.collect()));
+            return usage(format!("has rows of {found} numbers; this model's text towers take {towers}"));
         }
-        for (embeddings, tower) in token.embeddings.iter().zip(&self.config.text) {
-            if token.rows == 0 || embeddings.len() != token.rows * tower.width {
-                let found = embeddings.len() as f64 / token.rows as f64;
-                return usage(format!("has rows of {found} numbers, the model's text tower takes {}", tower.width));
+        let is_ordinary = |word: &Word| self.tokenizers.iter().any(|tokenizer| tokenizer.has_word(&word.text));
+        token.words.retain(|word| !word.is_plain || !is_ordinary(word));
+        for word in &token.words {
+            let mut learned = self.learned.iter().flat_map(|token| &token.words);
+            if learned.any(|taken| taken.text.to_lowercase() == word.text.to_lowercase()) {
+                return usage(format!("another token has the word '{}' already; rename one of the files", word.text));
             }
-        }
-        for tokenizer in &mut self.tokenizers {
-            tokenizer.add_placeholder(&token.word)?;
+            for tokenizer in &mut self.tokenizers {
+                tokenizer.add_placeholder(&word.text, word.is_plain)?;
+            }
         }
         self.learned.push(token);
         Ok(())
+    }
+
+    /// The learned words of a prompt, as it spells them, each with its embeddings in all towers.
+    pub fn learned_words(&self, prompt: &str) -> Result<Vec<(String, Vec<f32>)>> {
+        let mut words = vec![];
+        for token in self.tokenizers[0].tokens(prompt)? {
+            let Some((index, rows)) = self.word(&token, self.tokenizers[0].vocab_size()) else { continue };
+            let learned = &self.learned[index];
+            let first: usize = self.learned[..index].iter().map(|token| token.rows).sum();
+            let of_tower = |values: &Vec<f32>| {
+                let width = values.len() / learned.rows;
+                values[(rows.start - first) * width..(rows.end - first) * width].to_vec()
+            };
+            words.push((token.text, learned.embeddings.iter().flat_map(of_tower).collect()));
+        }
+        Ok(words)
+    }
+
+    /// Learned tokens that none of the prompts names.
+    pub fn unnamed<'a>(&self, prompts: impl IntoIterator<Item = &'a str>) -> Result<Vec<&LearnedToken>> {
+        let mut is_named = vec![false; self.learned.len()];
+        let (tokenizer, mut before) = (&self.tokenizers[0], None);
+        for prompt in prompts {
+            if is_named.iter().all(|named| *named) {
+                break;
+            }
+            // Images of one prompt follow each other.
+            if before.replace(prompt) == Some(prompt) {
+                continue;
+            }
+            for token in tokenizer.tokens(prompt)? {
+                if let Some((learned, _)) = self.word(&token, tokenizer.vocab_size()) {
+                    is_named[learned] = true;
+                }
+            }
+        }
+        Ok(self.learned.iter().zip(is_named).filter(|(_, named)| !named).map(|(token, _)| token).collect())
+    }
+
+    /// What a token stands for, where it is a learned word: which learned token, and which rows of all learned ones. Tokenizers number
+    /// the words of those in order, as the last of the `known` tokens.
+    fn word(&self, token: &Token, known: usize) -> Option<(usize, Range<usize>)> {
+        let words: usize = self.learned.iter().map(|token| token.words.len()).sum();
+        let mut number = (token.id as usize).checked_sub(known - words)?;
+        let mut first = 0;
+        for (index, learned) in self.learned.iter().enumerate() {
+            if let Some(word) = learned.words.get(number) {
+                return Some((index, first + word.rows.start..first + word.rows.end));
+            }
+            number -= learned.words.len();
+            first += learned.rows;
+        }
+        None
     }
 
     /// The prompt's token ids for every tower.
@@ -84,20 +146,16 @@ impl Pipeline {
         self.tokenizers.iter().zip(&self.config.text).map(encode).collect()
     }
 
-    /// Learned words as the rows they stand for: tokenizers number words after the `known` last ones of their vocabulary, the towers
-    /// rows after `table`.
+    /// Learned words as the rows they stand for, which the towers number after `table`.
     fn expanded(&self, tokens: Vec<Token>, known: usize, table: usize) -> Vec<Token> {
-        let first_word = known - self.learned.len();
         let mut expanded = Vec::with_capacity(tokens.len());
         for token in tokens {
-            let Some(word) = (token.id as usize).checked_sub(first_word) else {
-                expanded.push(token);
-                continue;
-            };
-            let before: usize = self.learned[..word].iter().map(|token| token.rows).sum();
-            let first = table + before;
-            expanded
-                .extend((first..first + self.learned[word].rows).map(|id| Token { id: id as i32, ..token.clone() }));
+            match self.word(&token, known) {
+                Some((_, rows)) => {
+                    expanded.extend(rows.map(|row| Token { id: (table + row) as i32, ..token.clone() }));
+                }
+                None => expanded.push(token),
+            }
         }
         expanded
     }

@@ -115,6 +115,19 @@ pub fn text(pipeline: &Pipeline, dtype: DType) -> Result<Program> {
     b.finish()
 }
 
+/// Most pixels of a batch: no machine holds more, and no size of a program overflows below.
+const MOST_PIXELS: usize = 1 << 34;
+
+/// Refuses batches beyond all machines.
+pub fn check_pixels(width: usize, height: usize, batch: usize) -> Result<()> {
+    match width.checked_mul(height).and_then(|pixels| pixels.checked_mul(batch)) {
+        Some(pixels) if pixels <= MOST_PIXELS => Ok(()),
+        Some(_) | None => Err(Error::Memory(format!(
+            "{batch} images of {width}x{height} at once are more than 2^34 pixels; a smaller --batch or --size needs less"
+        ))),
+    }
+}
+
 /// Width of the pooled text that SDXL's UNets are conditioned on; `None` for the others.
 pub fn pooled_width(pipeline: &Pipeline) -> Result<Option<usize>> {
     let Some(added) = &pipeline.config.unet.added else { return Ok(None) };

@@ -151,7 +151,7 @@ impl Tokenizer {
         if tokens > rows {
             return Err(Error::Model(format!("has {tokens} tokens but the text encoder embeds {rows}")));
         }
-        self.add_words(&new).map_err(|what| Error::Model(format!("its added tokens {what}")))?;
+        self.add_words(&new, false).map_err(|what| Error::Model(format!("its added tokens {what}")))?;
         Ok(self)
     }
 
@@ -210,8 +210,8 @@ impl Tokenizer {
     }
 
     /// Adds a word that stands for a learnable token and returns its id, the first free one. Matched anywhere in a prompt, in
-    /// any case. `Error::Usage` when the word is blank or already a token.
-    pub fn add_placeholder(&mut self, word: &str) -> Result<i32> {
+    /// any case, or only where it `is_whole`, no part of a longer word. `Error::Usage` when the word is blank or already a token.
+    pub fn add_placeholder(&mut self, word: &str, is_whole: bool) -> Result<i32> {
         let usage = |what: String| Error::Usage(format!("placeholder '{}': {what}", files::short(word)));
         if word.trim().is_empty() {
             return Err(usage("must not be blank".into()));
@@ -220,13 +220,13 @@ impl Tokenizer {
             return Err(usage("is a token already; choose another word".into()));
         }
         let id = i32::try_from(self.vocab_size).map_err(|_| usage("no id is left".into()))?;
-        self.add_words(&[word.to_string()]).map_err(usage)?;
+        self.add_words(&[word.to_string()], is_whole).map_err(usage)?;
         Ok(id)
     }
 
     /// Gives new words the next free ids. All at once: the library builds what finds them in a prompt anew at every call.
-    fn add_words(&mut self, words: &[String]) -> Result<(), String> {
-        let tokens = words.iter().map(|word| AddedToken::from(word.as_str(), false));
+    fn add_words(&mut self, words: &[String], is_whole: bool) -> Result<(), String> {
+        let tokens = words.iter().map(|word| AddedToken::from(word.as_str(), false).single_word(is_whole));
         self.inner.add_tokens(tokens).map_err(|e| format!("cannot be added: {}", one_line(&e.to_string())))?;
         for word in words {
             // The library numbers new tokens by the count of known ones, which is the first free id unless the file skips some.
@@ -236,6 +236,12 @@ impl Tokenizer {
             self.vocab_size += 1;
         }
         Ok(())
+    }
+
+    /// Whether the vocabulary has the text as one token, in any case.
+    pub fn has_word(&self, text: &str) -> bool {
+        let lower = text.to_lowercase();
+        [text, &lower, &format!("{lower}</w>")].into_iter().any(|token| self.inner.token_to_id(token).is_some())
     }
 
     /// Tokens of a prompt, without start and end.

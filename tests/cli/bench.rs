@@ -1,6 +1,7 @@
 //! `rarebit bench` as a user meets it: what the report holds, and what comes of a baseline.
 
 use crate::common::command::{fails, path, rarebit, succeeds, text};
+use crate::common::golden::data_folder;
 use serde_json::Value;
 use std::fs;
 use tempfile::TempDir;
@@ -100,4 +101,58 @@ fn mistakes_are_one_line() {
     fails(&["bench", "--mode", "speed"], 2, &["speed"]);
     fails(&["bench", "--runs", "0"], 2, &["--runs"]);
     fails(&["bench", "--memory-limit", "1K"], 1, &["--memory-limit"]);
+}
+
+#[test]
+fn another_measurement_is_no_baseline() {
+    let out = TempDir::new().unwrap();
+    let (file, other) = (path(&out, "bench.json"), path(&out, "other.json"));
+    let report = report(&out, &[]);
+    let refused = |flags: &[&str], words: &[&str]| {
+        fails(&[&FAST[..], &["--baseline"], flags].concat(), 2, &[&["--baseline"], words].concat());
+    };
+    refused(&[&file, "--mode", "grad"], &["has no times of 'UNet passes of batch 1'"]);
+    refused(&[&file, "--batch", "2"], &["has no times of 'images of batch 2'"]);
+    refused(&[&file, "--size", "64x128"], &["another height"]);
+    refused(&[&file, "--threads", "77"], &["another --threads"]);
+    refused(&[&file, "--sampler", "euler"], &["another --sampler"]);
+    refused(&[&file, "--guidance", "1"], &["another --guidance"]);
+    refused(&[&file, "--dtype", "f64"], &["another --dtype"]);
+    let model = data_folder("tiny-sdxl").display().to_string();
+    refused(&[&file, "--model", &model], &["another model", "tiny-sdxl"]);
+    // The same name with other weights.
+    let mut edited = report.clone();
+    edited["case"]["model_hash"] = "0123456789abcdef".into();
+    fs::write(&other, edited.to_string()).unwrap();
+    refused(&[&other], &["another weights"]);
+    for (text, words) in [
+        (r#"{"schema": 2}"#, "schema 2"),
+        (r#"{"schema": 1}"#, "another model"),
+        (&report.to_string().replace("\"schema\":1", "\"schema\":0"), "schema 0"),
+    ] {
+        fs::write(&other, text).unwrap();
+        refused(&[&other], &[words]);
+    }
+    edited = report.clone();
+    edited["cases"][0]["total"]["latency_ms"]["p50"] = "NaN".into();
+    fs::write(&other, edited.to_string()).unwrap();
+    refused(&[&other], &["a median of NaN ms"]);
+    // What only this run has is told.
+    let output = rarebit(&[&FAST[..], &["--baseline", &file, "--batch", "1,2", "--max-regress", "10000"]].concat());
+    assert!(output.status.success() && text(&output.stderr).contains("does not have 'images of batch 2'"));
+}
+
+#[test]
+fn what_cannot_be_written_or_held_is_refused_before_measuring() {
+    let out = TempDir::new().unwrap();
+    let started = std::time::Instant::now();
+    let slow = ["bench", "--runs", "1000000", "--out"];
+    fails(&[&slow[..], &[&path(&out, "none/b.json")]].concat(), 1, &["none"]);
+    fails(&[&slow[..], &[&out.path().display().to_string()]].concat(), 2, &["is a folder"]);
+    for flags in [&["--memory-limit", "1M"][..], &["--batch", "1000000"]] {
+        for mode in ["grad", "kernels", "latency"] {
+            fails(&[&["bench", "--runs", "1000000", "--mode", mode], flags].concat(), 1, &["the plan needs"]);
+        }
+    }
+    assert!(started.elapsed().as_secs() < 60);
 }

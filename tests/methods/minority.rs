@@ -90,7 +90,7 @@ fn a_token_that_is_not_optimised_is_a_learned_token() {
         let mut pipeline = open(name);
         let rows = token(Init::Unit).initial(&pipeline, &[4]).unwrap();
         let found = one(&pipeline, fixed(&pipeline, token_variable(Init::Given(rows.clone())))).images.remove(0);
-        pipeline.learn(LearnedToken { word: "<rare>".into(), rows: 1, embeddings: rows }).unwrap();
+        pipeline.learn(LearnedToken::new("<rare>", 1, rows)).unwrap();
         let prompt = format!("{PROMPT} <rare>");
         let expected = &plain(&pipeline, &mut cpu(), images(&pipeline, 4, 3.0, DType::F32), &[job(&prompt, 3)])[0];
         assert!(distance(&found, expected) < 1e-5, "{name}: {:e}", distance(&found, expected));

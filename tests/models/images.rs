@@ -245,6 +245,44 @@ fn animations_are_refused() {
     refused("a.webp", &chunk(b"RIFF", &chunks.concat()), "is an animation");
 }
 
+/// Text, profiles and palettes that are wrong, or unfold to more than memory holds, make no other pixels and cost none.
+#[test]
+fn what_makes_no_pixels_is_not_unfolded() {
+    let plain = png(&small().into());
+    let expected = try_read("a.png", &plain).unwrap().rgb;
+    let mut bomb = flate2::write::ZlibEncoder::new(vec![], flate2::Compression::best());
+    for _ in 0..1 << 10 {
+        std::io::Write::write_all(&mut bomb, &[0; 1 << 18]).unwrap();
+    }
+    let bomb = bomb.finish().unwrap();
+    let chunk = |kind: &[u8; 4], head: &[u8]| with_chunk(&plain, kind, &[head, &bomb].concat());
+    for bytes in [
+        chunk(b"zTXt", b"k\0\0"),
+        chunk(b"iTXt", b"k\0\x01\0\0\0"),
+        chunk(b"iCCP", b"k\0\0"),
+        chunk(b"uNKn", b""),
+        with_chunk(&plain, b"bKGD", &[]),
+        with_chunk(&plain, b"iTXt", b"k\0\0\0\0\0\xff"),
+        with_chunk(&plain, b"fcTL", &[0; 26]),
+    ] {
+        assert_eq!(try_read("a.png", &bytes).unwrap().rgb, expected);
+    }
+    refused("a.png", &chunk(b"zTXt", b"parameters\0\0"), "text 'parameters' is longer than 8388608 bytes");
+    for entries in [1, 2, 4, 5, 7, 770] {
+        refused("a.png", &with_chunk(&plain, b"PLTE", &vec![7; entries]), "its palette ends within a colour");
+    }
+    // The same in a picture that has a palette.
+    let mut bytes = vec![];
+    let mut encoder = png::Encoder::new(&mut bytes, 3, 2);
+    encoder.set_color(png::ColorType::Indexed);
+    encoder.set_palette(vec![9, 8, 7, 6, 5, 4]);
+    encoder.write_header().unwrap().write_image_data(&[0, 1, 0, 1, 0, 1]).unwrap();
+    let at = bytes.windows(4).position(|kind| kind == b"PLTE").unwrap();
+    let short = with_chunk(&[&bytes[..at - 4], &bytes[at + 14..]].concat(), b"PLTE", &[9, 8, 7, 6]);
+    refused("a.png", &short, "its palette ends within a colour");
+    refused("a.png", &[&bytes[..at - 4], &bytes[at + 14..]].concat(), "not a readable PNG");
+}
+
 /// A file of a few bytes that says it holds 4 thousand million pixels.
 #[test]
 fn huge_sizes_are_refused_before_they_take_memory() {

@@ -1,6 +1,6 @@
 //! The `shapes` world as an oracle, and `rarebit score --shapes`: captions, exact densities, the reader, the report.
 
-use crate::common::command::{fails, files, path, succeeds};
+use crate::common::command::{fails, files, path, rarebit, succeeds, text};
 use crate::common::golden::data_folder;
 use rarebit::assets;
 use rarebit::exec::cpu::Cpu;
@@ -587,5 +587,53 @@ fn score_refuses_in_one_line() {
             &["cut.png", "not a readable PNG"],
         );
     }
-    assert_eq!(files(folder.path()), ["a.png", "b.PNG", "c.png", "cut.png", "large.png", "notes.txt"]);
+}
+
+/// One line each for what cannot be read, the others measured, and a failure at the end.
+#[test]
+fn a_broken_image_stops_no_other() {
+    let folder = folder_of_images();
+    let named = |name: &str| path(&folder, name);
+    let good = fs::read(named("a.png")).unwrap();
+    fs::write(named("aa.png"), &good[..good.len() / 2]).unwrap();
+    fs::write(named("bb.jpg"), "<!DOCTYPE html>").unwrap();
+    write_png(Path::new(&named("cc.png")), 65, None);
+    let (folder_path, none, sheet) = (folder.path().display().to_string(), named("none.png"), named("sheet.png"));
+    for batch in ["1", "2", "16"] {
+        let args = ["score", "--shapes", &folder_path, &none, "--batch", batch, "--quiet"];
+        let output = rarebit(&args);
+        let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+        assert_eq!(output.status.code(), Some(1));
+        assert_eq!(stderr.lines().count(), 4, "{stderr}");
+        for name in ["aa.png", "bb.jpg", "cc.png", "none.png"] {
+            assert_eq!(stderr.lines().filter(|line| line.contains(name)).count(), 1, "{stderr}");
+            assert!(!stdout.contains(name), "{stdout}");
+        }
+        assert!(["a.png", "b.PNG", "c.png", "images         3, 1 with"].iter().all(|word| stdout.contains(word)));
+
+        let output = rarebit(&[&args[..], &["--json", "--sheet", &sheet]].concat());
+        let events = events(&text(&output.stdout));
+        let unreadable = events.iter().filter(|event| event["event"] == "unreadable").count();
+        assert_eq!((output.status.code(), unreadable, events.len()), (Some(1), 4, 4 + 3 + 1));
+        assert_eq!(events[7]["report"]["images"], 3);
+        fs::remove_file(&sheet).unwrap();
+        let output = rarebit(&[&args[..], &["--json", "--sheet", &sheet, "--strict"]].concat());
+        assert_eq!((output.status.code(), text(&output.stderr).lines().count()), (Some(1), 1));
+        assert!(!text(&output.stdout).contains("summary") && !Path::new(&sheet).exists());
+    }
+    // Nothing that could be measured is no report.
+    fails(&["score", "--shapes", &named("aa.png"), "--json"], 1, &["aa.png"]);
+    assert!(!text(&rarebit(&["score", "--shapes", &named("aa.png")]).stdout).contains("images"));
+}
+
+#[cfg(unix)]
+#[test]
+fn what_is_no_file_is_not_read() {
+    let folder = TempDir::new().unwrap();
+    let socket = path(&folder, "a.png");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    for name in [&socket, "/dev/zero"] {
+        fails(&["score", "--shapes", name], 1, &["is not a regular file"]);
+        fails(&["inspect", name], 1, &["is not a regular file"]);
+    }
 }

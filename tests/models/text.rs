@@ -143,13 +143,13 @@ fn what_does_not_fit_is_reported() {
 #[test]
 fn placeholders_are_new_ids_found_anywhere() {
     let mut tokenizer = clip();
-    let id = tokenizer.add_placeholder("<rare>").expect("placeholder");
+    let id = tokenizer.add_placeholder("<rare>", false).expect("placeholder");
     assert_eq!((id, tokenizer.vocab_size()), (49_408, 49_409));
     let ids = tokenizer.encode("a photo of a <rare> cat").expect("encode").ids;
     assert_eq!(ids[..8], [49_406, 320, 1125, 539, 320, 49_408, 2368, 49_407]);
-    assert_eq!(tokenizer.add_placeholder("*").expect_err("taken").exit_code(), 2);
-    assert!(tokenizer.add_placeholder("<rare>").is_err() && tokenizer.add_placeholder(" ").is_err());
-    assert_eq!(tokenizer.add_placeholder("<other>").expect("placeholder"), 49_409);
+    assert_eq!(tokenizer.add_placeholder("*", false).expect_err("taken").exit_code(), 2);
+    assert!(tokenizer.add_placeholder("<rare>", false).is_err() && tokenizer.add_placeholder(" ", false).is_err());
+    assert_eq!(tokenizer.add_placeholder("<other>", false).expect("placeholder"), 49_409);
 }
 
 #[test]

@@ -12,6 +12,11 @@ use crate::{Error, Result};
 use serde_json::json;
 use std::time::Instant;
 
+/// Of the case.
+pub fn name(batch: usize) -> String {
+    format!("images of batch {batch}")
+}
+
 /// A batch of images, its programs alone, and what that cost.
 pub fn run(setup: &mut Setup<'_>, nvml: &NvmlDevice, batch: usize) -> Result<Case> {
     let images = setup.settings.clone();
@@ -25,8 +30,12 @@ pub fn run(setup: &mut Setup<'_>, nvml: &NvmlDevice, batch: usize) -> Result<Cas
     let mut loaded = generator.load(&mut *setup.executor)?;
     let load = started.elapsed().as_secs_f64();
     let jobs = |run: usize| -> Vec<Job> {
-        let job =
-            |i| Job { prompt: PROMPT.into(), negative: None, seed: seed + (run * batch + i) as u64, draws: vec![] };
+        let job = |i| Job {
+            prompt: PROMPT.into(),
+            negative: None,
+            seed: seed.wrapping_add((run * batch + i) as u64),
+            draws: vec![],
+        };
         (0..batch).map(job).collect()
     };
     let mut first: Option<Image> = None;
@@ -64,7 +73,7 @@ pub fn run(setup: &mut Setup<'_>, nvml: &NvmlDevice, batch: usize) -> Result<Cas
     let image = first.ok_or_else(|| Error::Usage("no image was made".into()))?;
     let made = (runs.runs * batch) as f64;
     Ok(Case {
-        name: format!("images of batch {batch}"),
+        name: name(batch),
         facts: json!({
             "images_per_s": made / seconds,
             "flops_per_image": flops / batch as u64,

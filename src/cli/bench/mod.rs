@@ -13,6 +13,7 @@ use crate::cli::flags::model::ModelFlags;
 use crate::cli::flags::sampling::SamplingFlags;
 use crate::cli::flags::values;
 use crate::cli::machine;
+use crate::cli::paths::Paths;
 use crate::cli::terminal::{print_json, print_line, print_text, say};
 use crate::exec::cuda::NvmlDevice;
 use crate::sampler::Method;
@@ -43,7 +44,7 @@ pub struct Bench {
     #[arg(long, default_value_t = 20, allow_negative_numbers = true, value_parser = values::count)]
     runs: usize,
     /// Untimed runs before them
-    #[arg(long, default_value_t = 3, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 3, allow_negative_numbers = true, value_parser = values::number_of)]
     warmup: usize,
     /// Write everything as JSON, every single time included
     #[arg(long, value_name = "FILE")]
@@ -81,6 +82,11 @@ impl Bench {
         self.threads.map(usize::from)
     }
 
+    /// What is measured, in order.
+    fn all_cases(&self) -> impl Iterator<Item = (Mode, usize)> {
+        self.mode.iter().flat_map(|&mode| self.batches(mode).into_iter().map(move |batch| (mode, batch)))
+    }
+
     /// The sizes a mode runs with.
     fn batches(&self, mode: Mode) -> Vec<usize> {
         match mode {
@@ -92,7 +98,23 @@ impl Bench {
     }
 }
 
+/// Of the case that [`measured`] gives.
+fn case_name(mode: Mode, batch: usize) -> String {
+    match mode {
+        Mode::Latency | Mode::Throughput => images::name(batch),
+        Mode::Grad => passes::name(batch),
+        Mode::Kernels => ops::name(batch),
+        Mode::Methods => passes::METHODS.into(),
+    }
+}
+
 pub fn run(args: Bench) -> Result<()> {
+    let mut paths = Paths::default();
+    args.model.inputs(&mut paths);
+    args.baseline.iter().for_each(|path| paths.input("--baseline", path));
+    args.out.iter().try_for_each(|path| paths.output("--out", path))?;
+    // What cannot be written is not found out after an hour.
+    args.out.as_deref().map_or(Ok(()), atomic::probe)?;
     let baseline = args.baseline.as_deref().map(report::read).transpose()?;
     let opened = Instant::now();
     let pipeline = args.model.open()?;
@@ -110,22 +132,25 @@ pub fn run(args: Bench) -> Result<()> {
         executor,
         settings,
         device: args.device,
-        seed: args.sampling.seed,
+        seed: args.sampling.seed(),
         plan: Plan { runs: args.runs, warmup: args.warmup },
     };
-    let mut report = header(&args, &setup);
+    let mut report = header(&args, &setup, &nvml)?;
+    if let (Some(baseline), Some(path)) = (&baseline, &args.baseline) {
+        let names: Vec<String> = args.all_cases().map(|(mode, batch)| case_name(mode, batch)).collect();
+        let missing = report::comparable(path, baseline, &report, &names)?;
+        missing.iter().for_each(|name| say(&format!("rarebit: {}: does not have '{name}'", path.display())));
+    }
     if !args.json {
         print_line(&headline(&args, &setup))?;
     }
     let mut cases = vec![];
-    for &mode in &args.mode {
-        for batch in args.batches(mode) {
-            let case = measured(&mut setup, &nvml, mode, batch)?;
-            if !args.json {
-                print_text(&case.text())?;
-            }
-            cases.push(case.json());
+    for (mode, batch) in args.all_cases() {
+        let case = measured(&mut setup, &nvml, mode, batch)?;
+        if !args.json {
+            print_text(&case.text())?;
         }
+        cases.push(case.json());
     }
     report["cases"] = Value::Array(cases);
     // Clocks and temperature under load.
@@ -156,24 +181,25 @@ fn measured(setup: &mut Setup<'_>, nvml: &NvmlDevice, mode: Mode, batch: usize) 
 }
 
 /// What was measured, on what.
-fn header(args: &Bench, setup: &Setup<'_>) -> Value {
+fn header(args: &Bench, setup: &Setup<'_>, nvml: &NvmlDevice) -> Result<Value> {
     let s = &setup.settings;
     let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    json!({
+    Ok(json!({
         "schema": report::SCHEMA,
         "version": env!("CARGO_PKG_VERSION"),
         "time": time,
         "host": {"cpu": machine::processor(), "threads": rayon::current_num_threads()},
         "case": {
-            "model": args.model.name(), "family": format!("{:?}", setup.pipeline.config.family).to_lowercase(),
+            "model": args.model.name(), "model_hash": setup.pipeline.model.fingerprint()?, "family": format!("{:?}", setup.pipeline.config.family).to_lowercase(),
             "device": format!("{:?}", args.device.device).to_lowercase(), "width": s.width, "height": s.height,
             "dtype": s.dtype.to_string(), "sampler": s.sampler.method.to_string(), "steps": s.sampler.steps,
             "guidance": s.sampler.guidance, "seed": setup.seed,
         },
+        "gpu": nvml.json(),
         "flop_model": "products of gemm, convolution and attention, two per multiply-accumulate",
         "warmup": setup.plan.warmup,
         "runs": setup.plan.runs,
-    })
+    }))
 }
 
 fn headline(args: &Bench, setup: &Setup<'_>) -> String {

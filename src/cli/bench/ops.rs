@@ -14,6 +14,11 @@ use serde_json::json;
 /// On a GPU an op is done so many times in a run: what a start takes is not the op's.
 const TOGETHER: usize = 20;
 
+/// Of the case.
+pub fn name(batch: usize) -> String {
+    format!("ops of a step, batch {batch}")
+}
+
 /// The ops of a step for this many images, those of one shape once. Their times need not add up to the step's: alone, an op finds
 /// its inputs where the last run left them.
 pub fn run(setup: &mut Setup<'_>, batch: usize) -> Result<Case> {
@@ -39,5 +44,5 @@ pub fn run(setup: &mut Setup<'_>, batch: usize) -> Result<Case> {
     setup.executor.clear();
     let most = |row: &Row| row.calls as f64 * row.times.median();
     rows.sort_by(|a, b| most(b).total_cmp(&most(a)));
-    Ok(Case { name: format!("ops of a step, batch {batch}"), rows, total: None, facts: json!({}) })
+    Ok(Case { name: name(batch), rows, total: None, facts: json!({}) })
 }

@@ -10,27 +10,37 @@ use crate::methods::minority::{self, Minority};
 use crate::models::unet::{Added, Unet};
 use crate::optimize::objective::Nfe;
 use crate::pipeline::generate::{Generator, Job};
-use crate::pipeline::programs::pooled_width;
-use crate::plan::{Planned, plan, plan_gradient};
+use crate::pipeline::programs::{check_pixels, pooled_width};
+use crate::plan::{Footprint, Planned, plan, plan_gradient};
 use crate::program::{Builder, Node, Program};
 use serde_json::json;
 
 const LATENTS: &str = "bench.latents";
 const CONTEXT: &str = "bench.context";
 
+/// Of the case of [`gradients`].
+pub fn name(batch: usize) -> String {
+    format!("UNet passes of batch {batch}")
+}
+
+/// Of the case of [`methods`].
+pub const METHODS: &str = "methods, one image";
+
 /// One pass, and one with its gradient to the text states or to the latents.
 pub fn gradients(setup: &mut Setup<'_>, batch: usize) -> Result<Case> {
     let rows = passes(setup, batch, setup.plan)?;
     setup.executor.clear();
-    Ok(Case { name: format!("UNet passes of batch {batch}"), rows, total: None, facts: json!({}) })
+    Ok(Case { name: name(batch), rows, total: None, facts: json!({}) })
 }
 
 /// The passes, loaded and timed.
 fn passes(setup: &mut Setup<'_>, batch: usize, runs: Plan) -> Result<Vec<Row>> {
     let mut found = vec![];
     let names = ["unet forward", "  and backward to the text", "  and backward to the latents"];
-    for (name, leaf) in names.into_iter().zip([None, Some(CONTEXT), Some(LATENTS)]) {
-        let planned = pass(setup, batch, leaf)?;
+    let leaves = [None, Some(CONTEXT), Some(LATENTS)];
+    let planned = leaves.map(|leaf| pass(setup, batch, leaf)).into_iter().collect::<Result<Vec<_>>>()?;
+    setup.check_memory(&Footprint::of(&planned.iter().collect::<Vec<_>>()), batch)?;
+    for ((name, leaf), planned) in names.into_iter().zip(leaves).zip(planned) {
         let (program, arena) = (planned.program.clone(), planned.plan.arena_bytes);
         let id = setup.executor.load(planned, &setup.pipeline.model)?;
         if leaf.is_none() {
@@ -50,6 +60,7 @@ fn pass(setup: &Setup<'_>, batch: usize, leaf: Option<&str>) -> Result<Planned> 
     let Setup { pipeline, settings, .. } = setup;
     let (config, (height, width)) = (&pipeline.config.unet, pipeline.latent_size(settings.width, settings.height)?);
     let unet = Unet::new(config);
+    check_pixels(settings.width, settings.height, batch)?;
     let mut b = Builder::new("pass", settings.dtype);
     let latents = b.accumulator_input(LATENTS, &[batch, height, width, config.in_channels]);
     let context = b.input(CONTEXT, &[batch, pipeline.tokens(), config.context_width]);
@@ -90,6 +101,7 @@ pub fn methods(setup: &mut Setup<'_>) -> Result<Case> {
         setup.check_memory(&planned.footprint(), 1)?;
         counted = planned.nfe();
         let generator = Generator::plan(pipeline, &*setup.executor, setup.settings.clone(), 1)?;
+        setup.check_memory(&generator.footprint(), 1)?;
         let mut round: Vec<Row> = passes(setup, 1, Plan { runs: 3, warmup: 0 })?;
         setup.executor.clear();
         let plain = {
@@ -119,5 +131,5 @@ pub fn methods(setup: &mut Setup<'_>) -> Result<Case> {
         "iterations": counted.backward / 2, "forward": counted.forward, "backward": counted.backward,
         "found_over_predicted": Times { ms: ratios.clone() }.median(), "raw_found_over_predicted": ratios,
     });
-    Ok(Case { name: "methods, one image".into(), rows, total: None, facts })
+    Ok(Case { name: METHODS.into(), rows, total: None, facts })
 }

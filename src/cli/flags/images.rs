@@ -6,7 +6,8 @@ use crate::cli::flags::model::ModelFlags;
 use crate::cli::flags::output::OutputFlags;
 use crate::cli::flags::sampling::SamplingFlags;
 use crate::cli::flags::values;
-use crate::cli::tensors;
+use crate::cli::paths::Paths;
+use crate::cli::{machine, tensors};
 use crate::data::textual_inversion;
 use crate::pipeline::Pipeline;
 use crate::pipeline::generate::Settings;
@@ -31,6 +32,19 @@ pub struct ImageFlags {
     pub output: OutputFlags,
 }
 
+impl ImageFlags {
+    /// Images that are already there are not made again.
+    pub fn resumes(&self) -> bool {
+        self.prompts.is_some() && !self.output.overwrite
+    }
+
+    /// Every file that is read.
+    pub fn inputs(&self, paths: &mut Paths) {
+        self.prompts.iter().for_each(|path| paths.input("--prompts", path));
+        self.run.inputs(paths);
+    }
+}
+
 /// How images are made.
 #[derive(Args)]
 pub struct RunFlags {
@@ -40,7 +54,8 @@ pub struct RunFlags {
     pub device: DeviceFlags,
     #[command(flatten)]
     pub sampling: SamplingFlags,
-    /// A learned token (textual inversion): safetensors; prompts name it by the word in the file, else by <FILE>
+    /// A learned token (textual inversion): safetensors; prompts name it by the word in the file, else by the file's name, as it is
+    /// or in angle brackets
     #[arg(long, value_name = "FILE")]
     pub token: Vec<PathBuf>,
     /// Starting noise: safetensors, tensor `noise`, f32 [B, C, H/f, W/f], unit variance, one row per image
@@ -81,14 +96,40 @@ impl RunFlags {
         Ok(pipeline)
     }
 
+    /// Every file that is read.
+    pub fn inputs(&self, paths: &mut Paths) {
+        self.model.inputs(paths);
+        self.token.iter().for_each(|path| paths.input("--token", path));
+        self.noise.iter().for_each(|path| paths.input("--noise", path));
+    }
+
+    /// What the user may not expect of these flags with this model, for so many images.
+    pub fn remarks(&self, pipeline: &Pipeline, images: usize) -> Vec<String> {
+        let mut remarks = self.sampling.remarks(pipeline);
+        if self.batch > images {
+            remarks.push(format!("--batch {}: there are only {images} images", self.batch));
+        }
+        if self.noise.is_some() && self.sampling.seed.is_some() {
+            remarks.push(
+                "--noise is what the images begin as; --seed is only for their names and for what is drawn later"
+                    .into(),
+            );
+        }
+        remarks
+    }
+
     pub fn settings(&self, pipeline: &Pipeline) -> Result<Settings> {
         self.sampling.settings(pipeline, self.device.program_dtype()?)
     }
 
     /// Rows of `--noise`, one per image.
     pub fn noise(&self, pipeline: &Pipeline, settings: &Settings, images: usize) -> Result<Noise> {
+        let Some(path) = &self.noise else { return Ok(None) };
         let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
         let shape = [images, pipeline.config.unet.in_channels, height, width];
-        self.noise.as_ref().map(|path| tensors::read_noise(path, shape)).transpose()
+        // The file's bytes and its numbers.
+        let values = shape.iter().try_fold(2usize, |product, side| product.checked_mul(*side));
+        machine::check_host_memory(self.device.memory_limit, values, "--noise")?;
+        tensors::read_noise(path, shape).map(Some)
     }
 }

@@ -1,6 +1,7 @@
 //! How the command line gets a method out of its flags.
 
 use crate::Result;
+use crate::cli::paths::Paths;
 use crate::methods::ImageMethod;
 use crate::pipeline::Pipeline;
 
@@ -15,5 +16,8 @@ pub struct Context<'a> {
 
 /// The flags of one method.
 pub trait MethodFlags {
+    /// Every file that is read.
+    fn inputs(&self, _paths: &mut Paths) {}
+
     fn method(&self, context: &Context<'_>) -> Result<Box<dyn ImageMethod>>;
 }

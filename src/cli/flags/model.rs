@@ -1,6 +1,7 @@
 //! Which model a command opens.
 
 use crate::Result;
+use crate::cli::paths::Paths;
 use crate::cli::progress::Reporter;
 use crate::models::config::Prediction;
 use crate::pipeline::Pipeline;
@@ -52,6 +53,12 @@ impl ModelFlags {
         let pipeline = Pipeline::open(model, self.prediction.map(Prediction::from))?;
         pipeline.remarks.iter().for_each(|remark| Reporter::new(false, true).warn(remark));
         Ok(pipeline)
+    }
+
+    /// Every file that is read, or may be.
+    pub fn inputs(&self, paths: &mut Paths) {
+        self.model.iter().for_each(|path| paths.model("--model", path));
+        self.unet.iter().for_each(|path| paths.model("--unet", path));
     }
 
     /// The model's name as images record it.

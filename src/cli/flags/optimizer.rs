@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 #[derive(Args)]
 pub struct OptimizerFlags {
     /// Adam steps at each optimised sampling step [default: the model's recommended.json, else 10]
-    #[arg(long, value_name = "K", allow_negative_numbers = true)]
+    #[arg(long, value_name = "K", value_parser = values::number_of, allow_negative_numbers = true)]
     pub iterations: Option<usize>,
     /// Learning rate [default: the model's recommended.json, else a fraction of the spread of its token embeddings; released 0.01]
     #[arg(long, value_parser = values::amount, allow_negative_numbers = true)]

@@ -14,6 +14,9 @@ pub struct OutputFlags {
     /// Make images again that --prompts finds already made
     #[arg(long)]
     pub overwrite: bool,
+    /// Stop at the first image that fails; without, the others are made, and the exit code says that one failed
+    #[arg(long)]
+    pub strict: bool,
     /// Write no text chunks into the PNGs
     #[arg(long)]
     pub no_metadata: bool,

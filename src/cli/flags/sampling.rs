@@ -11,9 +11,9 @@ use clap::Args;
 /// How latents become images.
 #[derive(Args)]
 pub struct SamplingFlags {
-    /// Seed of a prompt's first image; its image i uses SEED+i and is the same image alone
-    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
-    pub seed: u64,
+    /// Seed of a prompt's first image; its image i uses SEED+i and is the same image alone [default: 0]
+    #[arg(long, allow_negative_numbers = true)]
+    pub seed: Option<u64>,
     /// Noise generator: philox is the same on every device, torch-cpu and torch-cuda repeat PyTorch's
     #[arg(long, default_value = "philox", value_name = "philox|torch-cpu|torch-cuda")]
     pub rng: Rng,
@@ -44,6 +44,10 @@ pub struct SamplingFlags {
 }
 
 impl SamplingFlags {
+    pub fn seed(&self) -> u64 {
+        self.seed.unwrap_or(0)
+    }
+
     /// The flags with the model's defaults filled in.
     pub fn settings(&self, pipeline: &Pipeline, dtype: DType) -> Result<Settings> {
         let config = &pipeline.config;
@@ -87,6 +91,9 @@ impl SamplingFlags {
         }
         if !self.cfg_pp && self.guidance.is_some_and(|w| (0.0..1.0).contains(&w)) {
             remarks.push("--guidance below 1 moves away from the prompt, 0 ignores it; distilled models want 1".into());
+        }
+        if !self.cfg_pp && self.guidance == Some(1.0) && self.negative.is_some() {
+            remarks.push("--negative: --guidance 1 runs the prompt's branch only".into());
         }
         remarks
     }

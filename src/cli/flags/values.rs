@@ -8,6 +8,14 @@ pub fn count(text: &str) -> Result<usize, String> {
     }
 }
 
+/// A number of things, perhaps none: 0 to a million.
+pub fn number_of(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(count) if count <= 1_000_000 => Ok(count),
+        Ok(_) | Err(_) => Err("write a number from 0 to 1000000".to_string()),
+    }
+}
+
 /// A finite number.
 pub fn number(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|x: &f64| x.is_finite()).ok_or_else(|| "write a number".to_string())

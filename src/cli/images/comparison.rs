@@ -5,7 +5,7 @@ use crate::cli::flags::method::Context;
 use crate::cli::images::ledger::{self, Cost, Ledger};
 use crate::cli::images::scores::{PlannedScore, Score};
 use crate::cli::images::sheet::{self, Grid, Ink, Tile, words};
-use crate::cli::images::targets::{self, Target};
+use crate::cli::images::targets::{Selection, Target, Targets};
 use crate::cli::images::work::{self, Part, Work};
 use crate::cli::machine;
 use crate::cli::progress::Reporter;
@@ -54,7 +54,8 @@ pub fn run(flags: &RunFlags, context: &Context<'_>, comparison: &Comparison<'_>)
     let size = [settings.width, settings.height];
     let seeds = flags.count.unwrap_or(SEEDS);
     sheet::probe(comparison.path, comparison.flag, size, comparison.methods.len() * seeds)?;
-    let targets = targets::for_prompt(comparison.prompt, flags.sampling.seed, seeds, comparison.path);
+    let all = Targets::for_prompt(comparison.prompt, flags.sampling.seed(), seeds, comparison.path)?;
+    let targets: Vec<Target> = all.iter().collect();
     let noise = flags.noise(pipeline, &settings, seeds)?;
     let of_the_world = context.embedded && size == [pipeline.config.image_size; 2];
     let shapes_scorer = of_the_world.then(|| ShapesScorer::open(settings.width, settings.height)).transpose()?;
@@ -68,8 +69,9 @@ pub fn run(flags: &RunFlags, context: &Context<'_>, comparison: &Comparison<'_>)
 
     // Every method is planned before the first one starts: what does not fit the memory is not found out after hours.
     let mut executor = flags.device.executor(flags.check_finite)?;
-    let planned = works.iter().map(|work| work.plan(&flags.device, &*executor, &targets, flags.batch));
-    let parts: Vec<Vec<Part<'_, '_>>> = planned.collect::<Result<_>>()?;
+    let selection = Selection::all_of(&all);
+    let planned = works.iter().map(|work| work.plan(&flags.device, &*executor, &selection, flags.batch));
+    let parts: Vec<Vec<Part<'_>>> = planned.collect::<Result<_>>()?;
     let planned = opened.iter().map(|score| score.plan(&flags.device, &*executor, &settings));
     let scores: Vec<PlannedScore<'_>> = planned.collect::<Result<_>>()?;
     let (mut columns, costs) = run.make(&mut *executor, parts)?;
@@ -100,11 +102,15 @@ impl Run<'_> {
 
     fn warn(&self, works: &[Work<'_>]) -> Result<()> {
         let Some(most_reserved) = works.iter().max_by_key(|work| work.method.reserved_tokens()) else { return Ok(()) };
-        let negatives = works.iter().filter_map(|work| self.negative(work.method));
+        let negatives = || works.iter().filter_map(|work| self.negative(work.method));
         let prompt = [self.comparison.prompt].into_iter();
-        work::warn_of_cut_tokens(most_reserved, prompt, negatives, &self.reporter)?;
+        let pipeline = most_reserved.pipeline;
+        work::warn_of_learned_tokens(pipeline, prompt.clone().chain(negatives()), &self.reporter)?;
+        work::warn_of_cut_tokens(most_reserved, prompt, negatives(), &self.reporter)?;
+        let remarks = self.flags.remarks(pipeline, self.targets.len());
+        let of_methods = works.iter().flat_map(|work| work.method.remarks(work.settings));
+        remarks.into_iter().chain(of_methods).for_each(|remark| self.reporter.warn(&remark));
         let sampling = &self.flags.sampling;
-        sampling.remarks(most_reserved.pipeline).iter().for_each(|remark| self.reporter.warn(remark));
         let replaces_negative = |work: &Work<'_>| work.method.negative(None).is_some();
         if sampling.guidance == Some(1.0) && !sampling.cfg_pp && works.iter().any(replaces_negative) {
             self.reporter.warn("--guidance 1 uses no negative prompt: the null-prompted images are the plain ones");
@@ -113,13 +119,9 @@ impl Run<'_> {
     }
 
     /// The images of each method, seed by seed, and their cost. Programs of one method at a time are loaded; the weights stay.
-    fn make(
-        &mut self,
-        executor: &mut dyn Executor,
-        parts: Vec<Vec<Part<'_, '_>>>,
-    ) -> Result<(Vec<Vec<Cell>>, Vec<Cost>)> {
-        let units = |part: &Part<'_, '_>| part.planned.progress_units() * part.batches.len();
-        self.reporter.start("step", parts.iter().flatten().map(units).sum());
+    fn make(&mut self, executor: &mut dyn Executor, parts: Vec<Vec<Part<'_>>>) -> Result<(Vec<Vec<Cell>>, Vec<Cost>)> {
+        let units = |part: &Part<'_>| part.planned.progress_units().saturating_mul(part.batches.len());
+        self.reporter.start("step", parts.iter().flatten().map(units).fold(0, usize::saturating_add));
         let (mut columns, mut costs) = (Vec::new(), Vec::new());
         for (method, parts) in self.comparison.methods.iter().zip(parts) {
             let (mut cells, mut cost) = (Vec::new(), Cost::default());
@@ -130,7 +132,8 @@ impl Run<'_> {
                 cost.nfe.backward += batches.len() * backward;
                 cost.peak_bytes = cost.peak_bytes.max(planned.footprint().total());
                 let mut loaded = planned.load(executor)?;
-                for targets in batches {
+                for positions in batches.iter() {
+                    let targets = &self.targets[positions];
                     let started = Instant::now();
                     let images = self.make_batch(&mut *loaded, targets)?;
                     cost.seconds += started.elapsed().as_secs_f64();

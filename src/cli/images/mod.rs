@@ -1,11 +1,14 @@
 //! Making images on the command line: what is made, how, and where it goes.
 
 pub mod comparison;
+pub mod failures;
+pub mod finished;
 pub mod ledger;
 pub mod record;
 pub mod run;
 pub mod scores;
 pub mod sheet;
 pub mod targets;
+pub mod trace;
 pub mod work;
 pub mod writer;

@@ -1,29 +1,28 @@
 //! Making images from prompts by any method, and the files that `generate` and `minority` write.
 
 use crate::cli::flags::images::{ImageFlags, Noise};
+use crate::cli::images::failures::Failures;
+use crate::cli::images::finished::{self, Chosen, Found};
 use crate::cli::images::record::record;
-use crate::cli::images::targets::{self, Target};
+use crate::cli::images::targets::{Target, Targets};
+use crate::cli::images::trace::{self, Trace};
 use crate::cli::images::work::{self, Part, Work, job};
 use crate::cli::images::writer::Writer;
+use crate::cli::paths::Paths;
 use crate::cli::progress::Reporter;
 use crate::cli::{atomic, machine, tensors};
-use crate::data::textual_inversion;
-use crate::data::{metadata, prompts};
+use crate::data::{metadata, prompts, textual_inversion};
 use crate::methods::{ImageMethod, LoadedMethod};
 use crate::pipeline::generate::{Image, Job};
-use crate::pipeline::{Iteration, Pipeline, Progress};
+use crate::pipeline::{Pipeline, Progress};
 use crate::plan::show_bytes;
 use crate::weights::Component;
 use crate::{Error, Result};
 use serde_json::json;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
-
-/// Most images of one command: each has a path and a prompt in memory.
-const MOST_IMAGES: usize = 10_000_000;
 
 /// What `--out` names: a PNG, or a folder that is made where there is none.
 enum Out {
@@ -41,57 +40,106 @@ fn out(args: &ImageFlags) -> Out {
     }
 }
 
-/// Every image the flags ask for.
-fn all_targets(args: &ImageFlags) -> Result<Vec<Target>> {
-    let (seed, count) = (args.run.sampling.seed, args.run.count.unwrap_or(1));
-    Ok(match (&args.prompts, out(args)) {
-        (Some(file), Out::Folder(out) | Out::File(out)) => {
-            let prompts = prompts::read(file)?;
-            if prompts.len() * count > MOST_IMAGES {
-                return Err(Error::Usage(format!("--count {count}: more than {MOST_IMAGES} images in all")));
-            }
-            targets::for_file(&prompts, seed, count, &out)
-        }
+/// Every image the flags ask for, once no file of the command is in the way of another. Nothing is written yet.
+/// `paths` may hold inputs of the method.
+pub fn targets(args: &ImageFlags, extras: &Extras, mut paths: Paths) -> Result<Targets> {
+    let (seed, count) = (args.run.sampling.seed(), args.run.count.unwrap_or(1));
+    args.inputs(&mut paths);
+    args.output.out.iter().try_for_each(|out| metadata::check_name("--out", out))?;
+    let out = out(args);
+    let (Out::File(named) | Out::Folder(named)) = &out;
+    let named = named.clone();
+    paths.output("--out", &named)?;
+    let others =
+        [("--latents-out", &args.output.latents_out), ("--trace", &extras.trace), ("--save-token", &extras.save_token)];
+    for (flag, path) in others {
+        path.iter().try_for_each(|path| paths.output(flag, path))?;
+    }
+    let targets = match (&args.prompts, out) {
+        (Some(file), Out::Folder(out) | Out::File(out)) => Targets::for_file(prompts::read(file)?, seed, count, &out)?,
         (None, out) => {
             let prompt = args.prompt.as_deref().unwrap_or_default();
             let file = match out {
                 Out::File(file) => file,
                 Out::Folder(folder) => folder.join("image.png"),
             };
-            targets::for_prompt(prompt, seed, count, &file)
+            Targets::for_prompt(prompt, seed, count, &file)?
         }
-    })
+    };
+    for target in targets.iter().filter(|target| target.path != named) {
+        paths.numbered_output("--out", &target.path)?;
+    }
+    if let Some(path) = &extras.save_token {
+        let tokens = targets.iter().map(|target| targets.beside(path, &target));
+        tokens.filter(|token| token != path).try_for_each(|token| paths.numbered_output("--save-token", &token))?;
+    }
+    Ok(targets)
 }
 
 /// Makes what the flags ask for by `method`.
-pub fn run(args: &ImageFlags, pipeline: &Pipeline, method: &dyn ImageMethod, extras: &Extras) -> Result<()> {
+pub fn run(
+    args: &ImageFlags,
+    pipeline: &Pipeline,
+    method: &dyn ImageMethod,
+    extras: &Extras,
+    targets: &Targets,
+) -> Result<()> {
     let started = Instant::now();
-    let targets = all_targets(args)?;
     let settings = args.run.settings(pipeline)?;
     let noise = args.run.noise(pipeline, &settings, targets.len())?;
-    prepare_output(args, extras, &targets)?;
+    prepare_output(args, extras, targets)?;
     let work = Work { pipeline, settings: &settings, method };
-    let missing = missing(args, &work, &noise, targets)?;
+    let chosen = finished::choose(args, extras, &work, &noise, targets)?;
+    let selection = &chosen.selection;
     let reporter = Reporter::new(args.run.json, args.run.quiet);
-    work::check(method, &missing, args.run.batch)?;
-    let prompts = missing.iter().map(|target| target.prompt.as_str());
-    work::warn_of_cut_tokens(&work, prompts, args.run.sampling.negative.as_deref(), &reporter)?;
-    args.run.sampling.remarks(pipeline).iter().for_each(|remark| reporter.warn(remark));
+    work::check(method, selection.len(), args.run.batch)?;
+    let negative = method.negative(args.run.sampling.negative.as_deref());
+    work::warn_of_learned_tokens(pipeline, targets.prompts().chain(negative), &reporter)?;
+    work::warn_of_cut_tokens(&work, selection.distinct_prompts(), negative, &reporter)?;
+    let remarks =
+        [args.run.remarks(pipeline, targets.len()), method.remarks(&settings), remarks_on_outputs(args, &chosen)];
+    remarks.iter().flatten().for_each(|remark| reporter.warn(remark));
 
-    let trace = extras.trace.as_ref().map(|path| Trace::create(path)).transpose()?;
-    let interrupt = machine::catch_interrupt()?;
-    let mut run = Run { args, work, extras, noise, interrupt, reporter, trace, writer: None };
-    let latents = run.make(&missing, started)?;
-    if let (Some(path), false) = (&args.output.latents_out, missing.is_empty()) {
-        let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
-        let shape = [missing.len(), pipeline.config.unet.in_channels, height, width];
-        tensors::write_latents(path, shape, &latents)?;
+    let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
+    let shape = [selection.len(), pipeline.config.unet.in_channels, height, width];
+    if args.output.latents_out.is_some() {
+        let values = shape.iter().try_fold(2usize, |product, side| product.checked_mul(*side));
+        machine::check_host_memory(args.run.device.memory_limit, values, "what --latents-out holds until the end")?;
     }
-    if missing.is_empty() {
+    let interrupt = machine::catch_interrupt()?;
+    let failures = Failures::new(args.output.strict || selection.len() == 1, reporter.clone());
+    let mut run = Run { args, work, extras, targets, noise, interrupt, reporter, failures, trace: None, writer: None };
+    let latents = run.make(&chosen, started)?;
+    if let (Some(path), false) = (&args.output.latents_out, selection.is_empty()) {
+        match run.failures.count() {
+            0 => tensors::write_latents(path, shape, &latents)?,
+            _ => run.reporter.warn("--latents-out is not written: images are missing"),
+        }
+    }
+    if selection.is_empty() {
         run.reporter.note("all images are already there");
     }
-    run.trace.map_or(Ok(()), Trace::finish)?;
-    run.reporter.event(json!({"event": "done", "images": missing.len()}))
+    run.reporter.event(json!({"event": "done", "images": selection.len() - run.failures.count()}))?;
+    run.failures.result(selection.len())
+}
+
+/// What the user may not expect of the outputs.
+fn remarks_on_outputs(args: &ImageFlags, chosen: &Chosen<'_>) -> Vec<String> {
+    let mut remarks = Vec::new();
+    let (made, all) = (chosen.selection.len(), chosen.selection.targets.len());
+    if args.output.overwrite && args.prompts.is_none() {
+        remarks.push("--overwrite: without --prompts every image is made anyway".to_string());
+    }
+    if args.output.latents_out.is_some() && made == 0 {
+        remarks.push("--latents-out is not written: all images are already there".to_string());
+    } else if args.output.latents_out.is_some() && made < all {
+        remarks.push(format!("--latents-out holds the {made} images of this run, not the {} of before", all - made));
+    }
+    if chosen.unsigned > 0 {
+        let what = "images are there that do not say how they were made (--no-metadata): taken as made";
+        remarks.push(format!("{} {what}", chosen.unsigned));
+    }
+    remarks
 }
 
 /// What only some methods write.
@@ -101,35 +149,42 @@ pub struct Extras {
     pub save_token: Option<PathBuf>,
     /// JSON lines, one per iteration.
     pub trace: Option<PathBuf>,
+    /// Of an optimiser, per image: lines of the trace.
+    pub iterations: usize,
 }
 
 struct Run<'a> {
     args: &'a ImageFlags,
     work: Work<'a>,
     extras: &'a Extras,
+    targets: &'a Targets,
     noise: Noise,
     interrupt: Arc<AtomicBool>,
     reporter: Reporter,
+    failures: Failures,
     trace: Option<Trace>,
     /// Once there is something to write.
     writer: Option<Writer>,
 }
 
 impl Run<'_> {
-    /// Makes and saves the targets; returns the latents of all. Whatever happens, images that are finished are written.
-    fn make(&mut self, targets: &[Target], started: Instant) -> Result<Vec<f32>> {
-        let made = self.make_batches(targets, started);
+    /// Makes and saves the chosen; returns the latents of all. Whatever happens, images that are finished are written.
+    fn make(&mut self, chosen: &Chosen<'_>, started: Instant) -> Result<Vec<f32>> {
+        let made = self.make_batches(chosen, started);
         let written = self.written();
         self.reporter.finish();
         written.and(made)
     }
 
-    fn make_batches(&mut self, targets: &[Target], started: Instant) -> Result<Vec<f32>> {
-        let (mut latents, flags) = (Vec::new(), &self.args.run);
+    fn make_batches(&mut self, chosen: &Chosen<'_>, started: Instant) -> Result<Vec<f32>> {
+        let (mut latents, flags, selection) = (Vec::new(), &self.args.run, &chosen.selection);
         let mut executor = flags.device.executor(flags.check_finite)?;
-        let parts = self.work.plan(&flags.device, &*executor, targets, flags.batch)?;
+        let parts = self.work.plan(&flags.device, &*executor, selection, flags.batch)?;
         let largest = parts.iter().map(|part| part.planned.footprint().total()).max().unwrap_or_default();
-        let units = parts.iter().map(|part| part.planned.progress_units() * part.batches.len()).sum();
+        let units = parts.iter().map(|part| part.planned.progress_units().saturating_mul(part.batches.len()));
+        let units = units.fold(0, usize::saturating_add);
+        // Not before the plan is known to fit: the trace of an earlier run ends here.
+        self.trace = self.extras.trace.as_ref().map(|path| Trace::open(path, chosen.trace_end)).transpose()?;
         for (index, Part { planned, batches }) in parts.into_iter().enumerate() {
             executor.clear();
             let before = machine::disk_bytes();
@@ -142,8 +197,8 @@ impl Run<'_> {
                 self.report_load(started.elapsed().as_secs_f64(), from_disk, largest)?;
                 self.reporter.start("step", units);
             }
-            for targets in batches {
-                latents.extend(self.make_batch(&mut *loaded, targets)?);
+            for positions in batches.iter() {
+                latents.extend(self.make_batch(&mut *loaded, &selection.targets(positions))?);
             }
         }
         Ok(latents)
@@ -153,47 +208,74 @@ impl Run<'_> {
         let started = Instant::now();
         let negative = self.args.run.sampling.negative.as_deref();
         let jobs: Vec<Job> = targets.iter().map(|target| job(target, negative, &self.noise)).collect();
-        let mut trace = self.trace.take();
-        let images = loaded.run_checked(&jobs, &mut |progress| {
-            match progress {
-                Progress::Step { .. } => self.reporter.step(),
-                Progress::Again => {}
-                Progress::Iteration(report) => {
-                    self.reporter.step();
-                    if let (Some(trace), Some(report)) = (trace.as_mut(), report) {
-                        trace.write(targets, report)?;
-                    }
+        let mut saved = vec![false; targets.len()];
+        let made = loaded.run(&jobs, &mut |progress| {
+            if let Progress::Image { index, .. } = progress {
+                saved[index] = true;
+            }
+            self.observe(progress, targets, started)
+        });
+        for index in (0..targets.len()).filter(|index| saved[*index]) {
+            self.save_extras(&targets[index], loaded, index)?;
+        }
+        match made {
+            // Only --latents-out needs them; a long run must not pile them up.
+            Ok(_) if self.args.output.latents_out.is_none() => Ok(vec![]),
+            Ok(images) => Ok(images.into_iter().flat_map(|image| image.latents).collect()),
+            // One image does not spoil the others; a full disk, say, would.
+            Err(error @ (Error::NotFinite(_) | Error::Numeric(_))) => {
+                let error = loaded.locate(error, &jobs, &mut |progress| self.observe(progress, targets, started));
+                let lost = targets.iter().zip(&saved).filter(|(_, saved)| !**saved).map(|(target, _)| &*target.path);
+                self.failures.add(&lost.collect::<Vec<_>>(), error)?;
+                Ok(vec![])
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn observe(&mut self, progress: Progress<'_>, targets: &[Target], started: Instant) -> Result<()> {
+        match progress {
+            Progress::Step { .. } => self.reporter.step(),
+            Progress::Again => {}
+            Progress::Iteration(report) => {
+                self.reporter.step();
+                if let (Some(trace), Some(report)) = (&mut self.trace, report) {
+                    trace.write(targets, report)?;
                 }
-                Progress::Image { index, image } => {
-                    let seconds = started.elapsed().as_secs_f64() / targets.len() as f64;
-                    return self.save(&targets[index], image, seconds);
-                }
             }
-            if self.writer.as_ref().is_some_and(Writer::has_failed) {
-                self.written()?;
-            }
-            if self.interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
-        })?;
-        self.trace = trace;
-        for (index, target) in targets.iter().enumerate() {
-            if let Some(path) = &self.extras.save_token {
-                let alone = self.args.prompts.is_none() && self.args.run.count.unwrap_or(1) == 1;
-                inversion_file(path, target, alone, loaded, index)?;
-            }
-            if let Some(chosen) = loaded.chosen(index) {
-                let path = target.path.display().to_string();
-                let note = format!("{path}: seed {}, score {:.4}", chosen.seed, chosen.score);
-                let event = json!({"event": "chosen", "path": path, "seed": chosen.seed, "score": chosen.score});
-                let reporter = self.reporter.clone();
-                self.later(move || {
-                    reporter.note(&note);
-                    reporter.event(event)
-                })?;
+            Progress::Image { index, image } => {
+                let seconds = started.elapsed().as_secs_f64() / targets.len() as f64;
+                return self.save(&targets[index], image, seconds);
             }
         }
-        // Only --latents-out needs them; a long run must not pile them up.
-        let kept = images.into_iter().filter(|_| self.args.output.latents_out.is_some());
-        Ok(kept.flat_map(|image| image.latents).collect())
+        if self.writer.as_ref().is_some_and(Writer::has_failed) {
+            self.written()?;
+        }
+        if self.interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+    }
+
+    /// What belongs to image `index` of the batch that was made.
+    fn save_extras(&mut self, target: &Target, loaded: &dyn LoadedMethod, index: usize) -> Result<()> {
+        if let Some(path) = &self.extras.save_token {
+            let path = self.targets.beside(path, target);
+            let token = loaded.learned(index, &textual_inversion::word_of(&path))?;
+            let bytes = textual_inversion::bytes(&token)?;
+            let (image, failures) = (target.path.clone(), self.failures.clone());
+            self.later(move || match failures.has(&image) {
+                // The image there is another run's, and so is its token.
+                true => Ok(()),
+                false => atomic::write(&path, |out| out.write_all(&bytes)),
+            })?;
+        }
+        let Some(chosen) = loaded.chosen(index) else { return Ok(()) };
+        let path = target.path.display().to_string();
+        let note = format!("{path}: seed {}, score {:.4}", chosen.seed, chosen.score);
+        let event = json!({"event": "chosen", "path": path, "seed": chosen.seed, "score": chosen.score});
+        let reporter = self.reporter.clone();
+        self.later(move || {
+            reporter.note(&note);
+            reporter.event(event)
+        })
     }
 
     /// A load is cold when most of the stored weights had to come from the disk, warm when the system still held them.
@@ -210,11 +292,21 @@ impl Run<'_> {
     /// Encodes, writes and reports an image while the next one is made.
     fn save(&mut self, target: &Target, image: &Image, seconds: f64) -> Result<()> {
         let record = record(&self.args.run, &self.work, &self.noise, target)?;
-        let (with_record, reporter) = (!self.args.output.no_metadata, self.reporter.clone());
-        let (path, width, height, rgb) = (target.path.clone(), image.width, image.height, image.rgb.clone());
+        let (with_record, reporter, failures) =
+            (!self.args.output.no_metadata, self.reporter.clone(), self.failures.clone());
+        let (path, is_new, width, height) = (target.path.clone(), target.is_new, image.width, image.height);
+        let rgb = image.rgb.clone();
         self.later(move || {
             let chunks = with_record.then_some(&record);
-            atomic::write(&path, |out| metadata::write_png(out, width, height, &rgb, chunks))?;
+            let png = |out: &mut dyn std::io::Write| metadata::write_png(out, width, height, &rgb, chunks);
+            let is_written = match is_new {
+                true => atomic::create(&path, png)?,
+                false => atomic::write(&path, png).map(|()| true)?,
+            };
+            if !is_written && finished::examine(&path, &record)? != Found::Image {
+                let what = "appeared while this run made it with other settings; it is kept";
+                return failures.add(&[&path], Error::Incomplete(what.into()));
+            }
             let event =
                 json!({"event": "image", "path": path.display().to_string(), "seconds": seconds, "record": record});
             reporter.image(&path, event)
@@ -238,72 +330,17 @@ impl Run<'_> {
     }
 }
 
-/// Writes what was learned for one image; several images get their seed before the extension, those of a prompt file the image's
-/// name.
-fn inversion_file(path: &Path, target: &Target, alone: bool, loaded: &dyn LoadedMethod, index: usize) -> Result<()> {
-    let path = if alone { path.to_path_buf() } else { targets::beside(path, &target.path) };
-    let token = loaded.learned(index, &textual_inversion::word_of(&path))?;
-    let bytes = textual_inversion::bytes(&token)?;
-    atomic::write(&path, |out| out.write_all(&bytes))
-}
-
-/// A file of JSON lines that grows while images are made, and is whole lines at any time.
-struct Trace {
-    path: PathBuf,
-    out: std::io::LineWriter<std::fs::File>,
-}
-
-impl Trace {
-    fn create(path: &Path) -> Result<Trace> {
-        let out = std::fs::File::create(path).map_err(Error::io("create", path))?;
-        Ok(Trace { path: path.to_path_buf(), out: std::io::LineWriter::new(out) })
-    }
-
-    fn write(&mut self, targets: &[Target], report: &Iteration) -> Result<()> {
-        let mut line = json!(report);
-        line["seeds"] = json!(targets.iter().map(|target| target.seed).collect::<Vec<_>>());
-        line["images"] = json!(targets.iter().map(|target| target.index).collect::<Vec<_>>());
-        writeln!(self.out, "{line}").map_err(Error::io("write", &self.path))
-    }
-
-    fn finish(mut self) -> Result<()> {
-        self.out.flush().map_err(Error::io("write", &self.path))
-    }
-}
-
 /// Output folders exist and can be written to before the first image is computed.
-fn prepare_output(args: &ImageFlags, extras: &Extras, targets: &[Target]) -> Result<()> {
-    args.output.out.iter().try_for_each(|out| metadata::check_name("--out", out))?;
+fn prepare_output(args: &ImageFlags, extras: &Extras, targets: &Targets) -> Result<()> {
+    if let Some(path) = &extras.trace {
+        atomic::check(path)?;
+        trace::check(path)?;
+    }
     if let Out::Folder(folder) = out(args) {
         std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
     }
-    for target in targets {
-        if target.path.is_dir() {
-            return Err(Error::Usage(format!("{}: is a folder, not a file to write", target.path.display())));
-        }
-        if args.output.latents_out.as_ref() == Some(&target.path) {
-            return Err(Error::Usage(format!("{}: --latents-out would overwrite the image", target.path.display())));
-        }
-    }
-    targets
-        .iter()
-        .map(|t| &t.path)
-        .take(1)
-        .chain(&args.output.latents_out)
-        .chain(&extras.save_token)
-        .try_for_each(|path| atomic::probe(path))
-}
-
-/// Targets that are not made yet; without a prompt file every image is made.
-fn missing(args: &ImageFlags, work: &Work<'_>, noise: &Noise, targets: Vec<Target>) -> Result<Vec<Target>> {
-    if args.prompts.is_none() || args.output.overwrite {
-        return Ok(targets);
-    }
-    let mut missing = Vec::new();
-    for target in targets {
-        if !targets::is_finished(&target.path, &record(&args.run, work, noise, &target)?)? {
-            missing.push(target);
-        }
-    }
-    Ok(missing)
+    let first = targets.get(0);
+    let token = extras.save_token.as_ref().map(|path| targets.beside(path, &first));
+    let files = [Some(&first.path), args.output.latents_out.as_ref(), token.as_ref()];
+    files.into_iter().flatten().try_for_each(|path| atomic::probe(path))
 }

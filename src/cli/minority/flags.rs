@@ -3,12 +3,15 @@
 use crate::cli::flags::method::{Context, MethodFlags};
 use crate::cli::flags::optimizer::{After, OptimizerFlags};
 use crate::cli::flags::values;
+use crate::cli::paths::Paths;
 use crate::data::textual_inversion;
 use crate::methods::ImageMethod;
 use crate::methods::minority::{self, Convention, MinorityPrompt, Raised, Recommended, Renoise, Schedule};
+use crate::models::config::Family;
 use crate::optimize::objective;
 use crate::optimize::variable::Variable;
 use crate::optimize::variable::token::{Init, PoolAt, TokenSettings};
+use crate::pipeline::Pipeline;
 use crate::pipeline::conditioning::Branch;
 use crate::text::Position;
 use crate::{Error, Result};
@@ -155,6 +158,7 @@ impl MinorityFlags {
             Mode::Default => Convention::Diffusers,
             Mode::Released => Convention::Released,
         };
+        self.check(pipeline)?;
         let mut chooser = Chooser::default();
         let kinds = (!self.objective.is_empty()).then(|| self.objective.clone());
         let show_kinds = |kinds: &Vec<Kind>| kinds.iter().map(lower).collect::<Vec<_>>().join(",");
@@ -193,6 +197,38 @@ impl MinorityFlags {
         };
         let explained = chooser.chosen.into_iter().map(|(name, value, from)| (name, value, source(from)));
         Ok((method, explained.collect()))
+    }
+
+    /// Refuses flags of what this run has not.
+    fn check(&self, pipeline: &Pipeline) -> Result<()> {
+        let token = [
+            ("--tokens", self.tokens.is_some()),
+            ("--place", self.place.is_some()),
+            ("--init", self.init.is_some()),
+            ("--init-token", self.init_token.is_some()),
+            ("--pool-at", self.pool_at.is_some()),
+        ];
+        let objective = [
+            ("--renoise", self.renoise.is_some()),
+            ("--lambda", self.lambda.is_some()),
+            ("--stop-second", self.stop_second),
+            ("--second-learned", self.second_learned),
+            ("--guided", self.guided),
+            ("--squared", self.squared),
+        ];
+        let is_raised = self.objective.is_empty() || self.objective.contains(&Kind::Minority);
+        let given = |flags: &[(&'static str, bool)]| flags.iter().find(|(_, given)| *given).map(|(flag, _)| *flag);
+        let unused = match (given(&token), given(&objective)) {
+            (Some(flag), _) if self.variable() != What::Token => {
+                format!("{flag}: there is a token only with --variable token")
+            }
+            (_, Some(flag)) if !is_raised => format!("{flag}: is of --objective minority, which is not raised here"),
+            _ if self.pool_at.is_some() && pipeline.config.family != Family::Sdxl => {
+                "--pool-at: the text is pooled for SDXL only, which this model is not".to_string()
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::Usage(unused))
     }
 
     /// What is optimised.
@@ -237,11 +273,14 @@ impl MinorityFlags {
 
     fn token(&self, chooser: &mut Chooser, r: &Recommended, usual: TokenSettings) -> Result<TokenSettings> {
         let saved = self.init_token.as_deref().map(textual_inversion::read).transpose()?;
-        if let (Some(path), Some(token), Some(tokens)) = (&self.init_token, &saved, self.tokens)
-            && token.rows != tokens
-        {
-            let (path, found) = (path.display(), token.rows);
-            return Err(Error::Usage(format!("--init-token {path}: has {found} rows; --tokens is {tokens}")));
+        if let (Some(path), Some(token)) = (&self.init_token, &saved) {
+            let wrong = |what: String| Err(Error::Usage(format!("--init-token {}: {what}", path.display())));
+            if !token.words.iter().any(|word| word.rows == (0..token.rows)) {
+                return wrong(format!("holds {} words; give a file of one", token.words.len()));
+            }
+            if let Some(tokens) = self.tokens.filter(|tokens| *tokens != token.rows) {
+                return wrong(format!("has {} rows; --tokens is {tokens}", token.rows));
+            }
         }
         let rows = self.tokens.or(saved.as_ref().map(|token| token.rows));
         let init = self.init.clone().or(saved.map(|token| Init::Given(token.embeddings)));
@@ -275,6 +314,10 @@ fn raised(kind: Kind) -> Raised {
 }
 
 impl MethodFlags for MinorityFlags {
+    fn inputs(&self, paths: &mut Paths) {
+        self.init_token.iter().for_each(|path| paths.input("--init-token", path));
+    }
+
     fn method(&self, context: &Context<'_>) -> Result<Box<dyn ImageMethod>> {
         Ok(Box::new(self.minority(context)?.0))
     }

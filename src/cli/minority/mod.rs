@@ -7,6 +7,9 @@ use crate::cli::flags::images::ImageFlags;
 use crate::cli::flags::method::{Context, MethodFlags};
 use crate::cli::images::comparison::{self, Comparison};
 use crate::cli::images::run::{self, Extras};
+use crate::cli::images::targets::Targets;
+use crate::cli::paths::Paths;
+use crate::cli::progress::Reporter;
 use crate::cli::terminal::print_line;
 use crate::methods::baselines::ddim::Ddim;
 use crate::methods::minority::MinorityPrompt;
@@ -58,23 +61,34 @@ struct CompareFlags {
 }
 
 impl Minority {
-    /// Refuses what a comparison would silently leave out. Not clap's conflicts: those would also lift what needs --compare.
-    fn check_comparison(&self) -> Result<()> {
-        let (images, output) = (&self.images, &self.images.output);
-        let flags = [
-            ("--prompts", images.prompts.is_some()),
+    /// The flags of what is written of single images, and whether they are given.
+    fn outputs(&self) -> [(&'static str, bool); 7] {
+        let output = &self.images.output;
+        [
             ("--out", output.out.is_some()),
             ("--latents-out", output.latents_out.is_some()),
             ("--overwrite", output.overwrite),
+            ("--strict", output.strict),
+            ("--no-metadata", output.no_metadata),
             ("--save-token", self.save_token.is_some()),
             ("--trace", self.trace.is_some()),
-            ("--explain", self.explain),
-        ];
-        match flags.iter().find(|(_, given)| *given) {
+        ]
+    }
+
+    /// Refuses what a comparison would silently leave out. Not clap's conflicts: those would also lift what needs --compare.
+    fn check_comparison(&self) -> Result<()> {
+        let others = [("--prompts", self.images.prompts.is_some()), ("--explain", self.explain)];
+        match others.iter().chain(&self.outputs()).find(|(_, given)| *given) {
             Some((flag, _)) => Err(Error::Usage(format!("--compare writes one sheet of one prompt, without {flag}"))),
             None => Ok(()),
         }
     }
+}
+
+/// What a command is for.
+enum Asked<'a> {
+    Images(Targets),
+    Sheet(&'a Path),
 }
 
 pub fn run(mut args: Minority) -> Result<()> {
@@ -88,19 +102,37 @@ pub fn run(mut args: Minority) -> Result<()> {
     if args.comparison.compare.is_some() {
         args.check_comparison()?;
     }
+    let mut extras = Extras { save_token: args.save_token.clone(), trace: args.trace.clone(), iterations: 0 };
+    let mut paths = Paths::default();
+    args.method.inputs(&mut paths);
+    let asked = match &args.comparison.compare {
+        None => Asked::Images(run::targets(&args.images, &extras, paths)?),
+        Some(sheet) => {
+            args.images.inputs(&mut paths);
+            paths.output("--compare", sheet)?;
+            Asked::Sheet(sheet)
+        }
+    };
     let pipeline = args.images.run.open()?;
     let embedded = args.images.run.model.model.is_none();
-    let context = Context { pipeline: &pipeline, embedded, seed: args.images.run.sampling.seed };
+    let context = Context { pipeline: &pipeline, embedded, seed: args.images.run.sampling.seed() };
     let (method, explained) = args.method.minority(&context)?;
+    let reporter = Reporter::new(args.images.run.json, args.images.run.quiet);
     if args.explain {
+        let unused = args.outputs().into_iter().filter(|(_, given)| *given);
+        unused.for_each(|(flag, _)| reporter.warn(&format!("{flag}: --explain makes no image")));
         return explain(&args.images, &pipeline, &method, &explained);
     }
-    if let Some(path) = &args.comparison.compare {
-        return compare(&args, path, &context, method);
-    }
+    let targets = match asked {
+        Asked::Images(targets) => targets,
+        Asked::Sheet(path) => return compare(&args, path, &context, method),
+    };
     let method = MinorityPrompt { trace: args.trace.is_some(), ..method };
-    let extras = Extras { save_token: args.save_token.clone(), trace: args.trace.clone() };
-    run::run(&args.images, &pipeline, &method, &extras)
+    extras.iterations = method.iterations(&pipeline, &args.images.run.settings(&pipeline)?)?;
+    if extras.iterations == 0 {
+        reporter.warn("nothing is optimised: no step lies between --t-lo and --t-hi, or --iterations is 0");
+    }
+    run::run(&args.images, &pipeline, &method, &extras, &targets)
 }
 
 fn compare(args: &Minority, path: &Path, context: &Context<'_>, method: MinorityPrompt) -> Result<()> {

@@ -1,8 +1,9 @@
 //! An op at its place: what every kernel reads, writes and may use of the machine.
 
-use super::pack::{Aligned, Tiling};
+use super::pack::{self, Aligned, Tiling};
 use super::real::Float;
 use super::store::{Buffer, Store};
+use crate::Result;
 use crate::plan::Planned;
 use crate::program::{Program, ValueId};
 use pulp::Arch;
@@ -133,11 +134,13 @@ impl<T: Float> Scratch<T> {
         Scratch { slots: (0..threads).map(|_| Mutex::new(Aligned::zeroed(0))).collect(), len: 0 }
     }
 
-    pub fn grow(&mut self, len: usize) {
+    pub fn grow(&mut self, len: usize) -> Result<()> {
         if len > self.len {
+            pack::ask::<T>(len.saturating_mul(self.slots.len()))?;
             self.len = len;
             self.slots.iter_mut().for_each(|slot| *slot = Mutex::new(Aligned::zeroed(len)));
         }
+        Ok(())
     }
 
     /// Lends this thread's stretch; its content is whatever was left there. `f` must not wait for other threads.

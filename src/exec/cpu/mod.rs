@@ -170,10 +170,11 @@ impl<T: Float> Cpu<T> {
             outputs.push((self.store.buffer(program, name, program.value(*id))?, *id));
         }
         let scratch = program.nodes.iter().map(|node| self.scratch(program, node)).max();
-        self.scratch.grow(scratch.unwrap_or(0));
+        self.scratch.grow(scratch.unwrap_or(0))?;
         let arena = planned.plan.arena_bytes.div_ceil(size_of::<T>());
         if arena > self.arena.as_slice().len() {
             self.arena = Aligned::zeroed(0); // the old one goes first
+            pack::ask::<T>(arena)?;
             self.arena = Aligned::zeroed(arena);
         }
         self.programs.push(Loaded { planned, places, outputs });

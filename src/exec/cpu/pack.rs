@@ -5,6 +5,8 @@
 //! read as a whole or by parts, its panels are the same.
 
 use super::real::Float;
+use crate::plan::show_bytes;
+use crate::{Error, Result};
 use rayon::prelude::*;
 
 /// What the instruction set wants: lanes of a vector and vectors of the widest panel.
@@ -176,6 +178,17 @@ impl<'a, T> Packed<'a, T> {
         let size = self.k * columns.padded();
         Packed { columns, k: self.k, data: &self.data[index * size..][..size] }
     }
+}
+
+/// Fails where the system would not give memory for so many values. Asked before they are made: zeros come untouched, and where there
+/// are none the process would end.
+pub fn ask<T>(len: usize) -> Result<()> {
+    Vec::<T>::new().try_reserve_exact(len).map_err(|_| {
+        let bytes = show_bytes(len.saturating_mul(size_of::<T>()));
+        Error::Memory(format!(
+            "the system has no {bytes} more for this process; a smaller --size or --batch needs less"
+        ))
+    })
 }
 
 /// Zeroed memory that starts on a cache line: vector loads then never straddle two.

@@ -1,6 +1,6 @@
 //! What outlives a run: packed weights, each held once, and named buffers.
 
-use super::pack::{Aligned, Columns, Tiling};
+use super::pack::{self, Aligned, Columns, Tiling};
 use super::real::Float;
 use crate::exec::{Data, DataMut, buffer};
 use crate::program::{DType, Origin, Program, Shape, Value, ValueId};
@@ -59,6 +59,7 @@ impl<T: Float> Store<T> {
             return Ok(index);
         }
         let rows = model.rows(weight)?;
+        pack::ask::<T>(rows.rows() * rows.columns())?;
         let held = if weight.pack.is_rhs() {
             panels(&rows, weight_columns(weight, tiling), tiling.lanes)?
         } else {
@@ -76,6 +77,7 @@ impl<T: Float> Store<T> {
             buffer::agrees(program, name, value, &held.shape, held.dtype)?;
             return Ok(index);
         }
+        pack::ask::<T>(value.len())?;
         let values = match value.dtype {
             DType::I32 => Buffer::Int(vec![0; value.len()]),
             dtype if dtype == T::DTYPE => Buffer::Float(vec![T::ZERO; value.len()]),

@@ -4,7 +4,7 @@ use crate::exec::Executor;
 use crate::methods::sampling_loop::SamplingLoop;
 use crate::methods::{ImageMethod, PlannedMethod, Request};
 use crate::pipeline::conditioning::{Branch, Text};
-use crate::pipeline::generate::{Generator, Image, Job, Loaded};
+use crate::pipeline::generate::{self, Generator, Image, Job, Loaded};
 use crate::pipeline::{Observer, Pipeline};
 use crate::sampler::{draw, normal};
 use crate::{Error, Result};
@@ -45,6 +45,13 @@ impl ImageMethod for Cads {
 
     fn options(&self) -> Value {
         json!(self)
+    }
+
+    fn remarks(&self, settings: &generate::Settings) -> Vec<String> {
+        let is_guided = settings.sampler.cfg_pp || settings.sampler.guidance != 1.0;
+        let flags = [("--cads-negative", self.negatives), ("--cads-guidance", self.dynamic_guidance)];
+        let unused = flags.iter().filter(|(_, given)| *given && !is_guided);
+        unused.map(|(flag, _)| format!("{flag}: --guidance 1 runs the prompt's branch only")).collect()
     }
 
     fn check(&self, _batch: usize) -> Result<()> {

@@ -70,6 +70,11 @@ impl MinorityPrompt {
         Ok(PlannedMinority { minority, opt_seed: self.opt_seed })
     }
 
+    /// How often the optimizer iterates for one image of these settings.
+    pub fn iterations(&self, pipeline: &Pipeline, images: &generate::Settings) -> Result<usize> {
+        super::iterations(pipeline, &self.settings(images, None))
+    }
+
     fn settings(&self, images: &generate::Settings, budget: Option<usize>) -> Settings {
         let objective = |raised: &Raised| -> Objective {
             match raised {

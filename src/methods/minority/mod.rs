@@ -27,7 +27,7 @@ use crate::pipeline::programs::gradient_of;
 use crate::pipeline::{Iteration, Pipeline};
 use crate::pipeline::{Observer, Progress};
 use crate::plan::{Footprint, Planned};
-use crate::sampler::{Level, draw};
+use crate::sampler::{self, Level, draw};
 use crate::{Error, Result};
 use programs::OfPrefix;
 use std::collections::BTreeMap;
@@ -69,7 +69,7 @@ impl<'p> Minority<'p> {
         batch: usize,
     ) -> Result<Minority<'p>> {
         let generator = programs::generator(pipeline, executor, &settings, batch)?;
-        let steps = optimized_steps(pipeline, &settings, &generator)?;
+        let steps = optimized_steps(pipeline, &settings, generator.schedule())?;
         let variable = |prefix| programs::variable(pipeline, generator.sizes(), &settings, prefix);
         let (dtype, parameters) = (settings.images.dtype, variable(0).parameters());
         let optimizer = Optimizer::ADAM.plan(executor, dtype, &parameters, settings.loss_scale)?;
@@ -143,11 +143,18 @@ impl<'p> Minority<'p> {
     }
 }
 
+/// How often the optimizer iterates for one image.
+fn iterations(pipeline: &Pipeline, settings: &Settings) -> Result<usize> {
+    let steps = optimized_steps(pipeline, settings, &programs::schedule(pipeline, settings)?)?;
+    let each = settings.schedule.iterations * settings.objectives.len();
+    Ok(steps.iter().flatten().count() * each)
+}
+
 /// The steps that are optimized, and the two noise levels of each.
 fn optimized_steps(
     pipeline: &Pipeline,
     settings: &Settings,
-    generator: &Generator<'_>,
+    schedule: &sampler::Schedule,
 ) -> Result<Vec<Option<OptimizedStep>>> {
     let (config, s) = (&pipeline.config.scheduler, &settings.schedule);
     if s.every == 0 || !(s.lr >= 0.0 && s.lr.is_finite()) {
@@ -156,14 +163,14 @@ fn optimized_steps(
     }
     match settings.variable.branch() {
         Some(Branch::Prompt) => {}
-        Some(Branch::Negative) if generator.schedule().needs.uncond => {}
+        Some(Branch::Negative) if schedule.needs.uncond => {}
         Some(Branch::Negative) => {
             let what = "the unconditional branch cannot be optimized at guidance 1, which leaves it out";
             return Err(Error::Usage(what.into()));
         }
         None => return Err(Error::Usage("MinorityPrompt optimizes a token or text states, no latents".into())),
     }
-    let steps = &generator.schedule().steps;
+    let steps = &schedule.steps;
     let [above, up_to] = [s.t_lo, s.t_hi].map(|fraction| fraction * config.train_timesteps as f64);
     let optimized = |(index, step): (usize, &crate::sampler::Step)| {
         if step.timestep <= above || step.timestep > up_to || !index.is_multiple_of(s.every) {
@@ -330,7 +337,7 @@ impl<'p, 'e> Loaded<'p, 'e> {
             rows[index * len..][..len].to_vec()
         };
         let embeddings = learned.into_iter().map(own).collect();
-        Ok(LearnedToken { word: word.to_string(), rows: settings.rows, embeddings })
+        Ok(LearnedToken::new(word, settings.rows, embeddings))
     }
 
     /// The gradient of what was last raised, per parameter as [`Loaded::learned`] has them.

@@ -10,6 +10,7 @@ use crate::pipeline::generate::Generator;
 use crate::pipeline::programs::Sizes;
 use crate::plan::{Planned, plan};
 use crate::program::Program;
+use crate::sampler::{self, Schedule};
 use crate::weights::Model;
 use crate::{Error, Result};
 use std::collections::BTreeSet;
@@ -21,13 +22,15 @@ pub fn generator<'p>(
     settings: &Settings,
     batch: usize,
 ) -> Result<Generator<'p>> {
-    let images = settings.images.clone();
+    Generator::with_schedule(pipeline, executor, settings.images.clone(), batch, schedule(pipeline, settings)?)
+}
+
+/// The sampling steps.
+pub fn schedule(pipeline: &Pipeline, settings: &Settings) -> Result<Schedule> {
+    let (config, sampler) = (&pipeline.config.scheduler, &settings.images.sampler);
     match settings.schedule.convention {
-        Convention::Diffusers => Generator::plan(pipeline, executor, images, batch),
-        Convention::Released => {
-            let schedule = released(&pipeline.config.scheduler, &images.sampler)?;
-            Generator::with_schedule(pipeline, executor, images, batch, schedule)
-        }
+        Convention::Diffusers => sampler::schedule(config, sampler),
+        Convention::Released => released(config, sampler),
     }
 }
 

@@ -1,0 +1,117 @@
+//! Which images of a command are made already: whole, made as asked, and with everything that was asked for beside them.
+
+use crate::cli::atomic;
+use crate::cli::flags::images::{ImageFlags, Noise};
+use crate::cli::images::record::record;
+use crate::cli::images::run::Extras;
+use crate::cli::images::targets::{Selection, Target, Targets};
+use crate::cli::images::trace::Traced;
+use crate::cli::images::work::Work;
+use crate::data::metadata::{self, Record};
+use crate::data::textual_inversion;
+use crate::{Error, Result, input};
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
+
+/// What is to be made, and what was found instead.
+pub struct Chosen<'t> {
+    pub selection: Selection<'t>,
+    /// Bytes of the trace that are of finished images.
+    pub trace_end: u64,
+    /// Images that say nothing of how they were made and are taken at their names.
+    pub unsigned: usize,
+}
+
+/// The targets that are not made yet; without a prompt file every image is made.
+pub fn choose<'t>(
+    args: &ImageFlags,
+    extras: &Extras,
+    work: &Work<'_>,
+    noise: &Noise,
+    targets: &'t Targets,
+) -> Result<Chosen<'t>> {
+    let mut chosen = Chosen { selection: Selection::none_of(targets), trace_end: 0, unsigned: 0 };
+    let resumes = args.resumes();
+    let traced = match &extras.trace {
+        Some(path) if resumes => Some(Traced::read(path, targets)?),
+        Some(_) | None => None,
+    };
+    for target in targets.iter() {
+        let is_there = is_there(&target.path)?;
+        let token = extras.save_token.as_ref().map(|path| targets.beside(path, &target));
+        token.iter().try_for_each(|token| atomic::check(token))?;
+        // Side files cannot be made without the image.
+        let (lines, end) = traced.as_ref().map_or((extras.iterations, 0), |traced| traced.of(target.index));
+        let has_trace = lines >= extras.iterations;
+        let has_token = token.is_none_or(|token| textual_inversion::read(&token).is_ok());
+        if is_there && resumes && is_made(args, &target, work, noise, &mut chosen.unsigned)? && has_trace && has_token {
+            chosen.trace_end = chosen.trace_end.max(end);
+            continue;
+        }
+        if is_there {
+            atomic::check(&target.path)?;
+        }
+        chosen.selection.add(target.index, !is_there);
+    }
+    Ok(chosen)
+}
+
+fn is_there(path: &Path) -> Result<bool> {
+    match fs::metadata(path) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Error::io("read", path)(error)),
+    }
+}
+
+/// Whether the file is the target's image. What is neither that nor a damaged one of ours is somebody's: an error.
+fn is_made(args: &ImageFlags, target: &Target, work: &Work<'_>, noise: &Noise, unsigned: &mut usize) -> Result<bool> {
+    let what = match examine(&target.path, &record(&args.run, work, noise, target)?)? {
+        Found::Image => return Ok(true),
+        Found::Damaged => return Ok(false),
+        Found::Unsigned if args.output.no_metadata => {
+            *unsigned += 1;
+            return Ok(true);
+        }
+        Found::Unsigned => "does not say how it was made",
+        Found::Otherwise => "was made with other settings",
+        Found::NoImage => "is no whole PNG",
+    };
+    Err(Error::Usage(format!("{}: {what}; choose another --out, or --overwrite", target.path.display())))
+}
+
+/// What a file is in place of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// That image, whole.
+    Image,
+    /// That image, or nothing, after a disk or a machine failed.
+    Damaged,
+    /// A whole image without a record.
+    Unsigned,
+    /// Made as its record says, which is not this one.
+    Otherwise,
+    NoImage,
+}
+
+/// Larger files are no image of ours: 16384 × 16384 pixels take less.
+const MOST_BYTES: u64 = 1 << 30;
+
+/// Holds a file against the record of an image.
+pub fn examine(path: &Path, record: &Record) -> Result<Found> {
+    let bytes = input::read(path, MOST_BYTES)?;
+    if bytes.is_empty() {
+        return Ok(Found::Damaged);
+    }
+    let (signed, whole) = (metadata::record_before_damage(&bytes), metadata::whole_png(&bytes));
+    Ok(match (signed, whole) {
+        (None, None) => Found::NoImage,
+        (None, Some(_)) => Found::Unsigned,
+        (Some(Ok(found)), _) if found.same_image(record) => match whole == Some([record.width, record.height]) {
+            true => Found::Image,
+            false => Found::Damaged,
+        },
+        (Some(_), _) => Found::Otherwise,
+    })
+}
