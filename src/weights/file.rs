@@ -2,7 +2,9 @@
 //!
 //! Files are read, not mapped. A mapping spares the copy out of the system's cache, but when somebody truncates the file meanwhile the
 //! process is ended (SIGBUS), and what somebody writes meanwhile is taken in unseen. A chunk is hashed as it is read, while it is
-//! still in the processor's cache: what is known of a file's content is what the weights were made of, and costs no second pass.
+//! still in the processor's cache: what is known of a file's content is what the weights were made of, and costs no second pass. Measured
+//! in turn on two cores, SD 1.5 (2.1 GB) is loaded from the system's cache in the time that its mapping took without any hash (1.75 s);
+//! a pass of its own for the hash would add 0.13 s.
 
 use super::header::{self, Header};
 use crate::{Error, Result, input};

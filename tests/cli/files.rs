@@ -42,7 +42,8 @@ fn pipes_folders_devices_and_links_to_nowhere_are_refused_at_once() {
     use std::os::unix::fs::symlink;
     let folder = copied("tiny-sd1");
     let whole = path(&folder, "");
-    let make: [(&dyn Fn(&Path), &str); 5] = [
+    type Make<'a> = &'a dyn Fn(&Path);
+    let make: [(Make, &str); 5] = [
         (
             &|path| assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success()),
             "is not a regular file",

@@ -12,6 +12,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
         Some(merges) => Tokenizer::from_bytes(first, merges, config, map),
         None => Tokenizer::from_tokenizer_json(first, config, map),
     };
+    let tokenizer = tokenizer.and_then(|tokenizer| tokenizer.with_added_tokens(files.next(), config, None, 1 << 16));
     if let Ok(tokenizer) = tokenizer {
         let tokenizer = tokenizer.with_max_length(77);
         if let Ok(encoded) = tokenizer.encode("A red star, 2 stars!") {
