@@ -166,7 +166,7 @@ impl Gpu {
                 return Err(Error::Device(what));
             }
             None => {}
-            Some(file) => eprintln!("{}: kernels/{stem}.cu is {} ({FOLDER})", self.name, file.display()),
+            Some(file) => eprintln!("{}: kernels/{stem}.cu is {file:?} ({FOLDER})", self.name),
         }
         // SAFETY: `code` is a whole file as nvcc wrote it, aligned to 16 bytes, and is never freed.
         let module = unsafe { result::module::load_data(code.as_ptr().cast::<c_void>()) };
