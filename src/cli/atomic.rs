@@ -86,27 +86,25 @@ struct Target {
 
 impl Target {
     fn of(path: &Path) -> Result<Target> {
-        let refused = Error::io("write", path);
-        let found = match followed(path).and_then(|path| Ok((fs::metadata(&path), path))) {
-            Ok((Ok(there), path)) => Target { path, there: Some(there) },
-            Ok((Err(error), path)) if error.kind() == ErrorKind::NotFound => Target { path, there: None },
-            Ok((Err(error), _)) | Err(error) => return Err(refused(error)),
+        let refused = || Error::io("write", path);
+        let found = followed(path).map_err(refused())?;
+        let there = match fs::metadata(&found) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Target { path: found, there: None }),
+            there => there.map_err(refused())?,
         };
-        match &found.there {
-            Some(there) if there.is_dir() => {
-                return Err(Error::Usage(format!("{}: is a folder, not a file to write", path.display())));
-            }
-            // A rename would put a file in the place of a device or a pipe.
-            Some(there) if !there.is_file() => {
-                return Err(Error::Usage(format!("{}: is not a regular file", path.display())));
-            }
-            // A rename asks the folder only; what may not be written to is meant to stay. Root may write to everything.
-            Some(there) if there.permissions().readonly() => {
-                return Err(refused(std::io::Error::new(ErrorKind::PermissionDenied, "it is read-only")));
-            }
-            Some(_) => OpenOptions::new().write(true).open(&found.path).map(|_| found).map_err(refused),
-            None => Ok(found),
+        if there.is_dir() {
+            return Err(Error::Usage(format!("{}: is a folder, not a file to write", path.display())));
         }
+        // A rename would put a file in the place of a device or a pipe.
+        if !there.is_file() {
+            return Err(Error::Usage(format!("{}: is not a regular file", path.display())));
+        }
+        // A rename asks the folder only; what may not be written to is meant to stay. Root may write to everything.
+        if there.permissions().readonly() {
+            return Err(refused()(std::io::Error::new(ErrorKind::PermissionDenied, "it is read-only")));
+        }
+        OpenOptions::new().write(true).open(&found).map_err(refused())?;
+        Ok(Target { path: found, there: Some(there) })
     }
 
     fn folder(&self) -> &Path {

@@ -3,7 +3,8 @@
 use crate::Result;
 use crate::cli::flags::images::ImageFlags;
 use crate::cli::flags::method::Context;
-use crate::cli::images::run::{self, Extras};
+use crate::cli::images::finished::Extras;
+use crate::cli::images::run;
 use crate::cli::paths::Paths;
 use crate::cli::registry::Switched;
 

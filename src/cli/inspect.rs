@@ -1,6 +1,7 @@
 //! `rarebit inspect`: what a model holds and needs, or how an image was made.
 
 use crate::cli::flags::device::{self, Device, DeviceFlags};
+use crate::cli::flags::given::Given;
 use crate::cli::flags::model::ModelFlags;
 use crate::cli::flags::sampling::SamplingFlags;
 use crate::cli::flags::values;
@@ -47,10 +48,28 @@ pub struct Inspect {
     json: bool,
 }
 
-pub fn run(args: &Inspect) -> Result<()> {
+impl Inspect {
+    fn is_planned(&self) -> bool {
+        self.plan || self.ops || self.explain.is_some() || self.device.memory_limit.is_some()
+    }
+}
+
+/// Flags that a description needs.
+const MODEL: [&str; 5] = ["path", "model", "unet", "prediction", "json"];
+/// Flags that no plan depends on.
+const NOT_PLANNED: [&str; 3] = ["seed", "rng", "negative"];
+
+pub fn run(args: &Inspect, given: &Given) -> Result<()> {
     match &args.path {
-        Some(path) if is_png(path)? => inspect_image(path, args.json),
+        Some(path) if is_png(path)? => {
+            given.warn_of(|flag| !["path", "json"].contains(&flag), "for an image");
+            inspect_image(path, args.json)
+        }
         path => {
+            match args.is_planned() {
+                true => given.warn_of(|flag| NOT_PLANNED.contains(&flag), "in a plan"),
+                false => given.warn_of(|flag| !MODEL.contains(&flag), "without --plan"),
+            }
             let mut model = args.model.clone();
             model.model = path.clone().or(model.model);
             inspect_model(args, &model)
@@ -95,7 +114,7 @@ fn inspect_image(path: &Path, json: bool) -> Result<()> {
 fn inspect_model(args: &Inspect, model: &ModelFlags) -> Result<()> {
     let pipeline = model.open()?;
     let limit = args.device.memory_limit;
-    let plan = match args.plan || args.ops || args.explain.is_some() || limit.is_some() {
+    let plan = match args.is_planned() {
         true => Some(plan(args, &pipeline)?),
         false => None,
     };

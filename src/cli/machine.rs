@@ -30,19 +30,33 @@ pub fn check_memory(limit: Option<usize>, device: Option<usize>, plan: &Footprin
     Err(Error::Memory(format!("the plan needs {needed} and {whose} {limit}; {advice}")))
 }
 
-/// Refuses `values` f32 beside the plan, in this process's memory whatever the device; `what` holds them.
-pub fn check_host_memory(limit: Option<usize>, values: Option<usize>, what: &str) -> Result<()> {
+/// Fails where the process's limits leave it no memory to start with: it would end without a word.
+pub fn check_start() -> Result<()> {
+    match allowance(&read) {
+        Some((0, whose)) => {
+            Err(Error::Memory(format!("{whose} less than the {} that any work needs", show_bytes(OWN))))
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// Refuses `bytes` beside the plan, in this process's memory whatever the device, where `None` are more than can be counted; `what`
+/// holds them.
+pub fn check_host_memory(limit: Option<usize>, bytes: Option<usize>, what: &str) -> Result<()> {
     let (limit, whose) = match (limit, allowance(&read)) {
         (Some(limit), _) => (limit, "--memory-limit is"),
         (None, Some(allowance)) => allowance,
         (None, None) => return Ok(()),
     };
-    let bytes = values.and_then(|values| values.checked_mul(size_of::<f32>())).unwrap_or(usize::MAX);
+    let bytes = bytes.unwrap_or(usize::MAX);
     match bytes <= limit {
         true => Ok(()),
         false => Err(Error::Memory(format!("{what} takes {} and {whose} {}", show_bytes(bytes), show_bytes(limit)))),
     }
 }
+
+/// What the program takes beside its plans: stacks, tokenizers, what planning itself needs.
+const OWN: usize = 48 << 20;
 
 /// Reads a file of the system's; `None` where there is none.
 fn read(path: &str) -> Option<String> {
@@ -59,7 +73,7 @@ fn allowance(read: &dyn Fn(&str) -> Option<String>) -> Option<(usize, &'static s
     let left = |limit: &str, used: &str, whose: &'static str| {
         let limit = limits.lines().find_map(|line| line.strip_prefix(limit))?;
         let limit: usize = limit.split_whitespace().next()?.parse().ok()?;
-        Some((limit.saturating_sub(kibibytes(&status, used).unwrap_or(0)), whose))
+        Some((limit.saturating_sub(kibibytes(&status, used).unwrap_or(0)).saturating_sub(OWN), whose))
     };
     let space = left("Max address space", "VmSize:", "this process has left of its address space (ulimit -v)");
     let data = left("Max data size", "VmData:", "this process has left of its data segment (ulimit -d)");
@@ -161,8 +175,8 @@ mod tests {
         assert_eq!(found(&[meminfo, status]), Some((24588812 << 10, "this machine has")));
         for (space, data, bytes, word) in [
             ("unlimited", "unlimited", 24588812 << 10, "machine"),
-            ("2147483648", "unlimited", (2 << 30) - (100 << 20), "ulimit -v"),
-            ("2147483648", "1073741824", (1 << 30) - (50 << 20), "ulimit -d"),
+            ("2147483648", "unlimited", (2 << 30) - (148 << 20), "ulimit -v"),
+            ("2147483648", "1073741824", (1 << 30) - (98 << 20), "ulimit -d"),
             ("1024", "unlimited", 0, "ulimit -v"),
         ] {
             let limits = limits(space, data);

@@ -19,7 +19,8 @@ mod tensors;
 mod terminal;
 
 use crate::{Error, Result};
-use clap::Parser;
+use clap::{FromArgMatches, Parser};
+use flags::given::Given;
 use std::process::ExitCode;
 
 /// Rare, diverse and better images out of a frozen Stable Diffusion model.
@@ -57,17 +58,23 @@ pub fn command() -> clap::Command {
 
 /// Parses, runs, reports: 0 done, 1 failed, 2 bad usage, 3 slower than a baseline.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let parsed = command().try_get_matches();
+    let parsed = parsed.and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, Given::of(&matches))));
+    let (cli, given) = match parsed {
+        Ok(parsed) => parsed,
         Err(error) => return usage(error),
     };
+    if let Err(error) = machine::check_start() {
+        terminal::say(&format!("rarebit: {error}"));
+        return ExitCode::from(error.exit_code());
+    }
     let outcome = match cli.command {
         Command::Generate(args) => in_pool(args.images.run.threads(), || generate::run(&args)),
         Command::Minority(args) => in_pool(args.images.run.threads(), move || minority::run(*args)),
         Command::Compare(args) => in_pool(args.threads(), || compare::run(&args)),
-        Command::Inspect(args) => in_pool(None, || inspect::run(&args)),
+        Command::Inspect(args) => in_pool(None, || inspect::run(&args, &given)),
         Command::Score(args) => in_pool(args.threads(), || score::run(&args)),
-        Command::Bench(args) => in_pool(args.threads(), move || bench::run(*args)),
+        Command::Bench(args) => in_pool(args.threads(), move || bench::run(*args, &given)),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

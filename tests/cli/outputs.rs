@@ -76,7 +76,7 @@ fn one_bad_image_does_not_stop_the_others() {
 /// Runs into one folder, made otherwise or not: what a run says it made is there, made by its settings.
 #[test]
 fn two_runs_into_one_folder() {
-    for steps in [["20", "21"], ["20", "20"]] {
+    for steps in [["9", "10"], ["10", "10"]] {
         let folder = TempDir::new().unwrap();
         let (prompts, images) = (path(&folder, "prompts.txt"), path(&folder, "images"));
         fs::write(&prompts, "a red star\n".repeat(6)).unwrap();
@@ -114,7 +114,7 @@ fn signals() {
         fs::write(&list, "a red star\n".repeat(lines)).unwrap();
         let trap = if ignored { format!("trap '' {signal};") } else { String::new() };
         let script = format!(
-            "{trap} exec {} generate --prompts {list} --out {images} --steps 20 --quiet",
+            "{trap} exec {} generate --prompts {list} --out {images} --steps 10 --quiet",
             env!("CARGO_BIN_EXE_rarebit")
         );
         let run =
@@ -135,15 +135,21 @@ fn signals() {
 fn memory_that_is_not_given() {
     let folder = TempDir::new().unwrap();
     let out = path(&folder, "o.png");
-    for command in
-        ["generate a", "minority a --iterations 1 --t-lo 0.1", "compare a --methods ddim", "bench --mode latency"]
-    {
+    for command in [
+        "generate a --steps 1",
+        "minority a --iterations 1 --t-lo 0.1 --steps 4",
+        "compare a --methods ddim --steps 1 --count 1",
+        "bench --mode latency --steps 1",
+    ] {
         let to = if command.starts_with("bench") { String::new() } else { format!("--out {out}") };
-        let output = shell(&format!("ulimit -v 2000000; exec RAREBIT {command} --steps 1 --size 8192x8192 {to}"));
+        let output = shell(&format!("ulimit -v 2000000; exec RAREBIT {command} --size 8192x8192 {to}"));
         check_failure(&output, 1, &["the plan needs", "ulimit -v"]);
-        let output = shell(&format!("exec RAREBIT {command} --steps 1 --memory-limit 1M {to}"));
+        let output = shell(&format!("exec RAREBIT {command} --memory-limit 1M {to}"));
         check_failure(&output, 1, &["the plan needs", "--memory-limit is 1.0 MiB"]);
     }
+    let compared =
+        ["compare", "a", "--methods", "ddim", "--size", "2048x2048", "--count", "60", "--memory-limit", "2G"];
+    fails(&[&compared[..], &["--out", &out]].concat(), 1, &["what the sheet shows", "--memory-limit"]);
     fails(&["inspect", "--plan", "--json", "--memory-limit", "1M"], 1, &["--memory-limit is 1.0 MiB"]);
     fails(&["generate", "a", "--size", "16384x16384", "--batch", "1000000", "--count", "1000000"], 1, &["--batch"]);
     let huge = ["generate", "a", "--count", "1000000", "--latents-out", &path(&folder, "l.st"), "--out", &out];
@@ -197,6 +203,19 @@ fn flags_that_do_nothing() {
     for (args, words) in refused {
         let to: &[&str] = if args.contains(&"--compare") { &[] } else { &["--out", &out] };
         fails(&[&args[..1], &[prompt], &args[1..], &["--steps", "1", "--quiet"], to].concat(), 2, words);
+    }
+    for (args, words) in [
+        (&["inspect", "--steps", "4"][..], "--steps changes nothing without --plan"),
+        (&["inspect", "--plan", "--seed", "4"], "--seed changes nothing in a plan"),
+        (
+            &["bench", "--runs", "1", "--warmup", "0", "--steps", "1", "--max-regress", "3"],
+            "--max-regress changes nothing",
+        ),
+        (&["bench", "--runs", "1", "--warmup", "0", "--steps", "1", "--negative", "a"], "--negative changes nothing"),
+    ] {
+        let output = rarebit(args);
+        let said = text(&output.stderr);
+        assert!(output.status.success() && said.lines().count() == 1 && said.contains(words), "{args:?}: {said}");
     }
     let said: [(&[&str], &str); 7] = [
         (&["generate", "--overwrite"], "--overwrite: without --prompts"),

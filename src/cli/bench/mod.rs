@@ -9,6 +9,7 @@ mod setup;
 
 use crate::cli::atomic;
 use crate::cli::flags::device::{Device, DeviceFlags};
+use crate::cli::flags::given::Given;
 use crate::cli::flags::model::ModelFlags;
 use crate::cli::flags::sampling::SamplingFlags;
 use crate::cli::flags::values;
@@ -108,7 +109,11 @@ fn case_name(mode: Mode, batch: usize) -> String {
     }
 }
 
-pub fn run(args: Bench) -> Result<()> {
+pub fn run(args: Bench, given: &Given) -> Result<()> {
+    given.warn_of(|flag| flag == "negative", "of what is measured");
+    given.warn_of(|flag| flag == "max_regress" && args.baseline.is_none(), "without --baseline");
+    let only_methods = args.mode.iter().all(|mode| *mode == Mode::Methods);
+    given.warn_of(|flag| flag == "batch" && only_methods, "in --mode methods, which makes one image");
     let mut paths = Paths::default();
     args.model.inputs(&mut paths);
     args.baseline.iter().for_each(|path| paths.input("--baseline", path));

@@ -128,8 +128,8 @@ impl RunFlags {
         let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
         let shape = [images, pipeline.config.unet.in_channels, height, width];
         // The file's bytes and its numbers.
-        let values = shape.iter().try_fold(2usize, |product, side| product.checked_mul(*side));
-        machine::check_host_memory(self.device.memory_limit, values, "--noise")?;
+        let bytes = shape.iter().try_fold(2 * size_of::<f32>(), |product, side| product.checked_mul(*side));
+        machine::check_host_memory(self.device.memory_limit, bytes, "--noise")?;
         tensors::read_noise(path, shape).map(Some)
     }
 }

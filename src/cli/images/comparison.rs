@@ -54,6 +54,9 @@ pub fn run(flags: &RunFlags, context: &Context<'_>, comparison: &Comparison<'_>)
     let size = [settings.width, settings.height];
     let seeds = flags.count.unwrap_or(SEEDS);
     sheet::probe(comparison.path, comparison.flag, size, comparison.methods.len() * seeds)?;
+    // Each image, its copy on its way to the sheet, and the sheet.
+    let bytes = Some(3 * 3 * size[0] * size[1] * comparison.methods.len() * seeds);
+    machine::check_host_memory(flags.device.memory_limit, bytes, "what the sheet shows")?;
     let all = Targets::for_prompt(comparison.prompt, flags.sampling.seed(), seeds, comparison.path)?;
     let targets: Vec<Target> = all.iter().collect();
     let noise = flags.noise(pipeline, &settings, seeds)?;

@@ -26,9 +26,11 @@ impl Failures {
         let (Some(first), false) = (images.first(), self.stop) else { return Err(error) };
         self.images().extend(images.iter().map(|path| path.to_path_buf()));
         let first = first.display();
-        self.reporter.warn(&match images.len() {
-            1 => format!("{first}: {error}"),
-            n => format!("{first} and {} more of its batch: {error}", n - 1),
+        self.reporter.warn(&match (images.len(), &error) {
+            // It names the file.
+            (_, Error::File { .. }) => error.to_string(),
+            (1, _) => format!("{first}: {error}"),
+            (n, _) => format!("{first} and {} more of its batch: {error}", n - 1),
         });
         let paths: Vec<String> = images.iter().map(|path| path.display().to_string()).collect();
         self.reporter.event(json!({"event": "failed", "paths": paths, "error": error.to_string()}))

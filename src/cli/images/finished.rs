@@ -3,7 +3,6 @@
 use crate::cli::atomic;
 use crate::cli::flags::images::{ImageFlags, Noise};
 use crate::cli::images::record::record;
-use crate::cli::images::run::Extras;
 use crate::cli::images::targets::{Selection, Target, Targets};
 use crate::cli::images::trace::Traced;
 use crate::cli::images::work::Work;
@@ -12,7 +11,18 @@ use crate::data::textual_inversion;
 use crate::{Error, Result, input};
 use std::fs;
 use std::io::ErrorKind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+/// What only some methods write.
+#[derive(Default)]
+pub struct Extras {
+    /// Learned tokens, one file per image.
+    pub save_token: Option<PathBuf>,
+    /// JSON lines, one per iteration.
+    pub trace: Option<PathBuf>,
+    /// Of an optimiser, per image: lines of the trace.
+    pub iterations: usize,
+}
 
 /// What is to be made, and what was found instead.
 pub struct Chosen<'t> {

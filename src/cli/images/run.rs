@@ -2,7 +2,7 @@
 
 use crate::cli::flags::images::{ImageFlags, Noise};
 use crate::cli::images::failures::Failures;
-use crate::cli::images::finished::{self, Chosen, Found};
+use crate::cli::images::finished::{self, Chosen, Extras, Found};
 use crate::cli::images::record::record;
 use crate::cli::images::targets::{Target, Targets};
 use crate::cli::images::trace::{self, Trace};
@@ -103,8 +103,9 @@ pub fn run(
     let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
     let shape = [selection.len(), pipeline.config.unet.in_channels, height, width];
     if args.output.latents_out.is_some() {
-        let values = shape.iter().try_fold(2usize, |product, side| product.checked_mul(*side));
-        machine::check_host_memory(args.run.device.memory_limit, values, "what --latents-out holds until the end")?;
+        // The numbers, and the file made of them.
+        let bytes = shape.iter().try_fold(2 * size_of::<f32>(), |product, side| product.checked_mul(*side));
+        machine::check_host_memory(args.run.device.memory_limit, bytes, "what --latents-out holds until the end")?;
     }
     let interrupt = machine::catch_interrupt()?;
     let failures = Failures::new(args.output.strict || selection.len() == 1, reporter.clone());
@@ -140,17 +141,6 @@ fn remarks_on_outputs(args: &ImageFlags, chosen: &Chosen<'_>) -> Vec<String> {
         remarks.push(format!("{} {what}", chosen.unsigned));
     }
     remarks
-}
-
-/// What only some methods write.
-#[derive(Default)]
-pub struct Extras {
-    /// Learned tokens, one file per image.
-    pub save_token: Option<PathBuf>,
-    /// JSON lines, one per iteration.
-    pub trace: Option<PathBuf>,
-    /// Of an optimiser, per image: lines of the trace.
-    pub iterations: usize,
 }
 
 struct Run<'a> {
@@ -305,7 +295,7 @@ impl Run<'_> {
             };
             if !is_written && finished::examine(&path, &record)? != Found::Image {
                 let what = "appeared while this run made it with other settings; it is kept";
-                return failures.add(&[&path], Error::Incomplete(what.into()));
+                return failures.add(&[&path], Error::file(&path, what));
             }
             let event =
                 json!({"event": "image", "path": path.display().to_string(), "seconds": seconds, "record": record});

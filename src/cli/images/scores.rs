@@ -145,6 +145,9 @@ impl PlannedScore<'_> {
                 }
             }
         }
-        Ok(scores)
+        match scores.iter().all(|score| score.is_finite()) {
+            true => Ok(scores),
+            false => Err(Error::NotFinite(format!("--score {}", self.score.label()))),
+        }
     }
 }

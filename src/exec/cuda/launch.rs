@@ -268,8 +268,9 @@ mod tests {
         let largest = (1u32 << 31) - 1;
         for divisor in (1..2000).chain([4095, 4096, 4097, 65_537, 1 << 20, (1 << 30) + 1, largest]) {
             let by = Divisor::new(divisor as usize);
-            let near =
-                (0..8u32).flat_map(|k| [k * divisor % largest, (k * divisor).wrapping_sub(1) % largest, largest - k]);
+            let near = (0..8u32).flat_map(|k| {
+                [k.wrapping_mul(divisor) % largest, k.wrapping_mul(divisor).wrapping_sub(1) % largest, largest - k]
+            });
             for n in near.chain([0, 1, 12_345_678]) {
                 assert_eq!(divide(n, by), n / divisor, "{n} / {divisor}");
             }
