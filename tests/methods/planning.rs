@@ -68,7 +68,7 @@ fn method(pipeline: &Pipeline) -> MinorityPrompt {
     let schedule = Schedule::of(pipeline, Convention::Diffusers).unwrap();
     MinorityPrompt {
         variable: Variable::Token(token(Init::Word("a".into()))),
-        schedule: Schedule { iterations: 1, t_lo: 0.6, t_hi: 1.0, ..schedule },
+        schedule: Schedule { iterations: 1, t_lo: 0.4, t_hi: 1.0, ..schedule },
         objectives: vec![Raised::Minority],
         switches: objective::Minority::default(),
         trace: false,
@@ -136,7 +136,7 @@ fn a_later_batch_that_does_not_fit_is_refused_at_the_start() {
     let out = TempDir::new().unwrap();
     let (prompts, folder) = (path(&out, "prompts.txt"), path(&out, "images"));
     let flags =
-        ["--steps", "2", "--guidance", "3", "--t-lo", "0.6", "--t-hi", "1", "--iterations", "1", "--every", "1"];
+        ["--steps", "2", "--guidance", "3", "--t-lo", "0.4", "--t-hi", "1", "--iterations", "1", "--every", "1"];
     let token = ["--tokens", "1", "--init", "word:a", "--lr", "0.07", "--quiet", "--memory-limit", &limit];
     let args = [&["minority", "--prompts", &prompts, "--out", &folder][..], &flags, &token].concat();
     fs::write(&prompts, format!("{LONG}\n{SHORT}\n")).unwrap();
