@@ -1,6 +1,6 @@
 //! An op at its place: what every kernel reads, writes and may use of the machine.
 
-use super::pack::{self, Aligned, Tiling};
+use super::pack::{Aligned, Tiling};
 use super::real::Float;
 use super::store::{Buffer, Store};
 use crate::Result;
@@ -131,14 +131,15 @@ pub struct Scratch<T> {
 
 impl<T: Float> Scratch<T> {
     pub fn new(threads: usize) -> Scratch<T> {
-        Scratch { slots: (0..threads).map(|_| Mutex::new(Aligned::zeroed(0))).collect(), len: 0 }
+        Scratch { slots: (0..threads).map(|_| Mutex::new(Aligned::empty())).collect(), len: 0 }
     }
 
     pub fn grow(&mut self, len: usize) -> Result<()> {
         if len > self.len {
-            pack::ask::<T>(len.saturating_mul(self.slots.len()))?;
+            for slot in &mut self.slots {
+                *slot = Mutex::new(Aligned::zeroed(len)?);
+            }
             self.len = len;
-            self.slots.iter_mut().for_each(|slot| *slot = Mutex::new(Aligned::zeroed(len)));
         }
         Ok(())
     }

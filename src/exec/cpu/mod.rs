@@ -68,7 +68,7 @@ impl<T: Float> Cpu<T> {
             machine: Machine { arch, tiling, threads },
             store: Store::default(),
             programs: Vec::new(),
-            arena: Aligned::zeroed(0),
+            arena: Aligned::empty(),
             scratch: Scratch::new(threads),
             guards: false,
             check_finite: false,
@@ -173,9 +173,8 @@ impl<T: Float> Cpu<T> {
         self.scratch.grow(scratch.unwrap_or(0))?;
         let arena = planned.plan.arena_bytes.div_ceil(size_of::<T>());
         if arena > self.arena.as_slice().len() {
-            self.arena = Aligned::zeroed(0); // the old one goes first
-            pack::ask::<T>(arena)?;
-            self.arena = Aligned::zeroed(arena);
+            self.arena = Aligned::empty(); // the old one goes first
+            self.arena = Aligned::zeroed(arena)?;
         }
         self.programs.push(Loaded { planned, places, outputs });
         Ok(ProgramId(self.programs.len() - 1))
@@ -245,7 +244,7 @@ impl<T: Real> Executor for Cpu<T> {
     fn clear(&mut self) {
         self.programs.clear();
         self.store.clear_buffers();
-        self.arena = Aligned::zeroed(0);
+        self.arena = Aligned::empty();
         self.scratch = Scratch::new(self.machine.threads);
     }
 

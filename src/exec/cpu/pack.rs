@@ -180,10 +180,9 @@ impl<'a, T> Packed<'a, T> {
     }
 }
 
-/// Fails where the system would not give memory for so many values. Asked before they are made: zeros come untouched, and where there
-/// are none the process would end.
-pub fn ask<T>(len: usize) -> Result<()> {
-    Vec::<T>::new().try_reserve_exact(len).map_err(|_| {
+/// So many zeros, whole pages of which come from the system untouched; an error where it does not give them.
+pub fn zeros<T: bytemuck::Zeroable>(len: usize) -> Result<Vec<T>> {
+    bytemuck::allocation::try_zeroed_vec(len).map_err(|()| {
         let bytes = show_bytes(len.saturating_mul(size_of::<T>()));
         Error::Memory(format!(
             "the system has no {bytes} more for this process; a smaller --size or --batch needs less"
@@ -199,12 +198,17 @@ pub struct Aligned<T> {
 }
 
 impl<T: Float> Aligned<T> {
-    pub fn zeroed(len: usize) -> Aligned<T> {
+    pub fn empty() -> Aligned<T> {
+        Aligned { memory: vec![], start: 0, len: 0 }
+    }
+
+    /// An error where the system does not give as much.
+    pub fn zeroed(len: usize) -> Result<Aligned<T>> {
         const LINE: usize = 64;
-        // Whole pages of zeros come from the system untouched; the margin is for moving the start to a line.
-        let memory = vec![T::ZERO; len + LINE / size_of::<T>()];
+        // The margin is for moving the start to a line.
+        let memory: Vec<T> = zeros(len.saturating_add(LINE / size_of::<T>()))?;
         let start = memory.as_ptr().align_offset(LINE).min(LINE / size_of::<T>());
-        Aligned { memory, start, len }
+        Ok(Aligned { memory, start, len })
     }
 
     pub fn as_slice(&self) -> &[T] {

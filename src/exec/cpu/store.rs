@@ -59,7 +59,6 @@ impl<T: Float> Store<T> {
             return Ok(index);
         }
         let rows = model.rows(weight)?;
-        pack::ask::<T>(rows.rows() * rows.columns())?;
         let held = if weight.pack.is_rhs() {
             panels(&rows, weight_columns(weight, tiling), tiling.lanes)?
         } else {
@@ -77,10 +76,9 @@ impl<T: Float> Store<T> {
             buffer::agrees(program, name, value, &held.shape, held.dtype)?;
             return Ok(index);
         }
-        pack::ask::<T>(value.len())?;
         let values = match value.dtype {
-            DType::I32 => Buffer::Int(vec![0; value.len()]),
-            dtype if dtype == T::DTYPE => Buffer::Float(vec![T::ZERO; value.len()]),
+            DType::I32 => Buffer::Int(pack::zeros(value.len())?),
+            dtype if dtype == T::DTYPE => Buffer::Float(pack::zeros(value.len())?),
             dtype => {
                 let what = format!("buffer '{name}' is {dtype}, this executor computes in {}", T::DTYPE);
                 return Err(Error::Program { program: program.name.clone(), what, at: "load".into() });
@@ -155,7 +153,7 @@ fn fill<A: Copy, B>(out: &mut [B], values: &[A], convert: impl Fn(A) -> B) {
 /// Row after row, in parallel.
 fn plain<T: Float>(rows: &Rows<'_>) -> Result<Aligned<T>> {
     let (width, block) = (rows.columns(), rows.block());
-    let mut held = Aligned::zeroed(rows.rows() * width);
+    let mut held = Aligned::zeroed(rows.rows() * width)?;
     let blocks = held.as_mut_slice().par_chunks_mut((block * width).max(1)).enumerate();
     blocks.try_for_each(|(n, out)| T::fetch(rows, n * block, out))?;
     Ok(held)
@@ -164,7 +162,7 @@ fn plain<T: Float>(rows: &Rows<'_>) -> Result<Aligned<T>> {
 /// The rows of a weight are the columns of the product: a vector's worth of them is fetched and transposed into its panel.
 fn panels<T: Float>(rows: &Rows<'_>, columns: Columns, lanes: usize) -> Result<Aligned<T>> {
     let k = rows.columns();
-    let mut held = Aligned::zeroed(k * columns.padded());
+    let mut held = Aligned::zeroed(k * columns.padded())?;
     let failure = OnceLock::new();
     columns.fill(k, held.as_mut_slice(), |panel, out| {
         let mut fetched = vec![T::ZERO; lanes * k];
