@@ -1,8 +1,8 @@
 //! Safetensors files a user hands in or asks for: starting noise and final latents.
 
 use crate::cli::atomic;
-use crate::{Error, Result, input};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use crate::{Error, Result, input, weights};
+use safetensors::tensor::{Dtype, TensorView};
 use std::path::Path;
 
 /// Bytes of a header and of what else may lie beside the noise.
@@ -17,11 +17,8 @@ pub fn read_noise(path: &Path, shape: [usize; 4]) -> Result<Vec<Vec<f32>>> {
         return Err(Error::file(path, what));
     }
     let bytes = input::read(path, needed.saturating_add(MOST_HEADER))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|error| match input::identify(&bytes) {
-        Some(kind) => Error::file(path, format!("is {kind}, not a safetensors file")),
-        None => Error::file(path, format!("not a safetensors file: {error}")),
-    })?;
-    let tensor = file.tensor("noise").map_err(|_| Error::file(path, "holds no tensor 'noise'"))?;
+    let header = weights::parse_header(&bytes).map_err(|what| Error::file(path, what))?;
+    let tensor = header.tensor(&bytes, "noise").ok_or_else(|| Error::file(path, "holds no tensor 'noise'"))?;
     if tensor.dtype() != Dtype::F32 || tensor.shape() != shape {
         return Err(Error::file(
             path,

@@ -1,8 +1,8 @@
 //! Textual inversion files: learned embeddings of words, as diffusers, the web UIs and the trainers write them.
 
-use crate::{Error, Result, input};
+use crate::{Error, Result, input, weights};
 use half::{bf16, f16};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, TensorView};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
@@ -74,17 +74,15 @@ fn stem(path: &Path) -> String {
 pub fn read(path: &Path) -> Result<LearnedToken> {
     let bytes = input::read(path, MOST_BYTES)?;
     let wrong = |what: String| Error::file(path, what);
-    let file = SafeTensors::deserialize(&bytes).map_err(|error| match input::identify(&bytes) {
-        Some(kind) => wrong(format!("is {kind}, not a safetensors file")),
-        None => wrong(format!("not a safetensors file: {error}")),
-    })?;
-    let layout = Layout::of(&file).map_err(wrong)?;
+    let header = weights::parse_header(&bytes).map_err(wrong)?;
+    let layout = Layout::of(header.tensors.keys()).map_err(wrong)?;
     let mut token =
         LearnedToken { name: stem(path), words: vec![], rows: 0, embeddings: vec![], unused: layout.unused };
     for keys in &layout.towers {
         let (mut rows, mut embeddings) = (vec![0], vec![]);
         for key in keys {
-            let (count, values) = tensor(&file, key).map_err(|what| wrong(format!("'{key}' {what}")))?;
+            let read = header.tensor(&bytes, key).ok_or_else(|| "is not there".to_string()).and_then(numbers);
+            let (count, values) = read.map_err(|what| wrong(format!("'{key}' {what}")))?;
             rows.push(rows[rows.len() - 1] + count);
             embeddings.extend(values);
         }
@@ -103,7 +101,7 @@ pub fn read(path: &Path) -> Result<LearnedToken> {
         token.words = (0..token.rows).map(|row| named(&format!("<s{row}>"), row..row + 1)).collect();
     }
     if layout.words.is_empty() {
-        token.words.extend(names_of_file(path, token.rows, metadata(&bytes)));
+        token.words.extend(names_of_file(path, token.rows, &header.metadata));
     }
     Ok(token)
 }
@@ -113,7 +111,7 @@ fn named(word: &str, rows: Range<usize>) -> Word {
 }
 
 /// `<stem>`, the stem, and what the metadata say.
-fn names_of_file(path: &Path, rows: usize, metadata: HashMap<String, String>) -> Vec<Word> {
+fn names_of_file(path: &Path, rows: usize, metadata: &HashMap<String, String>) -> Vec<Word> {
     let mut words = vec![named(&word_of(path), 0..rows)];
     let told = METADATA.iter().filter_map(|key| Some(metadata.get(*key)?.trim().to_string()));
     for text in [stem(path)].into_iter().chain(told) {
@@ -124,12 +122,6 @@ fn names_of_file(path: &Path, rows: usize, metadata: HashMap<String, String>) ->
         }
     }
     words
-}
-
-/// Of a file that has been checked.
-fn metadata(bytes: &[u8]) -> HashMap<String, String> {
-    let header = SafeTensors::read_metadata(bytes).map(|(_, header)| header);
-    header.ok().and_then(|header| header.metadata().clone()).unwrap_or_default()
 }
 
 /// Which tensors hold what.
@@ -146,10 +138,8 @@ struct Layout {
 
 impl Layout {
     /// An error says why the tensors are no learned token.
-    fn of(file: &SafeTensors<'_>) -> Result<Layout, String> {
-        let mut names: Vec<String> = file.names().into_iter().map(String::from).collect();
-        names.sort();
-        names.retain(|name| !name.starts_with(NUMBERS));
+    fn of<'a>(sorted: impl Iterator<Item = &'a String>) -> Result<Layout, String> {
+        let names: Vec<String> = sorted.filter(|name| !name.starts_with(NUMBERS)).cloned().collect();
         let has = |name: &&str| names.iter().any(|found| found == name);
         let found: Vec<&str> = TOWERS.as_flattened().iter().copied().filter(has).collect();
         let towers = |keys: &[&str]| keys.iter().map(|key| vec![key.to_string()]).collect::<Vec<_>>();
@@ -189,8 +179,7 @@ fn word(name: &str) -> Option<String> {
 }
 
 /// Rows and numbers of a tensor; an error says what is wrong with it.
-fn tensor(file: &SafeTensors<'_>, key: &str) -> Result<(usize, Vec<f32>), String> {
-    let tensor = file.tensor(key).map_err(|error| error.to_string())?;
+fn numbers(tensor: TensorView<'_>) -> Result<(usize, Vec<f32>), String> {
     let (rows, width) = match *tensor.shape() {
         [width] => (1, width),
         [rows, width] | [1, rows, width] => (rows, width),
@@ -367,12 +356,18 @@ mod tests {
             (b"<!DOCTYPE html>", "is a web page (HTML)"),
             (b"{\"detail\": 401}", "is JSON text"),
             (b"", "is an empty file"),
-            (b"short", "not a safetensors file"),
+            (b"short", "is text, not a safetensors file"),
+            (b"# A page of text\n", "is text, not a safetensors file"),
         ] {
             std::fs::write(&path, bytes).unwrap();
             let error = read(&path).unwrap_err().to_string();
             assert!(error.contains("rare.safetensors: ") && error.contains(what), "{error}");
         }
+        // Some tools write this where there are none.
+        let null = br#"{"__metadata__":null,"<odd>":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#;
+        let file = [&(null.len() as u64).to_le_bytes()[..], null, &[0; 4]].concat();
+        std::fs::write(&path, file).unwrap();
+        assert_eq!(words(&read(&path).unwrap()), [("<odd>".to_string(), 0..1)]);
         std::fs::write(&path, b"\x02\0\0\0\0\0\0\0{}").unwrap();
         let error = read(&path).unwrap_err().to_string();
         assert!(error.contains("holds no tensor"), "{error}");

@@ -1,7 +1,7 @@
 //! The header of a safetensors file, checked in full before any tensor is touched; a file that is none is named as what it is.
 
 use crate::input;
-use safetensors::tensor::TensorInfo;
+use safetensors::tensor::{TensorInfo, TensorView};
 use serde::{Deserialize, Deserializer};
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -20,6 +20,14 @@ pub struct Header {
     /// Type, shape and byte range of every tensor; the ranges count from the start of the file.
     #[serde(flatten)]
     pub tensors: BTreeMap<String, TensorInfo>,
+}
+
+impl Header {
+    /// A tensor of the file `bytes`, whose header this is.
+    pub fn tensor<'a>(&self, bytes: &'a [u8], name: &str) -> Option<TensorView<'a>> {
+        let TensorInfo { dtype, shape, data_offsets: (start, end) } = self.tensors.get(name)?;
+        TensorView::new(*dtype, shape.clone(), bytes.get(*start..*end)?).ok()
+    }
 }
 
 /// Some tools write `"__metadata__": null` where there is none.
