@@ -186,6 +186,7 @@ fn bad_flags() {
     fails(&["generate", PROMPT, "--count", "1000000000000"], 2, &["--count", "1000000"]);
     fails(&["generate", PROMPT, "--threads", "0"], 2, &["--threads"]);
     fails(&["generate", PROMPT, "--out", "star.jpg"], 2, &["--out", ".png"]);
+    fails(&["generate", PROMPT, "--out", "/dev/null"], 2, &["/dev/null", "not a folder", ".png"]);
     fails(&["inspect", "--plan", "--batch", "0"], 2, &["--batch"]);
     fails(&["generate", PROMPT, "--unet", "x.safetensors"], 1, &["x.safetensors"]);
 }

@@ -168,8 +168,8 @@ fn learned_tokens_are_saved_and_used() {
 
     fails(&["minority", &named, "--token", &token], 2, &["--token", "--variable text"]);
     fs::write(&token, &bytes[..bytes.len() / 2]).unwrap();
-    fails(&["generate", PROMPT, "--token", &token], 1, &["odd.safetensors", "not a safetensors file"]);
-    fails(&["minority", PROMPT, "--init-token", &token], 1, &["odd.safetensors", "not a safetensors file"]);
+    fails(&["generate", PROMPT, "--token", &token], 1, &["odd.safetensors", "truncated"]);
+    fails(&["minority", PROMPT, "--init-token", &token], 1, &["odd.safetensors", "truncated"]);
     fails(&["generate", PROMPT, "--token", &path(&out, "none.safetensors")], 1, &["none.safetensors"]);
 }
 

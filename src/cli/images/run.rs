@@ -326,6 +326,12 @@ fn prepare_output(args: &ImageFlags, extras: &Extras, targets: &Targets) -> Resu
         trace::check(path)?;
     }
     if let Out::Folder(folder) = out(args) {
+        if folder.exists() && !folder.is_dir() {
+            return Err(Error::Usage(format!(
+                "--out {}: is not a folder; one image is written to a name that ends in .png",
+                folder.display()
+            )));
+        }
         std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
     }
     let first = targets.get(0);
