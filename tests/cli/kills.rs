@@ -61,7 +61,7 @@ fn kill_and_resume(command: &[&str]) {
         let out = path(&folder, &format!("killed-{round}"));
         fs::create_dir(&out).unwrap();
         let args = args(&out);
-        loop {
+        while killed < kills() {
             let moment = takes.mul_f64((0.61803398875 * (killed as f64 + 1.0)).fract());
             let mut child = Command::new(env!("CARGO_BIN_EXE_rarebit"))
                 .args(&args)
@@ -75,7 +75,7 @@ fn kill_and_resume(command: &[&str]) {
                 std::thread::sleep(Duration::from_micros(200));
                 ended = child.try_wait().unwrap();
             }
-            if ended.is_some() || killed >= kills() {
+            if ended.is_some() {
                 break;
             }
             child.kill().unwrap();
