@@ -15,6 +15,7 @@ mod progress;
 mod registry;
 mod report;
 mod score;
+mod seed;
 mod tensors;
 mod terminal;
 
@@ -37,6 +38,8 @@ enum Command {
     Generate(Box<generate::Generate>),
     /// Make images of a prompt that the model finds unlikely, by optimising a token while sampling (MinorityPrompt).
     Minority(Box<minority::Minority>),
+    /// Make images of a prompt like a few reference images, by optimising the starting noise (SeedSelect).
+    Seed(Box<seed::Seed>),
     /// Make the same seeds by several methods, side by side on one sheet, with what each method costs.
     ///
     /// UNet calls are counted per image; an equivalent is a forward, and a backward counts as two forwards. Seconds are those of
@@ -71,6 +74,7 @@ pub fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Generate(args) => in_pool(args.images.run.threads(), || generate::run(&args)),
         Command::Minority(args) => in_pool(args.images.run.threads(), move || minority::run(*args)),
+        Command::Seed(args) => in_pool(args.images.run.threads(), || seed::run(&args)),
         Command::Compare(args) => in_pool(args.threads(), || compare::run(&args)),
         Command::Inspect(args) => in_pool(None, || inspect::run(&args, &given)),
         Command::Score(args) => in_pool(args.threads(), || score::run(&args)),

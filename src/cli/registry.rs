@@ -5,19 +5,21 @@ use crate::cli::baselines::{BestOfFlags, CadsFlags, DdimFlags, NullPromptFlags, 
 use crate::cli::flags::method::{Context, MethodFlags};
 use crate::cli::minority::flags::MinorityFlags;
 use crate::cli::paths::Paths;
+use crate::cli::seed::flags::ComparedSeedFlags;
 use crate::methods::ImageMethod;
 use crate::{Error, Result};
 use clap::builder::PossibleValuesParser;
 use clap::parser::ValueSource;
 use clap::{ArgGroup, ArgMatches, Args, Command, FromArgMatches};
 
-const METHODS: [Method; 6] = [
+const METHODS: [Method; 7] = [
     Method::new::<DdimFlags>("ddim"),
     Method::new::<NullPromptFlags>("null-prompt"),
     Method::new::<CadsFlags>("cads").with_switch("cads"),
     Method::new::<SgmsFlags>("sgms").with_switch("sgms"),
     Method::new::<BestOfFlags>("best-of").with_switch("best_of"),
     Method::new::<MinorityFlags>("minority"),
+    Method::new::<ComparedSeedFlags>("seed"),
 ];
 
 struct Method {

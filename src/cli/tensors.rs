@@ -7,6 +7,8 @@ use std::path::Path;
 
 /// Bytes of a header and of what else may lie beside the noise.
 const MOST_HEADER: u64 = 1 << 20;
+/// Bytes of the noise of one image of the most pixels, with room for more channels than models have.
+const MOST_NOISE: u64 = 1 << 30;
 
 /// Tensor `noise`, f32 `[B, C, H/f, W/f]`, unit variance: one row per image.
 pub fn read_noise(path: &Path, shape: [usize; 4]) -> Result<Vec<Vec<f32>>> {
@@ -33,12 +35,27 @@ pub fn read_noise(path: &Path, shape: [usize; 4]) -> Result<Vec<Vec<f32>>> {
     Ok(values.chunks(shape[1] * shape[2] * shape[3]).map(<[f32]>::to_vec).collect())
 }
 
+/// Whether the file holds a noise, whole, of whatever shape.
+pub fn is_noise(path: &Path) -> bool {
+    input::read(path, MOST_NOISE)
+        .is_ok_and(|bytes| weights::parse_header(&bytes).is_ok_and(|header| header.tensor(&bytes, "noise").is_some()))
+}
+
 /// Tensor `latents`, f32, all images of a run in order.
 pub fn write_latents(path: &Path, shape: [usize; 4], latents: &[f32]) -> Result<()> {
-    let bytes: Vec<u8> = latents.iter().flat_map(|x| x.to_le_bytes()).collect();
+    write(path, "latents", shape, latents)
+}
+
+/// Tensor `noise`, as [`read_noise`] reads it.
+pub fn write_noise(path: &Path, shape: [usize; 4], noise: &[f32]) -> Result<()> {
+    write(path, "noise", shape, noise)
+}
+
+fn write(path: &Path, name: &str, shape: [usize; 4], values: &[f32]) -> Result<()> {
+    let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
     let invalid = |e: safetensors::SafeTensorError| Error::file(path, e.to_string());
     let view = TensorView::new(Dtype::F32, shape.to_vec(), &bytes).map_err(invalid)?;
-    let file = safetensors::serialize([("latents", view)], None).map_err(invalid)?;
+    let file = safetensors::serialize([(name, view)], None).map_err(invalid)?;
     atomic::write(path, |out| out.write_all(&file))
 }
 

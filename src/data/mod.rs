@@ -5,4 +5,5 @@ pub mod metadata;
 pub mod parameters;
 mod png_chunks;
 pub mod prompts;
+pub mod resample;
 pub mod textual_inversion;

@@ -6,6 +6,7 @@
 pub mod baselines;
 pub mod minority;
 pub mod sampling_loop;
+pub mod seedselect;
 
 use crate::data::textual_inversion::LearnedToken;
 use crate::exec::Executor;
@@ -116,6 +117,11 @@ pub trait LoadedMethod {
 
     /// What the image of job `index` of the last batch was chosen by, where there was a choice.
     fn chosen(&self, _index: usize) -> Option<Chosen> {
+        None
+    }
+
+    /// The optimised starting noise of job `index` of the last batch, `[C, H/f, W/f]`, unit variance.
+    fn noise(&self, _index: usize) -> Option<Vec<f32>> {
         None
     }
 

@@ -1,17 +1,18 @@
 //! Text to image: encode the prompts, sample a batch of latents, decode image by image.
 
 pub use super::job::{Image, Job};
+pub use super::layout::{to_channels_first, to_channels_last};
 
 use super::{Observer, Progress};
 use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::pipeline::Pipeline;
 use crate::pipeline::conditioning::{Branch, Conditioning, States, Text};
-use crate::pipeline::programs::{Programs, Sizes, buffer, check_pixels, rows, write_step};
+use crate::pipeline::decode::Decoder;
+use crate::pipeline::programs::{Programs, Sizes, check_pixels, rows, write_step};
 use crate::plan::Footprint;
 use crate::program::DType;
 use crate::sampler::{self, Noise, Rng, Schedule};
 use crate::{Error, Result};
-use rayon::prelude::*;
 
 /// Everything that holds for a whole run.
 #[derive(Clone, Debug)]
@@ -97,7 +98,7 @@ impl<'p> Generator<'p> {
         Ok(Loaded {
             conditioning: Conditioning::new(self.pipeline, self.sizes, text, condition),
             step: executor.load(step, model)?,
-            decode: executor.load(decode, model)?,
+            decoder: Decoder::load(self.pipeline, executor, decode)?,
             executor,
             pipeline: self.pipeline,
             settings: self.settings,
@@ -119,7 +120,7 @@ pub struct Loaded<'p, 'e> {
     settings: Settings,
     conditioning: Conditioning<'p>,
     step: ProgramId,
-    decode: ProgramId,
+    decoder: Decoder,
     jobs: Vec<Job>,
     /// Per job.
     noises: Vec<Noise>,
@@ -249,85 +250,8 @@ impl Loaded<'_, '_> {
         Ok(latents)
     }
 
-    /// Decodes the batch image by image: the decoder needs more memory than the UNet. Where some are not finite it is an error, but
-    /// `observe` has seen the others.
+    /// Decodes the batch image by image; see [`Decoder::finish`].
     pub fn finish(&mut self, observe: &mut Observer<'_>) -> Result<Vec<Image>> {
-        let batch = self.sizes.batch;
-        let channels = self.pipeline.config.unet.in_channels;
-        self.decode(0)?;
-        let latents = self.latents()?;
-        let mut pixels =
-            vec![0.0; self.settings.height * self.settings.width * self.pipeline.config.vae.image_channels];
-        let mut images = Vec::with_capacity(batch);
-        let mut failed = None;
-        for (index, latents) in latents.chunks(latents.len() / batch).enumerate() {
-            self.executor.read(buffer::IMAGE, DataMut::F32(&mut pixels))?;
-            if index + 1 < batch {
-                self.decode(index + 1)?;
-            }
-            // One image of a batch does not spoil the others.
-            let (sampled, decoded) = (are_finite(latents), are_finite(&pixels));
-            if !sampled || !decoded {
-                failed.get_or_insert((index, sampled));
-                continue;
-            }
-            let rgb = pixels.par_iter().with_min_len(1 << 14).map(|&x| to_byte(x)).collect();
-            let latents = to_channels_first(latents, channels);
-            let image = Image { width: self.settings.width, height: self.settings.height, rgb, latents };
-            observe(Progress::Image { index, image: &image })?;
-            images.push(image);
-        }
-        match failed {
-            Some((index, true)) => return Err(self.where_pixels_go_wrong(index)),
-            Some((index, false)) => return Err(Error::NotFinite(format!("what is sampled for {}", self.image(index)))),
-            None => {}
-        }
-        Ok(images)
+        self.decoder.finish(&mut *self.executor, &self.jobs, observe)
     }
-
-    /// Decodes an image again, op by op.
-    fn where_pixels_go_wrong(&mut self, index: usize) -> Error {
-        self.executor.set_check_finite(true);
-        let decoded = self.decode(index);
-        self.executor.set_check_finite(false);
-        decoded.err().unwrap_or_else(|| Error::NotFinite(self.image(index)))
-    }
-
-    /// An image of the batch, in messages.
-    fn image(&self, index: usize) -> String {
-        format!("the image of seed {}", self.jobs[index].seed)
-    }
-
-    /// Starts decoding one image.
-    fn decode(&mut self, index: usize) -> Result<()> {
-        let Sizes { height, width, .. } = self.sizes;
-        let len = height * width * self.pipeline.config.unet.in_channels;
-        self.executor.copy((sampler::LATENTS, index * len), (buffer::DECODE_LATENTS, 0), len)?;
-        self.executor.run(self.decode).map_err(|error| error.during(format!("decoding {}", self.image(index))))
-    }
-}
-
-fn are_finite(values: &[f32]) -> bool {
-    values.par_iter().with_min_len(1 << 14).all(|x| x.is_finite())
-}
-
-/// `[-1, 1]` → `0..=255`, rounding halves to even (`VaeImageProcessor.postprocess`, `numpy_to_pil`).
-fn to_byte(x: f32) -> u8 {
-    ((x / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8
-}
-
-/// `[C, H, W]` → `[H, W, C]`.
-pub fn to_channels_last(x: &[f32], channels: usize) -> Vec<f32> {
-    transpose(x, channels)
-}
-
-/// `[H, W, C]` → `[C, H, W]`.
-pub fn to_channels_first(x: &[f32], channels: usize) -> Vec<f32> {
-    transpose(x, x.len() / channels)
-}
-
-/// `[rows, columns]` → `[columns, rows]`.
-fn transpose(x: &[f32], rows: usize) -> Vec<f32> {
-    let columns = x.len() / rows;
-    (0..x.len()).map(|i| x[(i % rows) * columns + i / rows]).collect()
 }

@@ -1,14 +1,16 @@
 //! What diffusers calls a pipeline: an opened model with its configuration and tokenizers, and what makes images of prompts with it.
 
 pub mod conditioning;
+pub mod decode;
 pub mod generate;
 mod job;
+mod layout;
 pub mod networks;
 pub mod programs;
 mod progress;
 mod remarks;
 
-pub use progress::{Iteration, Observer, Progress};
+pub use progress::{AtStep, Iteration, Observer, Progress};
 
 use crate::data::textual_inversion::{LearnedToken, Word};
 use crate::models::config::{ClipTextConfig, Family, PipelineConfig, Prediction};

@@ -2,6 +2,7 @@
 
 use super::job::Image;
 use crate::Result;
+use std::collections::BTreeMap;
 
 /// Where a run is; the observer may stop it by returning an error.
 #[derive(Clone, Copy, Debug)]
@@ -21,10 +22,9 @@ pub type Observer<'a> = dyn FnMut(Progress<'_>) -> Result<()> + 'a;
 /// One iteration of an optimiser, as `--trace` writes it. Numbers are per image.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Iteration {
-    /// The sampling step it comes before, and the timesteps of its noise levels.
-    pub step: usize,
-    pub timestep: f64,
-    pub second_timestep: f64,
+    /// Where it is; `None`: it is of the whole run.
+    #[serde(flatten)]
+    pub at: Option<AtStep>,
     pub objective: &'static str,
     /// Among those of this step and objective.
     pub iteration: usize,
@@ -32,8 +32,19 @@ pub struct Iteration {
     pub lr: f64,
     /// What the objective reports before the update.
     pub score: Vec<f64>,
+    /// What it is a sum of, unweighted, by name.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub terms: BTreeMap<String, Vec<f64>>,
     /// Length of the gradient of what is optimised.
     pub gradient: Vec<f64>,
     /// Distance from where it began, before the update.
     pub moved: Vec<f64>,
+}
+
+/// The sampling step an iteration comes before, and the timesteps of its noise levels.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct AtStep {
+    pub step: usize,
+    pub timestep: f64,
+    pub second_timestep: f64,
 }

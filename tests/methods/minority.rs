@@ -162,7 +162,12 @@ fn the_second_level_stays_in_range() {
     let schedule = Schedule { t_lo: 0.0, iterations: 1, ..s.schedule };
     let found = one(&pipeline, Settings { images: images(&pipeline, 50, 3.0, DType::F32), schedule, ..s });
     assert_eq!(found.iterations.len(), 50);
-    assert!(found.iterations.iter().all(|i| (1.0..=999.0).contains(&i.second_timestep) && i.score[0].is_finite()));
+    assert!(
+        found
+            .iterations
+            .iter()
+            .all(|i| (1.0..=999.0).contains(&i.at.unwrap().second_timestep) && i.score[0].is_finite())
+    );
 }
 
 #[test]

@@ -1,11 +1,11 @@
 //! Which images of a command are made already: whole, made as asked, and with everything that was asked for beside them.
 
-use crate::cli::atomic;
 use crate::cli::flags::images::{ImageFlags, Noise};
 use crate::cli::images::record::record;
 use crate::cli::images::targets::{Selection, Target, Targets};
 use crate::cli::images::trace::Traced;
 use crate::cli::images::work::Work;
+use crate::cli::{atomic, tensors};
 use crate::data::metadata::{self, Record};
 use crate::data::textual_inversion;
 use crate::{Error, Result, input};
@@ -18,6 +18,8 @@ use std::path::{Path, PathBuf};
 pub struct Extras {
     /// Learned tokens, one file per image.
     pub save_token: Option<PathBuf>,
+    /// Optimised noises, one file per image.
+    pub save_noise: Option<PathBuf>,
     /// JSON lines, one per iteration.
     pub trace: Option<PathBuf>,
     /// Of an optimiser, per image: lines of the trace.
@@ -50,12 +52,15 @@ pub fn choose<'t>(
     for target in targets.iter() {
         let is_there = is_there(&target.path)?;
         let token = extras.save_token.as_ref().map(|path| targets.beside(path, &target));
-        token.iter().try_for_each(|token| atomic::check(token))?;
+        let noise_file = extras.save_noise.as_ref().map(|path| targets.beside(path, &target));
+        token.iter().chain(&noise_file).try_for_each(|path| atomic::check(path))?;
         // Side files cannot be made without the image.
         let (lines, end) = traced.as_ref().map_or((extras.iterations, 0), |traced| traced.of(target.index));
         let has_trace = lines >= extras.iterations;
         let has_token = token.is_none_or(|token| textual_inversion::read(&token).is_ok());
-        if is_there && resumes && is_made(args, &target, work, noise, &mut chosen.unsigned)? && has_trace && has_token {
+        let has_noise = noise_file.is_none_or(|path| tensors::is_noise(&path));
+        let has_all = has_trace && has_token && has_noise;
+        if is_there && resumes && is_made(args, &target, work, noise, &mut chosen.unsigned)? && has_all {
             chosen.trace_end = chosen.trace_end.max(end);
             continue;
         }

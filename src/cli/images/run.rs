@@ -13,7 +13,7 @@ use crate::cli::progress::Reporter;
 use crate::cli::{atomic, machine, tensors};
 use crate::data::{metadata, prompts, textual_inversion};
 use crate::methods::{ImageMethod, LoadedMethod};
-use crate::pipeline::generate::{Image, Job};
+use crate::pipeline::generate::{Image, Job, Settings};
 use crate::pipeline::{Pipeline, Progress};
 use crate::plan::show_bytes;
 use crate::weights::Component;
@@ -50,8 +50,8 @@ pub fn targets(args: &ImageFlags, extras: &Extras, mut paths: Paths) -> Result<T
     let (Out::File(named) | Out::Folder(named)) = &out;
     let named = named.clone();
     paths.output("--out", &named)?;
-    let others =
-        [("--latents-out", &args.output.latents_out), ("--trace", &extras.trace), ("--save-token", &extras.save_token)];
+    let beside = [("--save-token", &extras.save_token), ("--save-noise", &extras.save_noise)];
+    let others = [("--latents-out", &args.output.latents_out), ("--trace", &extras.trace)].into_iter().chain(beside);
     for (flag, path) in others {
         path.iter().try_for_each(|path| paths.output(flag, path))?;
     }
@@ -69,9 +69,9 @@ pub fn targets(args: &ImageFlags, extras: &Extras, mut paths: Paths) -> Result<T
     for target in targets.iter().filter(|target| target.path != named) {
         paths.numbered_output("--out", &target.path)?;
     }
-    if let Some(path) = &extras.save_token {
-        let tokens = targets.iter().map(|target| targets.beside(path, &target));
-        tokens.filter(|token| token != path).try_for_each(|token| paths.numbered_output("--save-token", &token))?;
+    for (flag, path) in beside.into_iter().filter_map(|(flag, path)| Some((flag, path.as_ref()?))) {
+        let files = targets.iter().map(|target| targets.beside(path, &target));
+        files.filter(|file| file != path).try_for_each(|file| paths.numbered_output(flag, &file))?;
     }
     Ok(targets)
 }
@@ -249,12 +249,14 @@ impl Run<'_> {
             let path = self.targets.beside(path, target);
             let token = loaded.learned(index, &textual_inversion::word_of(&path))?;
             let bytes = textual_inversion::bytes(&token)?;
-            let (image, failures) = (target.path.clone(), self.failures.clone());
-            self.later(move || match failures.has(&image) {
-                // The image there is another run's, and so is its token.
-                true => Ok(()),
-                false => atomic::write(&path, |out| out.write_all(&bytes)),
-            })?;
+            self.write_beside(target, move || atomic::write(&path, |out| out.write_all(&bytes)))?;
+        }
+        if let (Some(path), Some(noise)) = (&self.extras.save_noise, loaded.noise(index)) {
+            let path = self.targets.beside(path, target);
+            let Settings { width, height, .. } = self.work.settings;
+            let (height, width) = self.work.pipeline.latent_size(*width, *height)?;
+            let shape = [1, self.work.pipeline.config.unet.in_channels, height, width];
+            self.write_beside(target, move || tensors::write_noise(&path, shape, &noise))?;
         }
         let Some(chosen) = loaded.chosen(index) else { return Ok(()) };
         let path = target.path.display().to_string();
@@ -265,6 +267,12 @@ impl Run<'_> {
             reporter.note(&note);
             reporter.event(event)
         })
+    }
+
+    /// Writes a file that belongs to an image, unless the image there is another run's: then so is its file.
+    fn write_beside(&mut self, target: &Target, write: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+        let (image, failures) = (target.path.clone(), self.failures.clone());
+        self.later(move || if failures.has(&image) { Ok(()) } else { write() })
     }
 
     /// A load is cold when most of the stored weights had to come from the disk, warm when the system still held them.
@@ -335,7 +343,8 @@ fn prepare_output(args: &ImageFlags, extras: &Extras, targets: &Targets) -> Resu
         std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
     }
     let first = targets.get(0);
-    let token = extras.save_token.as_ref().map(|path| targets.beside(path, &first));
-    let files = [Some(&first.path), args.output.latents_out.as_ref(), token.as_ref()];
+    let [token, noise] =
+        [&extras.save_token, &extras.save_noise].map(|path| path.as_ref().map(|path| targets.beside(path, &first)));
+    let files = [Some(&first.path), args.output.latents_out.as_ref(), token.as_ref(), noise.as_ref()];
     files.into_iter().flatten().try_for_each(|path| atomic::probe(path))
 }

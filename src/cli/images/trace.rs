@@ -115,16 +115,16 @@ fn lines(path: &Path, mut see: impl FnMut(Line, u64) -> Result<bool>) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pipeline::AtStep;
 
     fn report() -> Iteration {
         Iteration {
-            step: 0,
-            timestep: 1.0,
-            second_timestep: 0.5,
+            at: Some(AtStep { step: 0, timestep: 1.0, second_timestep: 0.5 }),
             objective: "minority",
             iteration: 0,
             lr: 0.1,
             score: vec![1.0],
+            terms: Default::default(),
             gradient: vec![2.0],
             moved: vec![0.0],
         }

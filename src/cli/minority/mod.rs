@@ -103,7 +103,7 @@ pub fn run(mut args: Minority) -> Result<()> {
     if args.comparison.compare.is_some() {
         args.check_comparison()?;
     }
-    let mut extras = Extras { save_token: args.save_token.clone(), trace: args.trace.clone(), iterations: 0 };
+    let mut extras = Extras { save_token: args.save_token.clone(), trace: args.trace.clone(), ..Extras::default() };
     let mut paths = Paths::default();
     args.method.inputs(&mut paths);
     let asked = match &args.comparison.compare {

@@ -24,7 +24,7 @@ use crate::optimize::variable::{CONTEXT, Entry, POOLED, Parameter, Variable};
 use crate::pipeline::conditioning::{self, Branch, States};
 use crate::pipeline::generate::{self, Generator, Image, Job};
 use crate::pipeline::programs::gradient_of;
-use crate::pipeline::{Iteration, Pipeline};
+use crate::pipeline::{AtStep, Iteration, Pipeline};
 use crate::pipeline::{Observer, Progress};
 use crate::plan::{Footprint, Planned};
 use crate::sampler::{self, Level, draw};
@@ -375,13 +375,12 @@ impl<'p, 'e> Loaded<'p, 'e> {
             return Err(Error::NotFinite(what));
         }
         Ok(Iteration {
-            step,
-            timestep: optimized.levels.t1,
-            second_timestep: optimized.levels.t2,
+            at: Some(AtStep { step, timestep: optimized.levels.t1, second_timestep: optimized.levels.t2 }),
             objective: name,
             iteration,
             lr: optimized.lr,
             score,
+            terms: BTreeMap::new(),
             gradient,
             moved,
         })

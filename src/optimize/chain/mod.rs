@@ -64,7 +64,7 @@ use crate::exec::{Executor, HostFloat};
 use crate::optimize::objective::NoiseLevels;
 use crate::optimize::variable::{Entry, Parameter};
 use crate::pipeline::Pipeline;
-use crate::pipeline::programs::Sizes;
+use crate::pipeline::programs::{Sizes, rows};
 use crate::plan::{Footprint, Planned};
 use crate::program::DType;
 use crate::sampler::{self, Level, Schedule, level_at_fraction};
@@ -133,6 +133,11 @@ impl<'p> Chain<'p> {
 
     pub fn storage(&self) -> Storage {
         self.storage
+    }
+
+    /// Network function evaluations of one run: UNet calls, each on one image's latents.
+    pub fn calls(&self) -> usize {
+        self.schedule.steps.len() * rows(self.sizes, &self.schedule)
     }
 
     pub fn footprint(&self) -> Footprint {

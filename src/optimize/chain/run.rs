@@ -180,6 +180,11 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
         Ok(conditioning::read(self.pipeline, self.executor, ENCODED, 1, 0..1)?.swap_remove(0))
     }
 
+    /// Draws of noise that the sampler adds in a run.
+    pub fn draws(&self) -> usize {
+        if self.schedule.needs.noise { self.schedule.steps.len() } else { 0 }
+    }
+
     /// The starting noise, `[B, h, w, C]`, unit variance.
     pub fn set_noise(&mut self, noise: &[F]) -> Result<()> {
         self.executor.write(NOISE, F::data(noise))
@@ -192,7 +197,7 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
 
     /// The fresh noise of every step, for samplers that add it; for the others there is none.
     pub fn set_draws(&mut self, draws: &[Vec<F>]) -> Result<()> {
-        let needed = if self.schedule.needs.noise { self.schedule.steps.len() } else { 0 };
+        let needed = self.draws();
         if draws.len() != needed {
             return Err(Error::Usage(format!("{} draws of noise, this sampler takes {needed}", draws.len())));
         }
@@ -208,12 +213,18 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
 
     /// Runs from the noise, without a backward: the losses per objective and sample.
     pub fn loss(&mut self) -> Result<Vec<Vec<F>>> {
+        self.loss_observed(&mut || Ok(()))
+    }
+
+    /// [`Loaded::loss`] with a call after every step, which may end it by an error.
+    pub fn loss_observed(&mut self, step: &mut dyn FnMut() -> Result<()>) -> Result<Vec<Vec<F>>> {
         self.executor.run(self.start)?;
         for done in 0..=self.schedule.steps.len() {
             self.run_at(done, |loaded| &loaded.losses)?;
             if done < self.schedule.steps.len() {
                 self.write_step(done, "")?;
                 self.executor.run(self.step)?;
+                step()?;
             }
         }
         self.losses()
@@ -221,16 +232,23 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
 
     /// Runs from the noise and back: the losses. Gradients are then on the device, in the buffers [`gradient_of`] names.
     pub fn gradient(&mut self) -> Result<Vec<Vec<F>>> {
+        self.gradient_observed(&mut || Ok(()))
+    }
+
+    /// [`Loaded::gradient`] with a call after every step forward and every step back, which may end it by an error. Where all steps are
+    /// one program the calls come after it.
+    pub fn gradient_observed(&mut self, step: &mut dyn FnMut() -> Result<()>) -> Result<Vec<Vec<F>>> {
         self.executor.run(self.start)?;
         match self.run {
             LoadedRun::Latents { clear, step_backward, .. } => {
-                self.forward()?;
+                self.forward(step)?;
                 self.executor.run(clear)?;
-                self.backward(step_backward)?;
+                self.backward(step_backward, step)?;
             }
             LoadedRun::Activations(whole, _) => {
                 (0..self.schedule.steps.len()).try_for_each(|index| self.write_step(index, &of_step(index)))?;
                 self.executor.run(whole)?;
+                (0..2 * self.schedule.steps.len()).try_for_each(|_| step())?;
             }
         }
         let mut last = self.condition_backward.into_iter().chain(self.start_backward);
@@ -293,17 +311,18 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
     }
 
     /// Unfilled slots of the history have coefficient 0.
-    fn forward(&mut self) -> Result<()> {
+    fn forward(&mut self, step: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         self.move_state(0, true)?;
         for index in 0..self.schedule.steps.len() {
             self.write_step(index, "")?;
             self.executor.run(self.step)?;
             self.move_state(index + 1, true)?;
+            step()?;
         }
         Ok(())
     }
 
-    fn backward(&mut self, step_backward: ProgramId) -> Result<()> {
+    fn backward(&mut self, step_backward: ProgramId, step: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         for done in (0..=self.schedule.steps.len()).rev() {
             if self.after.contains(&done) {
                 self.move_state(done, false)?;
@@ -316,6 +335,7 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
                 self.move_state(done - 1, false)?;
                 self.write_step(done - 1, "")?;
                 self.executor.run(step_backward)?;
+                step()?;
             }
         }
         Ok(())

@@ -44,6 +44,7 @@
 
 mod context;
 mod minority;
+pub mod references;
 mod repulsion;
 mod reward;
 mod spec;

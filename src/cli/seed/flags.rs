@@ -1,0 +1,173 @@
+//! The flags of SeedSelect, and its options out of them.
+
+use crate::cli::flags::method::{Context, MethodFlags};
+use crate::cli::flags::values;
+use crate::cli::paths::Paths;
+use crate::methods::ImageMethod;
+use crate::methods::seedselect::{LearningRate, Options, References, SeedSelect};
+use crate::optimize::optimizer::Clip;
+use crate::{Error, Result};
+use clap::{Args, ValueEnum};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+#[derive(Args)]
+#[command(next_help_heading = "Optimisation")]
+pub struct SeedFlags {
+    /// Images of what is to be shown, 3 to 5 are usual: PNG, JPEG or WebP files, or folders of them
+    #[arg(long, required = true, value_name = "DIR|FILE", num_args = 1.., help_heading = "References")]
+    pub references: Vec<PathBuf>,
+    /// A CLIP with an image tower (a transformers folder or file) that sees the references [default: the model's own]
+    #[arg(long, value_name = "DIR|FILE", help_heading = "References")]
+    pub clip: Option<PathBuf>,
+    /// default returns the best iterate and sees references and images in the same way; released follows the authors' code, its
+    /// defaults and quirks
+    #[arg(long, value_enum, default_value = "default")]
+    pub mode: Mode,
+    /// Steps of the optimiser, each a sampling run there and back [default: 30]
+    #[arg(long, value_name = "K", value_parser = values::number_of, allow_negative_numbers = true)]
+    iterations: Option<usize>,
+    /// Learning rate of the first three iterations [default: 0.1]
+    #[arg(long, value_parser = values::amount, allow_negative_numbers = true)]
+    lr: Option<f64>,
+    /// Learning rate from the fourth iteration on [default: a tenth of --lr]
+    #[arg(long, value_parser = values::amount, allow_negative_numbers = true)]
+    lr_later: Option<f64>,
+    /// Decay of AdamW [default: 0; released 0.01]
+    #[arg(long, value_parser = values::amount, allow_negative_numbers = true)]
+    weight_decay: Option<f64>,
+    /// Starting noises that are tried; the best is optimised [default: 4; released 1]
+    #[arg(long, value_name = "N", value_parser = values::count, allow_negative_numbers = true)]
+    starts: Option<usize>,
+    /// Stop once the loss has risen more than N times one after the other; none: never [default: 3; released none]
+    #[arg(long, value_name = "N|none", value_parser = patience)]
+    patience: Option<Patience>,
+    /// Weight of the distance to the references in CLIP's features [default: 10]
+    #[arg(long, value_name = "W", value_parser = values::amount, allow_negative_numbers = true, help_heading = "Loss")]
+    semantics: Option<f64>,
+    /// Weight of the squared distance to the mean latents of the references [default: 1]
+    #[arg(long, value_name = "W", value_parser = values::amount, allow_negative_numbers = true, help_heading = "Loss")]
+    appearance: Option<f64>,
+    /// Weight of how unlikely the length of the noise is (NAO, ReNO) [default: 0]
+    #[arg(long, value_name = "W", value_parser = values::amount, allow_negative_numbers = true, help_heading = "Loss")]
+    norm_prior: Option<f64>,
+    /// Bring the noise back to the length it began with after every step (an extension, from DOODL)
+    #[arg(long, help_heading = "Extensions")]
+    renormalise: bool,
+    /// Bound on every number of the gradient (an extension, from DOODL, which has 1e-3)
+    #[arg(long, value_name = "BOUND", value_parser = values::amount, allow_negative_numbers = true, help_heading = "Extensions")]
+    clip_gradient: Option<f64>,
+    /// Bound on the length of the gradient (an extension, from ReNO, which has 0.1); needs --batch 1
+    #[arg(
+        long,
+        value_name = "BOUND",
+        value_parser = values::amount,
+        allow_negative_numbers = true,
+        conflicts_with = "clip_gradient",
+        help_heading = "Extensions"
+    )]
+    clip_norm: Option<f64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    Default,
+    Released,
+}
+
+/// `None`: never stop early.
+#[derive(Clone, Copy, Debug)]
+struct Patience(Option<usize>);
+
+fn patience(text: &str) -> Result<Patience, String> {
+    match (text, values::number_of(text)) {
+        ("none", _) => Ok(Patience(None)),
+        (_, Ok(rises)) => Ok(Patience(Some(rises))),
+        (_, Err(_)) => Err("write a number of rises, or none".into()),
+    }
+}
+
+impl SeedFlags {
+    pub fn options(&self) -> Options {
+        let usual = match self.mode {
+            Mode::Default => Options::DEFAULT,
+            Mode::Released => Options::RELEASED,
+        };
+        let first = self.lr.unwrap_or(usual.lr.first);
+        let later = match (self.lr_later, self.lr) {
+            (Some(later), _) => later,
+            (None, Some(lr)) => lr / 10.0,
+            (None, None) => usual.lr.later,
+        };
+        let clip = self.clip_gradient.map(Clip::Value).or(self.clip_norm.map(Clip::GlobalNorm));
+        Options {
+            iterations: self.iterations.unwrap_or(usual.iterations),
+            lr: LearningRate { first, later, ..usual.lr },
+            weight_decay: self.weight_decay.unwrap_or(usual.weight_decay),
+            starts: self.starts.unwrap_or(usual.starts),
+            patience: self.patience.map_or(usual.patience, |patience| patience.0),
+            semantics: self.semantics.unwrap_or(usual.semantics),
+            appearance: self.appearance.unwrap_or(usual.appearance),
+            norm_prior: self.norm_prior.unwrap_or(usual.norm_prior),
+            renormalise: self.renormalise,
+            clip,
+            ..usual
+        }
+    }
+
+    /// The references; with `strict` one that cannot be read is an error.
+    pub fn read(&self, strict: bool) -> Result<References> {
+        let mut references = References::read(&self.references)?;
+        match references.unreadable.pop() {
+            Some(error) if strict => Err(error),
+            last => {
+                references.unreadable.extend(last);
+                Ok(references)
+            }
+        }
+    }
+
+    /// The method on references that were read.
+    pub fn seed_select(&self, references: References, seed: u64, trace: bool) -> SeedSelect {
+        SeedSelect { options: self.options(), references: Arc::new(references), seed, trace }
+    }
+
+    /// What the user may not expect of the options.
+    pub fn remarks(&self) -> Vec<String> {
+        let mut remarks = Vec::new();
+        let options = self.options();
+        if self.clip.is_some() && options.semantics == 0.0 {
+            remarks.push("--clip: nothing is seen by it at --semantics 0".to_string());
+        }
+        if options.iterations == 0 && self.lr.is_some() {
+            remarks.push("--lr: does nothing at --iterations 0".to_string());
+        }
+        remarks
+    }
+}
+
+/// SeedSelect beside other methods: with its defaults but for how much it may cost.
+#[derive(Args)]
+pub struct ComparedSeedFlags {
+    /// SeedSelect: images of what is to be shown; PNG, JPEG or WebP files, or folders of them
+    #[arg(long, value_name = "DIR|FILE", num_args = 1..)]
+    references: Vec<PathBuf>,
+    /// SeedSelect: steps of the optimiser
+    #[arg(long, value_name = "K", value_parser = values::number_of, default_value_t = Options::DEFAULT.iterations)]
+    seed_iterations: usize,
+}
+
+impl MethodFlags for ComparedSeedFlags {
+    fn inputs(&self, paths: &mut Paths) {
+        self.references.iter().for_each(|path| paths.input("--references", path));
+    }
+
+    fn method(&self, context: &Context<'_>) -> Result<Box<dyn ImageMethod>> {
+        if self.references.is_empty() {
+            return Err(Error::Usage("--methods seed: needs --references, images of what is to be shown".into()));
+        }
+        let references = References::read(&self.references)?;
+        let options = Options { iterations: self.seed_iterations, ..Options::DEFAULT };
+        Ok(Box::new(SeedSelect { options, references: Arc::new(references), seed: context.seed, trace: false }))
+    }
+}

@@ -1,0 +1,115 @@
+//! SeedSelect as an [`ImageMethod`].
+
+use super::Loaded;
+use super::options::Options;
+use super::programs::Programs;
+use super::references::References;
+use crate::exec::Executor;
+use crate::methods::{ImageMethod, LoadedMethod, PlannedMethod, Request};
+use crate::optimize::objective::Nfe;
+use crate::pipeline::generate::{self, Image, Job, to_channels_first};
+use crate::pipeline::{Observer, Pipeline};
+use crate::plan::Planned;
+use crate::{Error, Result};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// The method with all its options.
+#[derive(Clone)]
+pub struct SeedSelect {
+    pub options: Options,
+    pub references: Arc<References>,
+    /// Seed of what is drawn for references.
+    pub seed: u64,
+    /// Report every iteration.
+    pub trace: bool,
+}
+
+impl ImageMethod for SeedSelect {
+    fn name(&self) -> &'static str {
+        "seed"
+    }
+
+    fn title(&self) -> String {
+        "SeedSelect".into()
+    }
+
+    fn options(&self) -> Value {
+        let mut options = self.options.record();
+        options["references"] = json!(self.references.fingerprint());
+        options
+    }
+
+    fn check(&self, batch: usize) -> Result<()> {
+        if self.references.pictures.is_empty() {
+            return Err(Error::Usage("no reference images; name a folder of PNG, JPEG or WebP".into()));
+        }
+        self.options.check(batch)
+    }
+
+    fn remarks(&self, settings: &generate::Settings) -> Vec<String> {
+        let mut remarks = Vec::new();
+        let count = self.references.pictures.len();
+        if count == 1 {
+            remarks
+                .push("one reference image: its background and pose count as the concept too; 3 to 5 are usual".into());
+        }
+        if settings.sampler.steps > 50 {
+            remarks
+                .push(format!("--steps {}: every iteration runs all of them there and back", settings.sampler.steps));
+        }
+        remarks
+    }
+
+    fn plan<'p>(
+        &self,
+        pipeline: &'p Pipeline,
+        executor: &dyn Executor,
+        request: &Request<'_>,
+    ) -> Result<Box<dyn PlannedMethod + 'p>> {
+        self.check(request.batch)?;
+        let programs = Programs::plan(pipeline, executor, &self.options, request)?;
+        Ok(Box::new(PlannedSeedSelect { programs, method: self.clone() }))
+    }
+}
+
+struct PlannedSeedSelect<'p> {
+    programs: Programs<'p>,
+    method: SeedSelect,
+}
+
+impl PlannedMethod for PlannedSeedSelect<'_> {
+    fn programs(&self) -> Vec<&Planned> {
+        self.programs.all()
+    }
+
+    fn progress_units(&self) -> usize {
+        self.programs.progress_units()
+    }
+
+    fn nfe(&self) -> Nfe {
+        self.programs.nfe()
+    }
+
+    fn load<'e>(self: Box<Self>, executor: &'e mut dyn Executor) -> Result<Box<dyn LoadedMethod + 'e>>
+    where
+        Self: 'e,
+    {
+        let SeedSelect { references, seed, trace, .. } = &self.method;
+        Ok(Box::new(Loaded::new(self.programs, executor, references, *seed, *trace)?))
+    }
+}
+
+impl LoadedMethod for Loaded<'_, '_> {
+    fn run(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
+        Loaded::run(self, jobs, observe)
+    }
+
+    fn executor(&mut self) -> &mut dyn Executor {
+        self.chain.executor()
+    }
+
+    fn noise(&self, index: usize) -> Option<Vec<f32>> {
+        self.best.get(index).map(|best| to_channels_first(&best.noise, self.channels))
+    }
+}

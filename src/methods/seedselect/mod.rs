@@ -1,0 +1,316 @@
+//! SeedSelect (Samuel et al., AAAI 2024, arXiv 2304.14530): the starting noise is optimised until the image of a whole sampling run is
+//! like a few reference images of a rare concept. The model stays as it is.
+//!
+//! ```text
+//! c = the mean CLIP features of the references, u = their mean latents
+//! z = the best of some starting noises
+//! for every iteration:
+//!     s_0 = z;  s_i+1 = a sampling step of s_i                           i = 0 .. T-1
+//!     L = 10 Σ w_i (1 - cos(CLIP(decode(s_i)), c)) + mean (s_T - u)²     the last three i, w = 0.05, 0.25, 0.70
+//!     z = AdamW(z, dL/dz)                                                through all steps
+//! the image of the z of the lowest L
+//! ```
+
+mod method;
+mod options;
+mod programs;
+mod references;
+
+pub use method::SeedSelect;
+pub use options::{Convention, LearningRate, Options, Patience};
+pub use references::{References, Targets};
+
+use crate::exec::{Data, Executor};
+use crate::optimize::chain;
+use crate::optimize::objective::loss_scale;
+use crate::optimize::objective::references::buffer;
+use crate::optimize::optimizer::LoadedOptimizer;
+use crate::optimize::variable::Entry;
+use crate::pipeline::decode::Decoder;
+use crate::pipeline::generate::{self, Image, Job, to_channels_last};
+use crate::pipeline::{Iteration, Observer, Progress};
+use crate::sampler::{self, Noise, draw};
+use crate::{Error, Result};
+use programs::{Programs, TermName};
+use std::collections::BTreeMap;
+
+/// SeedSelect on an executor.
+pub struct Loaded<'p, 'e> {
+    chain: chain::Loaded<'p, 'e>,
+    optimizer: LoadedOptimizer,
+    decoder: Decoder,
+    targets: Targets,
+    options: Options,
+    images: generate::Settings,
+    /// What the losses of the chain are, in their order, and what each was multiplied with.
+    terms: Vec<(TermName, f64)>,
+    /// Numbers of a starting noise `[h, w, C]`, and its channels.
+    len: usize,
+    channels: usize,
+    /// Report every iteration.
+    trace: bool,
+    /// Of the last batch.
+    best: Vec<Best>,
+}
+
+/// One image on its way.
+struct Seed {
+    /// Where it began, `[h, w, C]`.
+    first: Vec<f32>,
+    best: Best,
+    patience: Patience,
+    stopped: bool,
+}
+
+/// A starting noise that is returned.
+#[derive(Clone, Debug)]
+pub struct Best {
+    /// `[h, w, C]`, unit variance.
+    pub noise: Vec<f32>,
+    pub loss: f64,
+    /// Steps of the optimizer that led to it.
+    pub iteration: usize,
+}
+
+/// The losses of one evaluation, per image.
+struct Losses {
+    total: Vec<f64>,
+    terms: BTreeMap<String, Vec<f64>>,
+}
+
+impl<'p, 'e> Loaded<'p, 'e> {
+    /// Loads weights and programs, and encodes the references; `seed` is that of what is drawn for them.
+    fn new(
+        programs: Programs<'p>,
+        executor: &'e mut dyn Executor,
+        references: &References,
+        seed: u64,
+        trace: bool,
+    ) -> Result<Loaded<'p, 'e>> {
+        let Programs { pipeline, options, images, terms, chain, optimizer, decode, encoders, channels, len } = programs;
+        let targets = encoders.encode(pipeline, executor, references, seed)?;
+        let mut chain = chain.load::<f32>(executor)?;
+        let optimizer = optimizer.load(chain.executor(), &pipeline.model)?;
+        let decoder = Decoder::load(pipeline, chain.executor(), decode)?;
+        let best = vec![];
+        Ok(Loaded { chain, optimizer, decoder, targets, options, images, terms, len, channels, trace, best })
+    }
+}
+
+impl Loaded<'_, '_> {
+    /// Makes one full batch of images.
+    pub fn run(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
+        self.condition(jobs)?;
+        let mut seeds = self.start(jobs, observe)?;
+        self.optimizer.reset(self.chain.executor())?;
+        for iteration in 0..self.options.iterations {
+            if seeds.iter().all(|seed| seed.stopped) {
+                break;
+            }
+            let noise = self.chain.noise()?;
+            let losses = self.gradient(jobs, observe)?;
+            self.keep(&mut seeds, &noise, &losses.total, iteration);
+            let report = self.trace.then(|| self.report(&seeds, &noise, losses, iteration)).transpose()?;
+            let lr = self.options.lr.at(iteration);
+            self.optimizer.step(self.chain.executor(), lr)?;
+            if self.options.renormalise {
+                self.renormalise(&seeds)?;
+            }
+            observe(Progress::Iteration(report.as_ref()))?;
+        }
+        if self.options.convention == Convention::Default && !seeds.iter().all(|seed| seed.stopped) {
+            let noise = self.chain.noise()?;
+            let losses = self.loss(jobs, observe)?;
+            self.keep(&mut seeds, &noise, &losses.total, self.options.iterations);
+        }
+        self.best = seeds.into_iter().map(|seed| seed.best).collect();
+        self.render(jobs, observe)
+    }
+
+    /// What the images of the last batch were made from.
+    pub fn best(&self) -> &[Best] {
+        &self.best
+    }
+
+    /// The prompts, and what the loss compares with, a row per image.
+    fn condition(&mut self, jobs: &[Job]) -> Result<()> {
+        let prompts: Vec<&str> = jobs.iter().map(|job| job.prompt.as_str()).collect();
+        let negatives: Vec<&str> = jobs.iter().map(|job| job.negative.as_deref().unwrap_or_default()).collect();
+        self.chain.prompts(&prompts, &negatives)?;
+        let semantics = self.terms.iter().any(|(term, _)| matches!(term, TermName::Semantics { .. }));
+        let appearance = self.terms.iter().any(|(term, _)| *term == TermName::Appearance);
+        if semantics {
+            let centroids = self.targets.centroid().repeat(jobs.len());
+            self.chain.write(buffer::CENTROID, Data::F32(&centroids))?;
+        }
+        if appearance {
+            let latents = self.targets.mean_latents().repeat(jobs.len());
+            self.chain.write(buffer::LATENTS, Data::F32(&latents))?;
+        }
+        Ok(())
+    }
+
+    /// The best of some starting noises of each image: its own, and others under its seed.
+    fn start(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Seed>> {
+        let own = self.draw(jobs)?;
+        let mut seeds: Vec<Seed> = own.into_iter().map(Seed::new).collect();
+        if self.options.starts > 1 {
+            for index in 0..self.options.starts {
+                let noise = match index {
+                    0 => seeds.iter().flat_map(|seed| seed.first.clone()).collect(),
+                    index => self.other(jobs, index),
+                };
+                self.chain.set_noise(&noise)?;
+                let losses = self.loss(jobs, observe)?;
+                for ((seed, noise), loss) in seeds.iter_mut().zip(noise.chunks(self.len)).zip(losses.total) {
+                    seed.take(noise, loss, 0);
+                }
+            }
+            seeds.iter_mut().for_each(Seed::begin_at_best);
+        }
+        let noise: Vec<f32> = seeds.iter().flat_map(|seed| seed.first.iter()).copied().collect();
+        self.chain.set_noise(&noise)?;
+        Ok(seeds)
+    }
+
+    /// Every image's own noise, and where the sampler adds noise, its draws.
+    fn draw(&mut self, jobs: &[Job]) -> Result<Vec<Vec<f32>>> {
+        let mut unit = vec![0.0; self.len];
+        let mut draws = vec![vec![]; 1 + self.chain.draws()];
+        let mut noises: Vec<Noise> = jobs.iter().map(|job| Noise::new(self.images.rng, job.seed)).collect();
+        for (index, all) in draws.iter_mut().enumerate() {
+            for (job, noise) in jobs.iter().zip(&mut noises) {
+                noise.normal(&mut unit);
+                all.extend(to_channels_last(job.draws.get(index).unwrap_or(&unit), self.channels));
+            }
+        }
+        let steps = draws.split_off(1);
+        self.chain.set_draws(&steps)?;
+        Ok(draws.concat().chunks(self.len).map(<[f32]>::to_vec).collect())
+    }
+
+    /// Starting noise `index`, from 1, of every image besides its own.
+    fn other(&self, jobs: &[Job], index: usize) -> Vec<f32> {
+        let mut unit = vec![0.0; self.len];
+        let mut all = Vec::with_capacity(jobs.len() * self.len);
+        for job in jobs {
+            sampler::normal(job.seed, draw::START + index as u64, &mut unit);
+            all.extend(to_channels_last(&unit, self.channels));
+        }
+        all
+    }
+
+    /// Loss and gradient of the noise as it is.
+    fn gradient(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Losses> {
+        let (mut done, steps) = (0, 2 * self.images.sampler.steps);
+        let losses = self.chain.gradient_observed(&mut || {
+            done += 1;
+            observe(Progress::Step { done, steps })
+        })?;
+        self.losses(losses, jobs)
+    }
+
+    /// Loss alone.
+    fn loss(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Losses> {
+        let (mut done, steps) = (0, self.images.sampler.steps);
+        let losses = self.chain.loss_observed(&mut || {
+            done += 1;
+            observe(Progress::Step { done, steps })
+        })?;
+        self.losses(losses, jobs)
+    }
+
+    fn losses(&self, losses: Vec<Vec<f32>>, jobs: &[Job]) -> Result<Losses> {
+        let mut total = vec![0.0; jobs.len()];
+        let mut terms = BTreeMap::new();
+        for ((term, weight), losses) in self.terms.iter().zip(losses) {
+            let (weight, scale) = (*weight, self.loss_scale());
+            total.iter_mut().zip(&losses).for_each(|(total, loss)| *total += f64::from(*loss) / scale);
+            terms.insert(term.to_string(), losses.iter().map(|loss| f64::from(*loss) / (weight * scale)).collect());
+        }
+        match total.iter().position(|loss| !loss.is_finite()) {
+            None => Ok(Losses { total, terms }),
+            Some(index) => Err(Error::NotFinite(format!("the loss of seed {}", jobs[index].seed))),
+        }
+    }
+
+    fn loss_scale(&self) -> f64 {
+        loss_scale(self.images.dtype)
+    }
+
+    /// Takes the noises of an evaluation where they are better, and looks whether to stop.
+    fn keep(&self, seeds: &mut [Seed], noise: &[f32], losses: &[f64], iteration: usize) {
+        for ((seed, noise), loss) in seeds.iter_mut().zip(noise.chunks(self.len)).zip(losses) {
+            // An image stops alone, whatever the others of its batch do.
+            if seed.stopped {
+                continue;
+            }
+            match self.options.convention {
+                Convention::Default => seed.take(noise, *loss, iteration),
+                Convention::Released => seed.best = Best { noise: noise.to_vec(), loss: *loss, iteration },
+            }
+            seed.stopped = seed.patience.stops(*loss, self.options.patience);
+        }
+    }
+
+    /// Brings every noise back to the length it began with.
+    fn renormalise(&mut self, seeds: &[Seed]) -> Result<()> {
+        let mut noise = self.chain.noise()?;
+        for (row, seed) in noise.chunks_mut(self.len).zip(seeds) {
+            let scale = (length(&seed.first) / length(row)) as f32;
+            row.iter_mut().for_each(|x| *x *= scale);
+        }
+        self.chain.set_noise(&noise)
+    }
+
+    fn report(&self, seeds: &[Seed], noise: &[f32], losses: Losses, iteration: usize) -> Result<Iteration> {
+        let gradient = self.chain.read_gradient(Entry::Latents)?;
+        let scale = self.loss_scale();
+        let rows = || noise.chunks(self.len);
+        let moved = |(row, seed): (&[f32], &Seed)| {
+            row.iter().zip(&seed.first).map(|(x, first)| f64::from(x - first).powi(2)).sum::<f64>().sqrt()
+        };
+        let mut terms = losses.terms;
+        terms.insert("norm".into(), rows().map(length).collect());
+        Ok(Iteration {
+            at: None,
+            objective: "seedselect",
+            iteration,
+            lr: self.options.lr.at(iteration),
+            score: losses.total,
+            terms,
+            gradient: gradient.chunks(self.len).map(|row| length(row) / scale).collect(),
+            moved: rows().zip(seeds).map(moved).collect(),
+        })
+    }
+
+    /// The images of the noises that are returned.
+    fn render(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
+        let noise: Vec<f32> = self.best.iter().flat_map(|best| best.noise.iter()).copied().collect();
+        self.chain.set_noise(&noise)?;
+        self.loss(jobs, observe)?;
+        self.decoder.finish(self.chain.executor(), jobs, observe)
+    }
+}
+
+impl Seed {
+    fn new(first: Vec<f32>) -> Seed {
+        let best = Best { noise: first.clone(), loss: f64::INFINITY, iteration: 0 };
+        Seed { first, best, patience: Patience::default(), stopped: false }
+    }
+
+    /// Keeps a noise of a lower loss.
+    fn take(&mut self, noise: &[f32], loss: f64, iteration: usize) {
+        if loss < self.best.loss {
+            self.best = Best { noise: noise.to_vec(), loss, iteration };
+        }
+    }
+
+    fn begin_at_best(&mut self) {
+        self.first.clone_from(&self.best.noise);
+    }
+}
+
+fn length(row: &[f32]) -> f64 {
+    row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt()
+}
