@@ -1,0 +1,338 @@
+//! SeedSelect: gradients through CLIP, decoder and all steps, the algebra of its loss, what is returned, and that nothing but a job decides its image.
+
+use crate::common::inputs;
+use rarebit::data::images::Picture;
+use rarebit::exec::Data;
+use rarebit::exec::cpu::Cpu;
+use rarebit::methods::seedselect::{LearningRate, Options, References, SeedSelect};
+use rarebit::methods::{ImageMethod, LoadedMethod, PlannedMethod, Request};
+use rarebit::models::detect;
+use rarebit::optimize::chain::{self, Chain, Term};
+use rarebit::optimize::objective::references::{Tower, appearance, buffer, contrast, norm_prior, semantics};
+use rarebit::optimize::variable::Entry;
+use rarebit::pipeline::generate::{self, Generator, Image, Job};
+use rarebit::pipeline::{Iteration, Pipeline, Progress};
+use rarebit::program::DType;
+use rarebit::sampler::{self, Method, Rng};
+use rarebit::weights::Component;
+use std::sync::Arc;
+
+const PROMPT: &str = "a red star on a dark blue background";
+/// Numbers of a starting noise of the embedded model.
+const LEN: usize = 4 * 16 * 16;
+
+fn pipeline() -> Pipeline {
+    Pipeline::open(rarebit::assets::shapes().unwrap(), None).unwrap()
+}
+
+fn sampler(steps: usize, guidance: f64) -> sampler::Settings {
+    sampler::Settings { method: Method::Ddim, spacing: None, steps, eta: 0.0, guidance, cfg_pp: false }
+}
+
+fn settings(steps: usize) -> generate::Settings {
+    let sampler = sampler(steps, 4.0);
+    generate::Settings { width: 64, height: 64, sampler, rng: Rng::Philox, dtype: DType::F32 }
+}
+
+fn tower(pipeline: &Pipeline) -> Tower {
+    let config = detect::clip_config(&pipeline.model, Component::Clip).unwrap();
+    Tower { config: config.image, component: Component::Clip, preprocess: config.preprocess }
+}
+
+fn job(seed: u64) -> Job {
+    Job { prompt: PROMPT.into(), negative: None, seed, draws: vec![] }
+}
+
+/// Plain images of other seeds, as references.
+fn references(pipeline: &Pipeline, seeds: &[u64]) -> References {
+    let mut cpu = Cpu::<f32>::new();
+    let generator = Generator::plan(pipeline, &cpu, settings(8), seeds.len()).unwrap();
+    let jobs: Vec<Job> = seeds.iter().map(|seed| job(*seed)).collect();
+    let made = generator.load(&mut cpu).unwrap().run(&jobs, &mut |_| Ok(())).unwrap();
+    let picture = |image: Image| Picture { width: image.width, height: image.height, rgb: image.rgb, prompt: None };
+    References {
+        names: seeds.iter().map(u64::to_string).collect(),
+        pictures: made.into_iter().map(picture).collect(),
+        unreadable: vec![],
+    }
+}
+
+/// What came of a run.
+struct Made {
+    images: Vec<Image>,
+    noises: Vec<Vec<f32>>,
+    iterations: Vec<Iteration>,
+    steps: usize,
+}
+
+fn run(pipeline: &Pipeline, method: &SeedSelect, steps: usize, jobs: &[Job]) -> Made {
+    let mut cpu = Cpu::<f32>::new();
+    let (settings, prompts) = (settings(steps), vec![PROMPT; jobs.len()]);
+    let request = Request { settings: &settings, batch: jobs.len(), prompts: &prompts, memory: None };
+    let planned = method.plan(pipeline, &cpu, &request).unwrap();
+    let units = planned.progress_units();
+    let mut loaded = planned.load(&mut cpu).unwrap();
+    let (mut iterations, mut done) = (vec![], 0);
+    let images = loaded
+        .run(jobs, &mut |progress| {
+            match progress {
+                Progress::Iteration(report) => iterations.push(report.unwrap().clone()),
+                Progress::Step { .. } => done += 1,
+                Progress::Image { .. } | Progress::Again => {}
+            }
+            Ok(())
+        })
+        .unwrap();
+    assert!(done + iterations.len() <= units, "{done} steps and {} iterations of {units}", iterations.len());
+    let noises = (0..jobs.len()).map(|index| loaded.noise(index).unwrap()).collect();
+    Made { images, noises, iterations, steps: done }
+}
+
+fn method(pipeline: &Pipeline, options: Options) -> SeedSelect {
+    SeedSelect { options, references: Arc::new(references(pipeline, &[100, 101, 102])), seed: 0, trace: true }
+}
+
+const FEW: Options = Options { iterations: 4, starts: 2, ..Options::DEFAULT };
+
+/// The loss of some terms and its gradient in f64, on fixed inputs.
+struct Exact<'p, 'e>(chain::Loaded<'p, 'e, f64>);
+
+impl Exact<'_, '_> {
+    fn evaluate(&mut self, noise: &[f64]) -> (f64, Vec<f64>) {
+        let evaluation = self.0.evaluate(noise, &[]).unwrap();
+        (evaluation.losses.concat().iter().sum(), evaluation.gradients[0].clone())
+    }
+
+    fn loss(&mut self, noise: &[f64]) -> f64 {
+        self.0.set_noise(noise).unwrap();
+        self.0.loss().unwrap().concat().iter().sum()
+    }
+}
+
+/// Runs `with` on the exact loss of `terms` for `steps` steps at a guidance.
+fn exact(pipeline: &Pipeline, (steps, guidance): (usize, f64), terms: Vec<Term<'_>>, with: impl FnOnce(Exact<'_, '_>)) {
+    let mut cpu = Cpu::<f64>::new();
+    let options = chain::Options {
+        width: 64,
+        height: 64,
+        batch: 1,
+        dtype: DType::F64,
+        sampler: sampler(steps, guidance),
+        budget: None,
+    };
+    let chain = Chain::plan(pipeline, &cpu, &options, &[Entry::Latents], terms).unwrap();
+    let mut chain = chain.load::<f64>(&mut cpu).unwrap();
+    chain.prompts(&[PROMPT], &[""]).unwrap();
+    let projection = tower(pipeline).config.projection;
+    let direction = |seed: usize| {
+        let values = inputs::noise("centroid", seed, projection);
+        let length = dot(&values, &values).sqrt();
+        values.into_iter().map(|x| x / length).collect::<Vec<f64>>()
+    };
+    let targets = [
+        (buffer::CENTROID.to_string(), direction(0)),
+        (buffer::other(0), direction(1)),
+        (buffer::other(1), direction(2)),
+        (buffer::LATENTS.to_string(), inputs::noise("latents", 3, LEN)),
+    ];
+    for (name, values) in targets {
+        // Those that no term reads are not there.
+        let _ = chain.write(&name, Data::F64(&values));
+    }
+    with(Exact(chain));
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn moved(z: &[f64], by: &[f64], h: f64) -> Vec<f64> {
+    z.iter().zip(by).map(|(z, by)| z + h * by).collect()
+}
+
+/// Through CLIP, decoder and all steps, every term alone and all together, with guidance and without.
+#[test]
+fn central_differences() {
+    let pipeline = pipeline();
+    let tower = tower(&pipeline);
+    let semantic = || vec![Term::after(1, semantics(&tower, 3.0)), Term::at_end(semantics(&tower, 7.0))];
+    let scale = 1.0;
+    let cases: Vec<(&str, Vec<Term<'_>>)> = vec![
+        ("semantics", semantic()),
+        ("appearance", vec![Term::at_end(appearance(2.0))]),
+        ("norm prior", vec![Term::after(0, norm_prior(0.5, scale))]),
+        ("contrast", vec![Term::at_end(contrast(&tower, 2, 0.1, 1.5))]),
+        ("all", {
+            let mut all = semantic();
+            all.push(Term::at_end(appearance(1.0)));
+            all.push(Term::after(0, norm_prior(0.1, scale)));
+            all
+        }),
+    ];
+    for (index, (name, terms)) in cases.into_iter().enumerate() {
+        let guidance = [4.0, 1.0][index % 2];
+        exact(&pipeline, (2, guidance), terms, |mut exact| {
+            let z = inputs::noise("z", index, LEN);
+            let (loss, gradient) = exact.evaluate(&z);
+            assert_eq!(loss, exact.loss(&z), "{name}: the loss alone is another");
+            let length = dot(&gradient, &gradient).sqrt();
+            assert!(length > 1e-6, "{name}: no gradient");
+            let mut directions = vec![gradient.iter().map(|x| x / length).collect::<Vec<f64>>()];
+            directions.extend((0..3).map(|seed| inputs::noise("direction", seed, LEN)));
+            for (which, direction) in directions.iter().enumerate() {
+                let slope = dot(&gradient, direction);
+                let h = 1e-4 / dot(direction, direction).sqrt();
+                let difference = (exact.loss(&moved(&z, direction, h)) - exact.loss(&moved(&z, direction, -h))) / (2.0 * h);
+                let error = (difference - slope).abs() / length;
+                assert!(error < 1e-6, "{name}, direction {which}: {slope} and {difference}, {error:.1e}");
+            }
+        });
+    }
+}
+
+/// The gradient of a sum is the sum of the gradients; what is reached has no gradient; the norm prior's is what its formula says.
+#[test]
+fn the_algebra_of_the_loss() {
+    let pipeline = pipeline();
+    let tower = tower(&pipeline);
+    let gradient = |terms: Vec<Term<'_>>| {
+        let mut found = vec![];
+        exact(&pipeline, (2, 4.0), terms, |mut exact| found = exact.evaluate(&inputs::noise("z", 0, LEN)).1);
+        found
+    };
+    let semantic = |weight: f64| Term::at_end(semantics(&tower, weight));
+    let together = gradient(vec![semantic(10.0), Term::at_end(appearance(1.0))]);
+    let (one, other) = (gradient(vec![semantic(1.0)]), gradient(vec![Term::at_end(appearance(1.0))]));
+    let length = dot(&together, &together).sqrt();
+    let error: f64 = (0..LEN).map(|i| (together[i] - 10.0 * one[i] - other[i]).powi(2)).sum::<f64>().sqrt();
+    assert!(error < 1e-10 * length, "{error:.1e} of {length:.1e}");
+
+    let z = inputs::noise("z", 0, LEN);
+    for scale in [1.0, 14.6] {
+        exact(&pipeline, (1, 1.0), vec![Term::after(0, norm_prior(0.3, 1.0 / scale))], |mut exact| {
+            // The latents are the noise here: `1 / scale` makes them a noise of `scale` times the length.
+            let (loss, gradient) = exact.evaluate(&z);
+            let d = (LEN - 1) as f64;
+            let squares = scale * scale * dot(&z, &z);
+            let expected = 0.3 * (squares / 2.0 - d / 2.0 * squares.ln() - d / 2.0 + d / 2.0 * d.ln());
+            assert!((loss - expected).abs() < 1e-9 * expected.abs(), "{loss} and {expected}");
+            for (found, z) in gradient.iter().zip(&z) {
+                let expected = 0.3 * scale * scale * (1.0 - d / squares) * z;
+                assert!((found - expected).abs() < 1e-9 * (1.0 + expected.abs()), "{found} and {expected}");
+            }
+        });
+    }
+    // At the likeliest length there is no slope.
+    let length = ((LEN - 1) as f64 / dot(&z, &z)).sqrt();
+    let likeliest: Vec<f64> = z.iter().map(|z| z * length).collect();
+    exact(&pipeline, (1, 1.0), vec![Term::after(0, norm_prior(1.0, 1.0))], |mut exact| {
+        let (loss, gradient) = exact.evaluate(&likeliest);
+        assert!(loss.abs() < 1e-9 && gradient.iter().all(|g| g.abs() < 1e-9), "{loss}");
+    });
+}
+
+/// The image is the plain sampling of the noise that is returned, bit for bit, and that noise is the best one.
+#[test]
+fn the_best_noise_makes_the_image() {
+    let pipeline = pipeline();
+    let made = run(&pipeline, &method(&pipeline, FEW), 6, &[job(3)]);
+    let mut cpu = Cpu::<f32>::new();
+    let mut plain = Generator::plan(&pipeline, &cpu, settings(6), 1).unwrap().load(&mut cpu).unwrap();
+    let again = Job { draws: made.noises.clone(), ..job(3) };
+    let image = plain.run(&[again], &mut |_| Ok(())).unwrap().swap_remove(0);
+    assert!(image.rgb == made.images[0].rgb && image.latents == made.images[0].latents);
+    let scores: Vec<f64> = made.iterations.iter().map(|iteration| iteration.score[0]).collect();
+    assert_eq!(scores.len(), 4);
+    assert!(scores.iter().any(|score| *score < scores[0]), "{scores:?}");
+    // Two starts, four iterations there and back, the last noise, the image.
+    assert_eq!(made.steps, 6 * (2 + 2 * 4 + 1 + 1));
+}
+
+#[test]
+fn the_released_code_returns_what_it_looked_at_last() {
+    let pipeline = pipeline();
+    let options = |iterations: usize| Options { iterations, ..Options::RELEASED };
+    let made = run(&pipeline, &method(&pipeline, options(3)), 4, &[job(3)]);
+    // Two steps of the optimizer lie before what the third iteration sees.
+    let two = run(&pipeline, &method(&pipeline, options(2)), 4, &[job(3)]);
+    assert_ne!(made.noises, two.noises);
+    let distance = |noise: &[f32], iteration: &Iteration| {
+        let first = run(&pipeline, &method(&pipeline, options(1)), 4, &[job(3)]).noises.swap_remove(0);
+        let squares: f64 = noise.iter().zip(&first).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+        (squares.sqrt() - iteration.moved[0]).abs()
+    };
+    assert!(distance(&made.noises[0], &made.iterations[2]) < 1e-5);
+    // Decay alone shortens it: by 1 - 0.1 · 0.01 a step.
+    assert!(made.iterations[0].terms["norm"][0] > 0.0 && made.iterations.len() == 3);
+}
+
+/// Twice, alone or in a batch, with others that stop sooner: the same bits.
+#[test]
+fn nothing_but_the_job_decides_an_image() {
+    let pipeline = pipeline();
+    let method = method(&pipeline, Options { patience: Some(0), ..FEW });
+    let jobs = [job(3), job(4), job(5)];
+    let together = run(&pipeline, &method, 4, &jobs);
+    for (index, job) in jobs.iter().enumerate() {
+        let alone = run(&pipeline, &method, 4, std::slice::from_ref(job));
+        assert!(alone.images[0].rgb == together.images[index].rgb, "image {index}");
+        assert!(alone.noises[0] == together.noises[index], "noise {index}");
+    }
+}
+
+/// References are the engine's own image of a noise; from near that noise the loss falls to a fifth.
+#[test]
+fn finds_back_to_its_own_image() {
+    let pipeline = pipeline();
+    let mut cpu = Cpu::<f32>::new();
+    let mut star = vec![0.0; LEN];
+    sampler::normal(7, 0, &mut star);
+    let mut plain = Generator::plan(&pipeline, &cpu, settings(4), 1).unwrap().load(&mut cpu).unwrap();
+    let image = plain.run(&[job(7)], &mut |_| Ok(())).unwrap().swap_remove(0);
+    let picture = Picture { width: 64, height: 64, rgb: image.rgb, prompt: None };
+    let references = References { names: vec!["star".into()], pictures: vec![picture], unreadable: vec![] };
+
+    let mut other = vec![0.0; LEN];
+    sampler::normal(8, 0, &mut other);
+    let near: Vec<f32> = star.iter().zip(&other).map(|(z, n)| (z + 0.5 * n) / 1.25f32.sqrt()).collect();
+    let options = Options { iterations: 30, starts: 1, lr: LearningRate { first: 0.05, from: 10, later: 0.02 }, ..Options::DEFAULT };
+    let method = SeedSelect { options, references: Arc::new(references), seed: 0, trace: true };
+    let made = run(&pipeline, &method, 4, &[Job { draws: vec![near], ..job(7) }]);
+    let scores: Vec<f64> = made.iterations.iter().map(|iteration| iteration.score[0]).collect();
+    let least = scores.iter().copied().fold(f64::INFINITY, f64::min);
+    assert!(least < scores[0] / 5.0, "{scores:?}");
+}
+
+/// Where the memory is said, every step is kept if that fits; the bits are the same. More steps take more room for their states alone.
+#[test]
+fn memory_is_planned() {
+    let pipeline = pipeline();
+    let method = method(&pipeline, FEW);
+    let cpu = Cpu::<f32>::new();
+    let plan = |steps: usize, memory: Option<usize>| {
+        let settings = settings(steps);
+        let request = Request { settings: &settings, batch: 1, prompts: &[PROMPT], memory };
+        let planned = method.plan(&pipeline, &cpu, &request).unwrap();
+        (planned.footprint().total(), planned.nfe())
+    };
+    let ((ten, _), (fifty, frugal)) = (plan(10, None), plan(50, None));
+    assert!(fifty - ten <= 40 * 4 * LEN + (1 << 20), "{ten} and {fifty}");
+    let (kept, keeping) = plan(50, Some(8 << 30));
+    assert!(kept > fifty && keeping.forward < frugal.forward && keeping.backward == frugal.backward);
+    assert!(plan(50, Some(fifty)).0 <= fifty);
+}
+
+#[test]
+fn mistakes() {
+    let pipeline = pipeline();
+    let cpu = Cpu::<f32>::new();
+    let settings = settings(4);
+    let refused = |method: &SeedSelect, batch: usize| {
+        let request = Request { settings: &settings, batch, prompts: &vec![PROMPT; batch], memory: None };
+        method.plan(&pipeline, &cpu, &request).err().unwrap().to_string()
+    };
+    let none = SeedSelect { options: FEW, references: Arc::new(References::default()), seed: 0, trace: false };
+    assert!(refused(&none, 1).contains("no reference images"));
+    let nothing = method(&pipeline, Options { semantics: 0.0, appearance: 0.0, ..FEW });
+    assert!(refused(&nothing, 1).contains("nothing of the references"));
+}
