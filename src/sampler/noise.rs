@@ -56,6 +56,10 @@ pub mod draw {
     pub const TEXT: u64 = LOOK + (2 << 60);
     /// Fresh noise of scores.
     pub const SCORE: u64 = LOOK + (3 << 60);
+    /// Fresh noise of searches, one draw per candidate.
+    pub const SEARCH: u64 = LOOK + (4 << 60);
+    /// What searches choose at random.
+    pub const CHOICE: u64 = LOOK + (5 << 60);
 }
 
 /// Draw `draw` under a seed, of our own generator.
