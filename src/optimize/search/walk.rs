@@ -4,7 +4,7 @@ use super::Strategy;
 use super::mix::{Choices, Mix, is_probability, is_step};
 use crate::{Error, Result};
 
-/// Zero-order search (Ma et al. 2025, arXiv 2501.09732, section 3.2): rounds of candidates at a distance from a pivot, which is the
+/// Zero-order search (Ma et al. 2025, arXiv 2501.09732): rounds of candidates at a distance from a pivot, which is the
 /// first draw to begin with; the best of a round is the next pivot. Ours: a pivot that is better than its round stays.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct ZeroOrder {
@@ -27,8 +27,8 @@ impl ZeroOrder {
     }
 }
 
-/// The same with a fresh draw now and then (Ramesh & Mardani 2025, arXiv 2506.03164, algorithm 1, there over the noise of every
-/// sampling step and with 4 neighbours, a step of 0.15 and ε = 0.4).
+/// The same with a fresh draw now and then (Ramesh & Mardani 2025, arXiv 2506.03164, there over the noise of every sampling step;
+/// the released code has 4 neighbours, λ = 0.15 and ε = 0.4).
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct EpsilonGreedy {
     pub neighbours: usize,
