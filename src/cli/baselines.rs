@@ -1,16 +1,14 @@
-//! The flags of what methods are compared with: plain sampling, null-prompting, CADS, SGMS, best of n.
+//! The flags of what methods are compared with: plain sampling, null-prompting, CADS, SGMS.
 
 use crate::Result;
 use crate::cli::flags::method::{Context, MethodFlags};
 use crate::cli::flags::values;
 use crate::methods::ImageMethod;
-use crate::methods::baselines::best_of::{BestOf, Score};
 use crate::methods::baselines::cads::Cads;
 use crate::methods::baselines::ddim::Ddim;
 use crate::methods::baselines::null_prompt::{NullPrompt, TYPICAL, TYPICAL_SHAPE};
 use crate::methods::baselines::sgms::Sgms;
-use clap::builder::PossibleValue;
-use clap::{Args, ValueEnum};
+use clap::Args;
 
 /// Plain sampling has none of its own.
 #[derive(Args)]
@@ -143,44 +141,5 @@ impl MethodFlags for SgmsFlags {
             variance: !self.sgms_fixed,
             guided: self.sgms_guided,
         }))
-    }
-}
-
-#[derive(Args)]
-pub struct BestOfFlags {
-    /// Keep the best of N images, each from a seed of its own (SEED * N + 0, 1, ...)
-    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u16).range(1..))]
-    pub best_of: Option<u16>,
-    /// What it is the best in
-    #[arg(long, value_enum, value_name = "SCORE", requires = "best_of", default_value = "denoising-loss")]
-    pub by: Score,
-}
-
-/// Candidates of a comparison that does not say how many.
-const CANDIDATES: u16 = 4;
-
-impl MethodFlags for BestOfFlags {
-    fn method(&self, _context: &Context<'_>) -> Result<Box<dyn ImageMethod>> {
-        Ok(Box::new(BestOf { n: self.best_of.unwrap_or(CANDIDATES).into(), score: self.by }))
-    }
-}
-
-impl ValueEnum for Score {
-    fn value_variants<'a>() -> &'a [Score] {
-        &[Score::DenoisingLoss, Score::Rarity, Score::Agreement]
-    }
-
-    fn to_possible_value(&self) -> Option<PossibleValue> {
-        Some(match self {
-            Score::DenoisingLoss => PossibleValue::new("denoising-loss")
-                .alias("elbo")
-                .help("Error of the model in predicting the noise in its own image: any model, 8 UNet forwards"),
-            Score::Rarity => {
-                PossibleValue::new("rarity").help("Minus the exact log-density of what a `shapes` image shows")
-            }
-            Score::Agreement => {
-                PossibleValue::new("agreement").help("Fraction of the prompt's attributes that a `shapes` image shows")
-            }
-        })
     }
 }

@@ -38,7 +38,7 @@ pub fn run(args: &Compare) -> Result<()> {
     paths.output("--out", &args.out)?;
     let pipeline = args.run.open()?;
     let embedded = args.run.model.model.is_none();
-    let context = Context { pipeline: &pipeline, embedded, seed: args.run.sampling.seed() };
+    let context = Context { pipeline: &pipeline, embedded, seed: args.run.sampling.seed(), several: true };
     let methods = args.methods.methods(&context)?;
     let (prompt, path) = (args.prompt.as_str(), args.out.as_path());
     let comparison = Comparison { prompt, methods: &methods, path, flag: "--out", ledger: true, scores: &args.score };

@@ -21,7 +21,7 @@ pub fn run(args: &Generate) -> Result<()> {
     let targets = run::targets(&args.images, &extras, Paths::default())?;
     let pipeline = args.images.run.open()?;
     let embedded = args.images.run.model.model.is_none();
-    let context = Context { pipeline: &pipeline, embedded, seed: args.images.run.sampling.seed() };
+    let context = Context { pipeline: &pipeline, embedded, seed: args.images.run.sampling.seed(), several: false };
     let method = args.method.method(&context)?;
     run::run(&args.images, &pipeline, &*method, &extras, &targets)
 }

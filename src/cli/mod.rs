@@ -15,6 +15,7 @@ mod progress;
 mod registry;
 mod report;
 mod score;
+mod search;
 mod seed;
 mod tensors;
 mod terminal;

@@ -1,10 +1,11 @@
 //! The methods that the command line knows: a line each. What is registered here is a method of `compare`, and where it names a
 //! switch, of `generate`.
 
-use crate::cli::baselines::{BestOfFlags, CadsFlags, DdimFlags, NullPromptFlags, SgmsFlags};
+use crate::cli::baselines::{CadsFlags, DdimFlags, NullPromptFlags, SgmsFlags};
 use crate::cli::flags::method::{Context, MethodFlags};
 use crate::cli::minority::flags::MinorityFlags;
 use crate::cli::paths::Paths;
+use crate::cli::search::{BestOfFlags, EpsilonGreedyFlags, EvolutionFlags, ZeroOrderFlags};
 use crate::cli::seed::flags::ComparedSeedFlags;
 use crate::methods::ImageMethod;
 use crate::{Error, Result};
@@ -12,12 +13,15 @@ use clap::builder::PossibleValuesParser;
 use clap::parser::ValueSource;
 use clap::{ArgGroup, ArgMatches, Args, Command, FromArgMatches};
 
-const METHODS: [Method; 7] = [
+const METHODS: [Method; 10] = [
     Method::new::<DdimFlags>("ddim"),
     Method::new::<NullPromptFlags>("null-prompt"),
     Method::new::<CadsFlags>("cads").with_switch("cads"),
     Method::new::<SgmsFlags>("sgms").with_switch("sgms"),
     Method::new::<BestOfFlags>("best-of").with_switch("best_of"),
+    Method::new::<ZeroOrderFlags>("zero-order").with_switch("zero_order"),
+    Method::new::<EpsilonGreedyFlags>("epsilon-greedy").with_switch("epsilon_greedy"),
+    Method::new::<EvolutionFlags>("evolution").with_switch("evolution"),
     Method::new::<MinorityFlags>("minority"),
     Method::new::<ComparedSeedFlags>("seed"),
 ];
@@ -40,12 +44,58 @@ impl Method {
         Method { switch: Some(switch), ..self }
     }
 
-    /// The flags of this method that the user gave.
-    fn given(&self, matches: &ArgMatches) -> Option<String> {
-        let flags = (self.augment)(Command::new(self.name));
-        let is_given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
-        let given = flags.get_arguments().find(|flag| is_given(flag.get_id().as_str()))?;
-        given.get_long().map(|long| format!("--{long}"))
+    /// The flags of this method, some of which may be those of others too.
+    fn flags(&self) -> Command {
+        (self.augment)(Command::new(self.name))
+    }
+
+    fn has(&self, flag: &str) -> bool {
+        self.flags().get_arguments().any(|own| own.get_id() == flag)
+    }
+}
+
+fn is_given(matches: &ArgMatches, flag: &str) -> bool {
+    matches.value_source(flag) == Some(ValueSource::CommandLine)
+}
+
+/// Adds the flags of methods, once those that several share.
+fn add<'m>(command: Command, methods: impl Iterator<Item = &'m Method>) -> Command {
+    methods.map(Method::flags).fold(command, |mut command, own| {
+        for flag in own.get_arguments() {
+            if command.get_arguments().all(|known| known.get_id() != flag.get_id()) {
+                // In the order in which they are added.
+                command = command.arg(flag.clone().display_order(None));
+            }
+        }
+        for group in own.get_groups() {
+            if command.get_groups().all(|known| known.get_id() != group.get_id()) {
+                command = command.group(group.clone());
+            }
+        }
+        command
+    })
+}
+
+/// A flag that the user gave and that no chosen method has, with the methods that have it.
+fn idle<'m>(matches: &ArgMatches, methods: &[&'m Method], chosen: &[&Method]) -> Option<(String, Vec<&'m Method>)> {
+    for flags in methods.iter().map(|method| method.flags()) {
+        for flag in flags.get_arguments() {
+            let id = flag.get_id().as_str();
+            if let (Some(long), true) = (flag.get_long(), is_given(matches, id))
+                && !chosen.iter().any(|method| method.has(id))
+            {
+                return Some((format!("--{long}"), methods.iter().filter(|method| method.has(id)).copied().collect()));
+            }
+        }
+    }
+    None
+}
+
+/// `one, two or three`.
+fn any_of(words: &[String]) -> String {
+    match words {
+        [all @ .., last] if !all.is_empty() => format!("{} or {last}", all.join(", ")),
+        _ => words.concat(),
     }
 }
 
@@ -67,14 +117,15 @@ pub struct Switched(ArgMatches);
 
 impl Switched {
     pub fn method(&self, context: &Context<'_>) -> Result<Box<dyn ImageMethod>> {
-        let is_on = |switch: &str| self.0.value_source(switch) == Some(ValueSource::CommandLine);
-        for (method, switch) in METHODS.iter().filter_map(|method| Some((method, method.switch?))) {
-            if let (Some(flag), false) = (method.given(&self.0), is_on(switch)) {
-                return Err(Error::Usage(format!("{flag}: does nothing without --{switch}")));
-            }
+        let switched: Vec<&Method> = METHODS.iter().filter(|method| method.switch.is_some()).collect();
+        let is_on = |method: &&&Method| method.switch.is_some_and(|switch| is_given(&self.0, switch));
+        let chosen: Vec<&Method> = switched.iter().filter(is_on).copied().collect();
+        if let Some((flag, methods)) = idle(&self.0, &switched, &chosen) {
+            let switches = methods.iter().filter_map(|method| method.switch);
+            let switches: Vec<String> = switches.map(|id| format!("--{}", id.replace('_', "-"))).collect();
+            return Err(Error::Usage(format!("{flag}: does nothing without {}", any_of(&switches))));
         }
-        let chosen = METHODS.iter().find(|method| method.switch.is_some_and(is_on));
-        (chosen.unwrap_or(&METHODS[0]).make)(&self.0, context)
+        (chosen.first().copied().unwrap_or(&METHODS[0]).make)(&self.0, context)
     }
 }
 
@@ -92,13 +143,13 @@ impl Listed {
 
     pub fn methods(&self, context: &Context<'_>) -> Result<Vec<Box<dyn ImageMethod>>> {
         let names: Vec<&String> = self.0.get_many("methods").into_iter().flatten().collect();
-        for method in METHODS.iter().filter(|method| names.iter().all(|name| *name != method.name)) {
-            if let Some(flag) = method.given(&self.0) {
-                return Err(Error::Usage(format!("{flag}: '{}' is not among --methods", method.name)));
-            }
-        }
         let find = |name: &&String| METHODS.iter().find(|method| method.name == **name);
-        names.iter().filter_map(find).map(|method| (method.make)(&self.0, context)).collect()
+        let chosen: Vec<&Method> = names.iter().filter_map(find).collect();
+        if let Some((flag, methods)) = idle(&self.0, &METHODS.each_ref(), &chosen) {
+            let names: Vec<String> = methods.iter().map(|method| format!("'{}'", method.name)).collect();
+            return Err(Error::Usage(format!("{flag}: {} is not among --methods", any_of(&names))));
+        }
+        chosen.iter().map(|method| (method.make)(&self.0, context)).collect()
     }
 }
 
@@ -115,9 +166,9 @@ impl FromArgMatches for Switched {
 
 impl Args for Switched {
     fn augment_args(command: Command) -> Command {
-        let switched = || METHODS.iter().filter_map(|method| Some((method, method.switch?)));
-        let command = switched().fold(command, |command, (method, _)| (method.augment)(command));
-        command.group(ArgGroup::new("method").args(switched().map(|(_, switch)| switch)))
+        let switched = || METHODS.iter().filter(|method| method.switch.is_some());
+        let command = add(command, switched()).mut_arg("candidates", |flag| flag.hide(true));
+        command.group(ArgGroup::new("method").args(switched().filter_map(|method| method.switch)))
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -145,7 +196,7 @@ impl Args for Listed {
             .default_value(USUAL)
             .value_parser(PossibleValuesParser::new(METHODS.iter().map(|method| method.name)))
             .help("Methods, a column each");
-        let command = METHODS.iter().fold(command.arg(methods), |command, method| (method.augment)(command));
+        let command = add(command.arg(methods), METHODS.iter());
         // --methods says it.
         command.mut_arg("cads", |flag| flag.hide(true))
     }

@@ -134,7 +134,9 @@ pub trait LoadedMethod {
 /// An image that was chosen among several.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Chosen {
-    /// The seed that makes it alone.
-    pub seed: u64,
+    /// Which candidate, from 0.
+    pub candidate: usize,
+    /// The seed that makes it alone, where it has one.
+    pub seed: Option<u64>,
     pub score: f64,
 }

@@ -216,6 +216,16 @@ impl Loaded<'_, '_> {
         self.conditioning.update(&mut *self.executor, &self.schedule)
     }
 
+    /// The unit noise that a job's image begins as, `[C, H/f, W/f]`.
+    pub(crate) fn starting_noise(&self, job: &Job) -> Vec<f32> {
+        let Sizes { height, width, .. } = self.sizes;
+        job.draws.first().cloned().unwrap_or_else(|| {
+            let mut noise = vec![0.0; self.pipeline.config.unet.in_channels * height * width];
+            Noise::new(self.settings.rng, job.seed).normal(&mut noise);
+            noise
+        })
+    }
+
     /// Draw `index` of every image, channels last: 0 is the starting noise, `k + 1` belongs to step `k`.
     fn draw(&mut self, index: usize) -> Vec<f32> {
         let Sizes { height, width, .. } = self.sizes;

@@ -54,12 +54,14 @@ pub mod draw {
     pub const TOKEN: u64 = LOOK + (1 << 60);
     /// Noise on the text states, one draw per sampler step.
     pub const TEXT: u64 = LOOK + (2 << 60);
-    /// Further starting latents, one draw per candidate.
-    pub const START: u64 = LOOK + (4 << 60);
     /// Samples of what reference images are encoded to, one draw per image.
-    pub const REFERENCE: u64 = LOOK + (5 << 60);
+    pub const REFERENCE: u64 = LOOK + (6 << 60);
     /// Fresh noise of scores.
     pub const SCORE: u64 = LOOK + (3 << 60);
+    /// Fresh noise of searches, one draw per candidate.
+    pub const SEARCH: u64 = LOOK + (4 << 60);
+    /// What searches choose at random.
+    pub const CHOICE: u64 = LOOK + (5 << 60);
 }
 
 /// Draw `draw` under a seed, of our own generator.

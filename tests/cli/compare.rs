@@ -96,6 +96,44 @@ fn scores_on_request() {
     }
 }
 
+/// Searches at equal cost, each as `generate` makes it alone and never worse than the plain image.
+#[test]
+fn searches_at_equal_cost() {
+    let out = TempDir::new().unwrap();
+    let methods = "ddim,best-of,zero-order,epsilon-greedy,evolution";
+    let shared = ["--steps", "4", "--quiet", "--json", "--by", "agreement", "--search-step", "0.5"];
+    let flags =
+        ["--candidates", "6", "--search-population", "3", "--search-elites", "1", "--count", "2", "--batch", "2"];
+    let events = lines(&compare(&out, methods, &[&shared[..], &flags].concat()));
+    let methods = named(&events, "method");
+    let names: Vec<&str> = methods.iter().map(|event| event["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["DDIM", "best of 6", "zero-order, 6", "epsilon-greedy, 6", "evolution, 6"]);
+    for event in &methods[1..] {
+        assert_eq!((&event["per_image"]["forwards"], &event["per_image"]["backwards"]), (&48.0.into(), &0.0.into()));
+    }
+    let agreement: Vec<f64> = methods.iter().map(|event| event["agreement"].as_f64().unwrap()).collect();
+    assert!(agreement[2..].iter().all(|found| *found >= agreement[0]), "{agreement:?}");
+    let options = serde_json::json!({
+        "n": 6, "by": "agreement", "population": 3, "elites": 1, "crossover": 0.5, "step": 0.5
+    });
+    assert_eq!((&methods[4]["method"], &methods[4]["options"]), (&"evolution".into(), &options));
+    assert!(named(&events, "compared")[2 * 2..].iter().all(|event| event["chosen_seed"].is_null()));
+
+    let (drawn, image) = (pixels(&path(&out, "sheet.png")), path(&out, "image.png"));
+    let generate = [&["generate", PROMPT, "--seed", "1", "--out", &image][..], &shared].concat();
+    let evolution = ["--evolution", "6", "--search-population", "3", "--search-elites", "1"];
+    for flags in [&["--zero-order", "6"][..], &["--epsilon-greedy", "6"], &evolution] {
+        let events = lines(&succeeds(&[&generate[..], flags].concat()));
+        let chosen = named(&events, "chosen");
+        assert!(chosen.len() == 1 && chosen[0]["seed"].is_null() && chosen[0]["score"].is_number(), "{chosen:?}");
+        assert!(chosen[0]["candidate"].as_u64().unwrap() < 6);
+        find(&drawn, &image).expect("the image is on the sheet");
+    }
+    let record: Value = serde_json::from_str(&succeeds(&["inspect", &image, "--json"])).unwrap();
+    let record = &record["rarebit"];
+    assert_eq!((&record["method"], &record["options"], &record["seed"]), (&"evolution".into(), &options, &1.into()));
+}
+
 /// Rewards: the numbers that a library's scorer gives the same images.
 #[test]
 fn rewards_on_request() {
@@ -123,9 +161,21 @@ fn what_cannot_be_compared() {
         fails(&[&["compare", PROMPT, "--quiet", "--out", &sheet], flags].concat(), code, words);
         assert!(files(out.path()).is_empty(), "left behind: {:?}", files(out.path()));
     };
-    refuses(&["--methods", "ddim,magic"], 2, &["'magic'", "ddim, null-prompt, cads, sgms, best-of, minority"]);
+    refuses(
+        &["--methods", "ddim,magic"],
+        2,
+        &["'magic'", "ddim, null-prompt, cads, sgms, best-of, zero-order, epsilon-greedy, evolution, minority"],
+    );
     refuses(&["--methods", "ddim", "--cads-scale", "0.1"], 2, &["--cads-scale", "'cads' is not among --methods"]);
     refuses(&["--methods", "ddim,cads", "--tokens", "2"], 2, &["--tokens", "'minority' is not among --methods"]);
+    refuses(
+        &["--methods", "ddim,best-of", "--search-step", "0.2"],
+        2,
+        &["--search-step", "'zero-order'", "'evolution'"],
+    );
+    refuses(&["--methods", "ddim", "--by", "rarity"], 2, &["--by", "'best-of'", "'evolution' is not among --methods"]);
+    refuses(&["--methods", "best-of", "--best-of", "2", "--candidates", "3"], 2, &["--best-of", "--candidates"]);
+    refuses(&["--methods", "evolution", "--search-elites", "8"], 2, &["8 elites in a population of 8"]);
     refuses(&["--methods", "minority", "--objective", "repulsion"], 2, &["--objective repulsion", "--batch 2"]);
     let model = data_folder("tiny-sd1").display().to_string();
     refuses(&["--model", &model, "--score", "clip"], 2, &["--score clip", "tiny-sd1 has no CLIP"]);

@@ -165,6 +165,9 @@ fn numbers_beyond_all_use() {
 fn needed(id: &str) -> &'static [&'static str] {
     match id {
         "by" => &["--best-of=2"],
+        "search_step" | "search_neighbours" => &["--zero-order=2"],
+        "search_epsilon" => &["--epsilon-greedy=2"],
+        "search_population" | "search_elites" | "search_crossover" => &["--evolution=2"],
         id if id.starts_with("cads_") => &["--cads"],
         id if id.starts_with("sgms_") => &["--sgms=0.1"],
         _ => &[],

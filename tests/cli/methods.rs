@@ -93,7 +93,16 @@ fn mistakes() {
     generate(&["--cads", "--sgms", "1"], &["--cads", "--sgms"]);
     generate(&["--best-of", "2", "--cads"], &["--best-of", "--cads"]);
     generate(&["--best-of", "0"], &["--best-of"]);
-    generate(&["--by", "denoising-loss"], &["--best-of"]);
+    generate(
+        &["--by", "denoising-loss"],
+        &["--by", "without --best-of, --zero-order, --epsilon-greedy or --evolution"],
+    );
+    generate(&["--candidates", "4"], &["--candidates", "--evolution"]);
+    generate(&["--best-of", "2", "--evolution", "2"], &["--best-of", "--evolution"]);
+    generate(&["--best-of", "2", "--search-step", "0.3"], &["--search-step", "without --zero-order"]);
+    generate(&["--zero-order", "2", "--search-epsilon", "0.3"], &["--search-epsilon", "without --epsilon-greedy"]);
+    generate(&["--zero-order", "2", "--search-step", "0"], &["step of 0"]);
+    generate(&["--evolution", "0"], &["--evolution"]);
     generate(&["--cads", "--cads-times", "0.5"], &["--cads-times", "two numbers"]);
     generate(&["--cads", "--cads-times", "0.9,0.6"], &["0.9 to 0.6"]);
     generate(&["--cads", "--cads-scale", "nan"], &["--cads-scale"]);

@@ -4,11 +4,13 @@ use crate::common::golden::Golden;
 use crate::common::minority::{images, job, plain};
 use rarebit::Result;
 use rarebit::exec::cpu::Cpu;
-use rarebit::methods::baselines::best_of;
 use rarebit::methods::baselines::cads::Cads;
+use rarebit::methods::baselines::judge::{Judge, Score};
+use rarebit::methods::baselines::search::{self, Searched};
 use rarebit::methods::baselines::sgms::Sgms;
 use rarebit::methods::{ImageMethod, PlannedMethod, Request};
 use rarebit::metrics::denoising_loss;
+use rarebit::optimize::search::ladder::{EpsilonGreedy, Evolution, Search, ZeroOrder};
 use rarebit::pipeline::Pipeline;
 use rarebit::pipeline::generate::{Generator, Image, Job, Loaded, Settings};
 use rarebit::program::DType;
@@ -154,7 +156,7 @@ fn score_of(image: &Image) -> f64 {
     f64::from(image.latents.iter().sum::<f32>())
 }
 
-impl best_of::Judge for Sum {
+impl Judge for Sum {
     fn forwards(&self) -> usize {
         0
     }
@@ -171,11 +173,11 @@ fn the_best_of_n_is_the_best_of_their_seeds() {
     let generator = Generator::plan(&pipeline, &cpu, settings(&pipeline, 4), 2).unwrap();
     let mut loaded = generator.load(&mut cpu).unwrap();
     let jobs = [job(PROMPT, 3), job("a blue ring", 8)];
-    let chosen = best_of::run(&mut loaded, 3, &jobs, &mut Sum, &mut |_| Ok(())).unwrap();
+    let chosen = search::run(&mut loaded, &Search::BestOf, 3, &jobs, &mut Sum, &mut |_| Ok(())).unwrap();
     for (job_of, chosen) in jobs.iter().zip(&chosen) {
         let candidates: Vec<Image> = (0..3)
             .map(|index| {
-                let seed = best_of::candidate(job_of.seed, 3, index);
+                let seed = search::candidate(job_of.seed, 3, index);
                 plainly(&pipeline, settings(&pipeline, 4), &[job(&job_of.prompt, seed)]).remove(0)
             })
             .collect();
@@ -184,7 +186,88 @@ fn the_best_of_n_is_the_best_of_their_seeds() {
         let alone = plainly(&pipeline, settings(&pipeline, 4), std::slice::from_ref(&chosen.candidate)).remove(0);
         assert!(chosen.outcome.latents == alone.latents, "its seed makes it alone");
     }
-    assert!(best_of::run(&mut loaded, 0, &jobs, &mut Sum, &mut |_| Ok(())).is_err());
+    assert!(search::run(&mut loaded, &Search::BestOf, 0, &jobs, &mut Sum, &mut |_| Ok(())).is_err());
+}
+
+fn searches() -> [Search; 3] {
+    let evolution = Evolution { population: 4, ..Evolution::default() };
+    let (zero_order, epsilon_greedy) = (ZeroOrder::default(), EpsilonGreedy::default());
+    [Search::ZeroOrder(zero_order), Search::EpsilonGreedy(epsilon_greedy), Search::Evolution(evolution)]
+}
+
+#[test]
+fn a_search_begins_with_the_plain_image_and_each_image_is_searched_alone() {
+    let pipeline = open("tiny-sd1");
+    let jobs = [job(PROMPT, 3), job("a blue ring", 8)];
+    let plain = plainly(&pipeline, settings(&pipeline, 4), &jobs);
+    let search = |search: &Search, n: usize, jobs: &[Job]| {
+        let mut cpu = Cpu::<f32>::new();
+        let generator = Generator::plan(&pipeline, &cpu, settings(&pipeline, 4), jobs.len()).unwrap();
+        let mut loaded = generator.load(&mut cpu).unwrap();
+        search::run(&mut loaded, search, n, jobs, &mut Sum, &mut |_| Ok(())).unwrap()
+    };
+    for of in searches() {
+        let first = search(&of, 1, &jobs);
+        assert!(first.iter().zip(&plain).all(|(found, plain)| found.outcome.latents == plain.latents), "{of:?}");
+        let found = search(&of, 12, &jobs);
+        for ((job_of, found), plain) in jobs.iter().zip(&found).zip(&plain) {
+            assert!(found.index > 0 && found.score > score_of(plain), "{of:?}: better than the plain image");
+            assert_eq!(found.score, score_of(&found.outcome));
+            let alone = search(&of, 12, std::slice::from_ref(job_of)).remove(0);
+            assert_eq!((alone.index, alone.score), (found.index, found.score), "{of:?}");
+            assert!(alone.outcome.latents == found.outcome.latents);
+            let again = plainly(&pipeline, settings(&pipeline, 4), std::slice::from_ref(&found.candidate)).remove(0);
+            assert!(again.latents == found.outcome.latents, "its job makes it alone");
+            let noise = &found.candidate.draws[0];
+            let variance = noise.iter().map(|x| x * x).sum::<f32>() / noise.len() as f32;
+            assert!((variance - 1.0).abs() < 0.5, "{of:?}: {variance}");
+        }
+    }
+}
+
+/// Noise from elsewhere is what a search begins with; later draws of a noisy sampler stay as they are given.
+#[test]
+fn a_search_begins_with_the_noise_it_is_given() {
+    let pipeline = open("tiny-sd1");
+    let mut noisy = settings(&pipeline, 3);
+    noisy.sampler.eta = 0.7;
+    let of = plainly(&pipeline, noisy.clone(), &[job(PROMPT, 5)]).remove(0);
+    let size = of.latents.len();
+    let draws: Vec<Vec<f32>> = (0..2u64).map(|draw| normal_of(90 + draw, size)).collect();
+    let given = Job { draws, ..job(PROMPT, 5) };
+    let plain = plainly(&pipeline, noisy.clone(), std::slice::from_ref(&given)).remove(0);
+    assert!(plain.latents != of.latents);
+    let mut cpu = Cpu::<f32>::new();
+    let mut loaded = Generator::plan(&pipeline, &cpu, noisy, 1).unwrap().load(&mut cpu).unwrap();
+    for search in searches() {
+        let run = |n: usize, loaded: &mut Loaded<'_, '_>| {
+            search::run(loaded, &search, n, std::slice::from_ref(&given), &mut Sum, &mut |_| Ok(())).unwrap().remove(0)
+        };
+        assert!(run(1, &mut loaded).outcome.latents == plain.latents, "{search:?}");
+        let found = run(9, &mut loaded);
+        assert!(found.candidate.draws.len() == 2 && found.candidate.draws[1] == given.draws[1]);
+    }
+}
+
+fn normal_of(seed: u64, len: usize) -> Vec<f32> {
+    let mut noise = vec![0.0; len];
+    rarebit::sampler::normal(seed, 0, &mut noise);
+    noise
+}
+
+#[test]
+fn a_search_costs_what_best_of_n_costs() {
+    let pipeline = open("tiny-sd1");
+    let nfe = |search: Search, by: Score, batch: usize| {
+        let method = Searched { search, n: 6, by: Box::new(by) };
+        let planned = planned(&pipeline, &settings(&pipeline, 4), &method, batch);
+        assert_eq!((planned.progress_units(), planned.nfe().backward), (6 * 4, 0));
+        planned.nfe().forward
+    };
+    for search in [&[Search::BestOf][..], &searches()].concat() {
+        // Six candidates of four steps with two branches, and eight noise levels each.
+        assert_eq!(nfe(search, Score::DenoisingLoss, 2), 2 * 6 * (4 * 2 + 8), "{search:?}");
+    }
 }
 
 #[test]

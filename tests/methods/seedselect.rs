@@ -5,7 +5,7 @@ use rarebit::data::images::Picture;
 use rarebit::exec::Data;
 use rarebit::exec::cpu::Cpu;
 use rarebit::methods::seedselect::{LearningRate, Options, References, SeedSelect};
-use rarebit::methods::{ImageMethod, LoadedMethod, PlannedMethod, Request};
+use rarebit::methods::{ImageMethod, Request};
 use rarebit::models::detect;
 use rarebit::optimize::chain::{self, Chain, Term};
 use rarebit::optimize::objective::references::{Tower, appearance, buffer, contrast, norm_prior, semantics};
@@ -182,7 +182,8 @@ fn central_differences() {
             for (which, direction) in directions.iter().enumerate() {
                 let slope = dot(&gradient, direction);
                 let h = 1e-4 / dot(direction, direction).sqrt();
-                let difference = (exact.loss(&moved(&z, direction, h)) - exact.loss(&moved(&z, direction, -h))) / (2.0 * h);
+                let difference =
+                    (exact.loss(&moved(&z, direction, h)) - exact.loss(&moved(&z, direction, -h))) / (2.0 * h);
                 let error = (difference - slope).abs() / length;
                 assert!(error < 1e-6, "{name}, direction {which}: {slope} and {difference}, {error:.1e}");
             }
@@ -294,8 +295,13 @@ fn finds_back_to_its_own_image() {
 
     let mut other = vec![0.0; LEN];
     sampler::normal(8, 0, &mut other);
-    let near: Vec<f32> = star.iter().zip(&other).map(|(z, n)| (z + 0.5 * n) / 1.25f32.sqrt()).collect();
-    let options = Options { iterations: 30, starts: 1, lr: LearningRate { first: 0.05, from: 10, later: 0.02 }, ..Options::DEFAULT };
+    let near: Vec<f32> = star.iter().zip(&other).map(|(z, n)| (z + 0.3 * n) / 1.09f32.sqrt()).collect();
+    let options = Options {
+        iterations: 30,
+        starts: 1,
+        lr: LearningRate { first: 0.03, from: 15, later: 0.01 }, appearance: 0.0,
+        ..Options::DEFAULT
+    };
     let method = SeedSelect { options, references: Arc::new(references), seed: 0, trace: true };
     let made = run(&pipeline, &method, 4, &[Job { draws: vec![near], ..job(7) }]);
     let scores: Vec<f64> = made.iterations.iter().map(|iteration| iteration.score[0]).collect();

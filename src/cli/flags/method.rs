@@ -12,6 +12,8 @@ pub struct Context<'a> {
     pub embedded: bool,
     /// `--seed`.
     pub seed: u64,
+    /// Several methods share the flags.
+    pub several: bool,
 }
 
 /// The flags of one method.

@@ -7,5 +7,6 @@ pub mod method;
 pub mod model;
 pub mod optimizer;
 pub mod output;
+pub mod references;
 pub mod sampling;
 pub mod values;

@@ -176,7 +176,7 @@ impl Run<'_> {
             "log_density": seen(|shapes_score| json!(shapes_score.log_density.is_finite().then_some(shapes_score.log_density))),
             "impossible": seen(|shapes_score| json!(shapes_score.log_density.is_infinite())),
             "stated": seen(|shapes_score| json!(shapes_score.stated)), "wrong": seen(|shapes_score| json!(shapes_score.wrong)),
-            "chosen_seed": chosen.map(|chosen| chosen.seed)
+            "chosen_seed": chosen.and_then(|chosen| chosen.seed)
         }))
     }
 

@@ -12,7 +12,7 @@ use crate::cli::paths::Paths;
 use crate::cli::progress::Reporter;
 use crate::cli::{atomic, machine, tensors};
 use crate::data::{metadata, prompts, textual_inversion};
-use crate::methods::{ImageMethod, LoadedMethod};
+use crate::methods::{self, ImageMethod, LoadedMethod};
 use crate::pipeline::generate::{Image, Job, Settings};
 use crate::pipeline::{Pipeline, Progress};
 use crate::plan::show_bytes;
@@ -260,8 +260,10 @@ impl Run<'_> {
         }
         let Some(chosen) = loaded.chosen(index) else { return Ok(()) };
         let path = target.path.display().to_string();
-        let note = format!("{path}: seed {}, score {:.4}", chosen.seed, chosen.score);
-        let event = json!({"event": "chosen", "path": path, "seed": chosen.seed, "score": chosen.score});
+        let methods::Chosen { candidate, seed, score } = chosen;
+        let what = seed.map_or(format!("candidate {candidate}"), |seed| format!("seed {seed}"));
+        let note = format!("{path}: {what}, score {score:.4}");
+        let event = json!({"event": "chosen", "path": path, "candidate": candidate, "seed": seed, "score": score});
         let reporter = self.reporter.clone();
         self.later(move || {
             reporter.note(&note);

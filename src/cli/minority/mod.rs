@@ -116,7 +116,7 @@ pub fn run(mut args: Minority) -> Result<()> {
     };
     let pipeline = args.images.run.open()?;
     let embedded = args.images.run.model.model.is_none();
-    let context = Context { pipeline: &pipeline, embedded, seed: args.images.run.sampling.seed() };
+    let context = Context { pipeline: &pipeline, embedded, seed: args.images.run.sampling.seed(), several: false };
     let (method, explained) = args.method.minority(&context)?;
     let reporter = Reporter::new(args.images.run.json, args.images.run.quiet);
     if args.explain {

@@ -1,12 +1,13 @@
 //! The flags of SeedSelect, and its options out of them.
 
+use crate::Result;
 use crate::cli::flags::method::{Context, MethodFlags};
+use crate::cli::flags::references::ReferenceFlags;
 use crate::cli::flags::values;
 use crate::cli::paths::Paths;
 use crate::methods::ImageMethod;
 use crate::methods::seedselect::{LearningRate, Options, References, SeedSelect};
 use crate::optimize::optimizer::Clip;
-use crate::{Error, Result};
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -149,9 +150,8 @@ impl SeedFlags {
 /// SeedSelect beside other methods: with its defaults but for how much it may cost.
 #[derive(Args)]
 pub struct ComparedSeedFlags {
-    /// SeedSelect: images of what is to be shown; PNG, JPEG or WebP files, or folders of them
-    #[arg(long, value_name = "DIR|FILE", num_args = 1..)]
-    references: Vec<PathBuf>,
+    #[command(flatten)]
+    references: ReferenceFlags,
     /// SeedSelect: steps of the optimiser
     #[arg(long, value_name = "K", value_parser = values::number_of, default_value_t = Options::DEFAULT.iterations)]
     seed_iterations: usize,
@@ -159,15 +159,12 @@ pub struct ComparedSeedFlags {
 
 impl MethodFlags for ComparedSeedFlags {
     fn inputs(&self, paths: &mut Paths) {
-        self.references.iter().for_each(|path| paths.input("--references", path));
+        self.references.inputs(paths);
     }
 
     fn method(&self, context: &Context<'_>) -> Result<Box<dyn ImageMethod>> {
-        if self.references.is_empty() {
-            return Err(Error::Usage("--methods seed: needs --references, images of what is to be shown".into()));
-        }
-        let references = References::read(&self.references)?;
+        let references = self.references.read("--methods seed")?;
         let options = Options { iterations: self.seed_iterations, ..Options::DEFAULT };
-        Ok(Box::new(SeedSelect { options, references: Arc::new(references), seed: context.seed, trace: false }))
+        Ok(Box::new(SeedSelect { options, references, seed: context.seed, trace: false }))
     }
 }

@@ -1,7 +1,8 @@
 //! What methods are compared with.
 
-pub mod best_of;
 pub mod cads;
 pub mod ddim;
+pub mod judge;
 pub mod null_prompt;
+pub mod search;
 pub mod sgms;

@@ -11,11 +11,13 @@
 //! the image of the z of the lowest L
 //! ```
 
+mod judge;
 mod method;
 mod options;
 mod programs;
 mod references;
 
+pub use judge::Likeness;
 pub use method::SeedSelect;
 pub use options::{Convention, LearningRate, Options, Patience};
 pub use references::{References, Targets};
@@ -194,7 +196,7 @@ impl Loaded<'_, '_> {
         let mut unit = vec![0.0; self.len];
         let mut all = Vec::with_capacity(jobs.len() * self.len);
         for job in jobs {
-            sampler::normal(job.seed, draw::START + index as u64, &mut unit);
+            sampler::normal(job.seed, draw::SEARCH + index as u64, &mut unit);
             all.extend(to_channels_last(&unit, self.channels));
         }
         all

@@ -82,10 +82,7 @@ impl<'p> Programs<'p> {
         programs::check_pixels(images.width, images.height, batch)?;
         let sizes = Sizes { batch, height, width, tokens: pipeline.tokens() };
         let tower = (options.semantics != 0.0).then(|| tower(pipeline)).transpose()?;
-        let seen = tower.clone().map(|tower| match options.convention {
-            Convention::Default => tower,
-            Convention::Released => Tower { preprocess: tower.preprocess.seed_select(), ..tower },
-        });
+        let seen = tower.clone().map(|tower| seen(tower, options.convention));
         let scale = sampler::schedule(&pipeline.config.scheduler, &images.sampler)?.initial_scale;
         let (names, terms) = terms(options, images, seen.as_ref(), scale).into_iter().unzip();
         let chain_options = chain::Options {
@@ -151,13 +148,21 @@ impl<'p> Programs<'p> {
 }
 
 /// The model's CLIP, as references see it.
-fn tower(pipeline: &Pipeline) -> Result<Tower> {
+pub(super) fn tower(pipeline: &Pipeline) -> Result<Tower> {
     if !pipeline.model.has(Component::Clip) {
         let what = "this model has no CLIP to see references by; name one with --clip, or leave the semantic term out";
         return Err(Error::Usage(what.into()));
     }
     let config = detect::clip_config(&pipeline.model, Component::Clip)?;
     Ok(Tower { config: config.image, component: Component::Clip, preprocess: config.preprocess })
+}
+
+/// The same as generated images are seen by it.
+pub(super) fn seen(tower: Tower, convention: Convention) -> Tower {
+    match convention {
+        Convention::Default => tower,
+        Convention::Released => Tower { preprocess: tower.preprocess.seed_select(), ..tower },
+    }
 }
 
 /// The terms that count, each with its name and what it is multiplied with; `scale` is that of the noise a run starts from.

@@ -1,7 +1,7 @@
 //! Best of n: the search that draws every candidate without a look at the others.
 
-use super::{Best, Budget, Evaluate};
-use crate::{Error, Result};
+use super::{Best, Budget, Evaluate, Strategy, search};
+use crate::Result;
 
 /// The best of as many candidates per image as the budget pays for; of equal ones the first. `draw(image, index)` is candidate `index`
 /// of an image. A score that is no number is an error.
@@ -11,21 +11,19 @@ pub fn best_of<E: Evaluate>(
     draw: impl Fn(usize, usize) -> E::Candidate,
     evaluation: &mut E,
 ) -> Result<Vec<Best<E::Candidate, E::Outcome>>> {
-    let evaluations = budget.evaluations(evaluation.forwards())?;
-    let mut best: Vec<Option<Best<E::Candidate, E::Outcome>>> = (0..images).map(|_| None).collect();
-    for index in 0..evaluations {
-        let candidates: Vec<E::Candidate> = (0..images).map(|image| draw(image, index)).collect();
-        let evaluated = evaluation.evaluate(&candidates)?;
-        for (image, (candidate, (score, outcome))) in candidates.into_iter().zip(evaluated).enumerate() {
-            if score.is_nan() {
-                return Err(Error::NotFinite(format!("the score of candidate {index} of image {image}")));
-            }
-            if best[image].as_ref().is_none_or(|best| score > best.score) {
-                best[image] = Some(Best { candidate, index, score, outcome });
-            }
-        }
+    let each = |_| Box::new(EveryDraw) as Box<dyn Strategy<E::Candidate>>;
+    search((0..images).map(each).collect(), budget, draw, evaluation)
+}
+
+/// Takes every draw as it comes.
+pub(super) struct EveryDraw;
+
+impl<C> Strategy<C> for EveryDraw {
+    fn next(&mut self, draw: C) -> C {
+        draw
     }
-    Ok(best.into_iter().flatten().collect())
+
+    fn scored(&mut self, _candidate: &C, _score: f64) {}
 }
 
 #[cfg(test)]

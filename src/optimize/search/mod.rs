@@ -1,6 +1,10 @@
 //! Gradient-free search: candidates of any variable, any score of what is made of them, and a budget in UNet forwards.
 
 pub mod best_of;
+pub mod evolution;
+pub mod ladder;
+pub mod mix;
+pub mod walk;
 
 use crate::{Error, Result};
 
@@ -46,4 +50,40 @@ pub struct Best<C, T> {
     pub index: usize,
     pub score: f64,
     pub outcome: T,
+}
+
+/// The search of one image: what it tries next, and what came of it.
+trait Strategy<C> {
+    /// The next candidate of the image, from a draw of its own that no other has.
+    fn next(&mut self, draw: C) -> C;
+
+    /// Its score, before the next is asked for; never NaN.
+    fn scored(&mut self, candidate: &C, score: f64);
+}
+
+/// Evaluates as many candidates per image as the budget pays for; the best of each, of equal ones the first. `draw(image, index)` is
+/// the draw of candidate `index` of an image. A score that is no number is an error.
+fn search<E: Evaluate>(
+    mut strategies: Vec<Box<dyn Strategy<E::Candidate>>>,
+    budget: Budget,
+    draw: impl Fn(usize, usize) -> E::Candidate,
+    evaluation: &mut E,
+) -> Result<Vec<Best<E::Candidate, E::Outcome>>> {
+    let evaluations = budget.evaluations(evaluation.forwards())?;
+    let mut best: Vec<Option<Best<E::Candidate, E::Outcome>>> = strategies.iter().map(|_| None).collect();
+    for index in 0..evaluations {
+        let of_images = strategies.iter_mut().enumerate();
+        let candidates: Vec<_> = of_images.map(|(image, strategy)| strategy.next(draw(image, index))).collect();
+        let evaluated = evaluation.evaluate(&candidates)?;
+        for (image, (candidate, (score, outcome))) in candidates.into_iter().zip(evaluated).enumerate() {
+            if score.is_nan() {
+                return Err(Error::NotFinite(format!("the score of candidate {index} of image {image}")));
+            }
+            strategies[image].scored(&candidate, score);
+            if best[image].as_ref().is_none_or(|best| score > best.score) {
+                best[image] = Some(Best { candidate, index, score, outcome });
+            }
+        }
+    }
+    Ok(best.into_iter().flatten().collect())
 }
