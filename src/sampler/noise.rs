@@ -55,7 +55,7 @@ pub mod draw {
     /// Noise on the text states, one draw per sampler step.
     pub const TEXT: u64 = LOOK + (2 << 60);
     /// Samples of what reference images are encoded to, one draw per image.
-    pub const REFERENCE: u64 = LOOK + (6 << 60);
+    pub const REFERENCE: u64 = LOOK + (7 << 60);
     /// Fresh noise of scores.
     pub const SCORE: u64 = LOOK + (3 << 60);
     /// Fresh noise of searches, one draw per candidate.
