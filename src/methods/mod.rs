@@ -6,6 +6,7 @@
 pub mod baselines;
 pub mod minority;
 pub mod sampling_loop;
+pub mod seedselect;
 
 use crate::data::textual_inversion::LearnedToken;
 use crate::exec::Executor;

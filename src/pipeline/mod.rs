@@ -2,6 +2,7 @@
 
 pub mod conditioning;
 pub mod generate;
+pub mod inversion;
 mod job;
 pub mod networks;
 pub mod programs;

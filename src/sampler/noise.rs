@@ -56,6 +56,8 @@ pub mod draw {
     pub const TEXT: u64 = LOOK + (2 << 60);
     /// Fresh noise of scores.
     pub const SCORE: u64 = LOOK + (3 << 60);
+    /// Where the points of paths between noises start, one draw per number.
+    pub const JITTER: u64 = LOOK + (6 << 60);
 }
 
 /// Draw `draw` under a seed, of our own generator.
