@@ -8,4 +8,5 @@ mod example_method;
 mod minority;
 mod minority_gradients;
 mod minority_reference;
+mod nao;
 mod planning;
