@@ -68,12 +68,7 @@ pub struct Loaded<'p, 'e> {
 impl Loaded<'_, '_> {
     /// Unit noises `[C, h, w]`, one per image of a full batch, from their latents `[C, h, w]` at the UNet's scale and the prompts that
     /// they are to be made with. `observe` hears of every UNet call.
-    pub fn run(
-        &mut self,
-        prompts: &[&str],
-        latents: &[Vec<f32>],
-        observe: &mut Observer<'_>,
-    ) -> Result<Vec<Vec<f32>>> {
+    pub fn run(&mut self, prompts: &[&str], latents: &[Vec<f32>], observe: &mut Observer<'_>) -> Result<Vec<Vec<f32>>> {
         let channels = self.run.pipeline.config.unet.in_channels;
         let len = self.run.sizes.height * self.run.sizes.width * channels;
         if latents.len() != prompts.len() {
