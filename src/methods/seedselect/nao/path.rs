@@ -36,8 +36,8 @@ pub struct Settings {
 
 impl Default for Settings {
     /// Every point likely, in the coordinates that matter. A step in two coordinates is shorter than one of the released code in
-    /// thousands, and changes the cost by less, so that the stops are stricter. Measured at 1024 and 16384 numbers: a larger `lr` does
-    /// not settle, a smaller one takes longer to get to the same cost.
+    /// thousands, and changes the cost by less, so that the stops are stricter. Between noises of 1024 numbers an `lr` of 0.1 does not
+    /// settle, and 0.01 takes twice as many iterations to the same cost.
     fn default() -> Settings {
         Settings {
             quadrature: Quadrature::Simpson,
