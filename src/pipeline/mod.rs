@@ -3,6 +3,7 @@
 pub mod conditioning;
 pub mod decode;
 pub mod generate;
+pub mod inversion;
 mod job;
 mod layout;
 pub mod networks;

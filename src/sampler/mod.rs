@@ -8,6 +8,7 @@ mod ddim;
 mod dpmpp;
 mod euler;
 mod fragment;
+mod inversion;
 mod noise;
 mod pndm;
 mod schedule;

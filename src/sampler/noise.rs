@@ -62,6 +62,8 @@ pub mod draw {
     pub const SEARCH: u64 = LOOK + (4 << 60);
     /// What searches choose at random.
     pub const CHOICE: u64 = LOOK + (5 << 60);
+    /// Where the points of paths between noises start, one draw per number.
+    pub const JITTER: u64 = LOOK + (6 << 60);
 }
 
 /// Draw `draw` under a seed, of our own generator.

@@ -8,5 +8,6 @@ mod example_method;
 mod minority;
 mod minority_gradients;
 mod minority_reference;
+mod nao;
 mod planning;
 mod seedselect;

@@ -9,6 +9,7 @@ mod determinism;
 mod files;
 mod golden;
 mod images;
+mod inversion;
 mod layouts;
 mod noise;
 mod pruned;

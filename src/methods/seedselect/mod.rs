@@ -13,6 +13,7 @@
 
 mod judge;
 mod method;
+pub mod nao;
 mod options;
 mod programs;
 mod references;
