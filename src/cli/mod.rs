@@ -75,7 +75,7 @@ pub fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Generate(args) => in_pool(args.images.run.threads(), || generate::run(&args)),
         Command::Minority(args) => in_pool(args.images.run.threads(), move || minority::run(*args)),
-        Command::Seed(args) => in_pool(args.images.run.threads(), || seed::run(&args)),
+        Command::Seed(args) => in_pool(args.images.run.threads(), move || seed::run(*args)),
         Command::Compare(args) => in_pool(args.threads(), || compare::run(&args)),
         Command::Inspect(args) => in_pool(None, || inspect::run(&args, &given)),
         Command::Score(args) => in_pool(args.threads(), || score::run(&args)),

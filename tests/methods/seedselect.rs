@@ -299,7 +299,8 @@ fn finds_back_to_its_own_image() {
     let options = Options {
         iterations: 30,
         starts: 1,
-        lr: LearningRate { first: 0.03, from: 15, later: 0.01 }, appearance: 0.0,
+        lr: LearningRate { first: 0.03, from: 15, later: 0.01 },
+        appearance: 0.0,
         ..Options::DEFAULT
     };
     let method = SeedSelect { options, references: Arc::new(references), seed: 0, trace: true };

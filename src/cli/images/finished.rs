@@ -20,6 +20,8 @@ pub struct Extras {
     pub save_token: Option<PathBuf>,
     /// Optimised noises, one file per image.
     pub save_noise: Option<PathBuf>,
+    /// Starting noises that no file holds, a row per image.
+    pub noise: Noise,
     /// JSON lines, one per iteration.
     pub trace: Option<PathBuf>,
     /// Of an optimiser, per image: lines of the trace.

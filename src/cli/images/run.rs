@@ -86,7 +86,10 @@ pub fn run(
 ) -> Result<()> {
     let started = Instant::now();
     let settings = args.run.settings(pipeline)?;
-    let noise = args.run.noise(pipeline, &settings, targets.len())?;
+    let noise = match &extras.noise {
+        Some(_) => extras.noise.clone(),
+        None => args.run.noise(pipeline, &settings, targets.len())?,
+    };
     prepare_output(args, extras, targets)?;
     let work = Work { pipeline, settings: &settings, method };
     let chosen = finished::choose(args, extras, &work, &noise, targets)?;

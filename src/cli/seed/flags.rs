@@ -16,7 +16,13 @@ use std::sync::Arc;
 #[command(next_help_heading = "Optimisation")]
 pub struct SeedFlags {
     /// Images of what is to be shown, 3 to 5 are usual: PNG, JPEG or WebP files, or folders of them
-    #[arg(long, required = true, value_name = "DIR|FILE", num_args = 1.., help_heading = "References")]
+    #[arg(
+        long,
+        required_unless_present = "interpolate",
+        value_name = "DIR|FILE",
+        num_args = 1..,
+        help_heading = "References"
+    )]
     pub references: Vec<PathBuf>,
     /// A CLIP with an image tower (a transformers folder or file) that sees the references [default: the model's own]
     #[arg(long, value_name = "DIR|FILE", help_heading = "References")]

@@ -1,34 +1,49 @@
-//! `rarebit seed`: images of a prompt like a few reference images, by optimising the starting noise (SeedSelect).
+//! `rarebit seed`: images of a prompt like a few reference images, by optimising the starting noise (SeedSelect); and images between two
+//! starting noises.
 
 pub mod flags;
+mod interpolation;
 
-use crate::Result;
 use crate::cli::flags::images::ImageFlags;
 use crate::cli::images::finished::Extras;
 use crate::cli::images::run;
 use crate::cli::paths::Paths;
 use crate::cli::progress::Reporter;
-use crate::methods::ImageMethod;
 use crate::weights::Component;
+use crate::{Error, Result};
 use flags::SeedFlags;
+use interpolation::InterpolationFlags;
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
-#[command(mut_arg("steps", |flag| flag.default_value("20")))]
+#[command(
+    mut_arg("steps", |flag| flag.default_value("20")),
+    mut_group("SeedFlags", |group| group.conflicts_with("interpolate"))
+)]
 pub struct Seed {
     #[command(flatten)]
     pub images: ImageFlags,
     #[command(flatten)]
     method: SeedFlags,
+    #[command(flatten)]
+    interpolation: InterpolationFlags,
     /// Write the optimised noise, for `generate --noise`: safetensors; several images get names of their own
-    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    #[arg(long, value_name = "FILE", conflicts_with = "interpolate", help_heading = "Optimisation")]
     save_noise: Option<PathBuf>,
     /// Write a JSON line per iteration: loss and its terms, length of noise and gradient, distance moved
-    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    #[arg(long, value_name = "FILE", conflicts_with = "interpolate", help_heading = "Optimisation")]
     trace: Option<PathBuf>,
 }
 
-pub fn run(args: &Seed) -> Result<()> {
+pub fn run(args: Seed) -> Result<()> {
+    args.interpolation.check()?;
+    match args.interpolation.interpolate.is_empty() {
+        true => optimise(&args),
+        false => interpolate(args),
+    }
+}
+
+fn optimise(args: &Seed) -> Result<()> {
     let mut extras = Extras { save_noise: args.save_noise.clone(), trace: args.trace.clone(), ..Extras::default() };
     let mut paths = Paths::default();
     args.method.references.iter().for_each(|path| paths.input("--references", path));
@@ -45,5 +60,26 @@ pub fn run(args: &Seed) -> Result<()> {
     // A trace is as long as the patience lasts; one line is the least.
     extras.iterations = method.options.iterations.min(1);
     args.method.remarks().iter().for_each(|remark| reporter.warn(remark));
-    run::run(&args.images, &pipeline, &method as &dyn ImageMethod, &extras, &targets)
+    run::run(&args.images, &pipeline, &method, &extras, &targets)
+}
+
+fn interpolate(mut args: Seed) -> Result<()> {
+    let images = &mut args.images;
+    for (flag, given) in [
+        ("--count", images.run.count.is_some()),
+        ("--noise", images.run.noise.is_some()),
+        ("--prompts", images.prompts.is_some()),
+    ] {
+        if given {
+            return Err(Error::Usage(format!("{flag}: --interpolate makes the --frames of one prompt; leave it out")));
+        }
+    }
+    images.run.count = Some(args.interpolation.frames().into());
+    let mut paths = Paths::default();
+    args.interpolation.inputs(&mut paths);
+    let targets = run::targets(images, &Extras::default(), paths)?;
+    let pipeline = images.run.open()?;
+    let noises = args.interpolation.noises(&images.run, &pipeline)?;
+    let extras = Extras { noise: Some(noises), ..Extras::default() };
+    run::run(images, &pipeline, &args.interpolation.method(), &extras, &targets)
 }
