@@ -14,5 +14,6 @@ mod models;
 mod outputs;
 mod recommended;
 mod resume;
+mod seed;
 mod terminal;
 mod tokens;

@@ -1,0 +1,163 @@
+//! `rarebit seed` as a user meets it: references to an image, its trace and its noise, images between noises, one line for every mistake.
+
+use crate::common::command::{fails, files, path, rarebit, succeeds, text};
+use crate::common::sheet::{lines, named, pixels};
+use serde_json::Value;
+use std::fs;
+use tempfile::TempDir;
+
+const PROMPT: &str = "a red star on a dark blue background";
+
+/// Two iterations of four steps, from the better of two noises.
+const FAST: [&str; 7] = ["--steps", "4", "--iterations", "2", "--starts", "2", "--quiet"];
+
+/// A folder of three plain images.
+fn references(out: &TempDir) -> String {
+    let folder = path(out, "references");
+    fs::create_dir(&folder).unwrap();
+    succeeds(&["generate", PROMPT, "--steps", "4", "--seed", "50", "--count", "3", "--out", &folder, "--quiet"]);
+    folder
+}
+
+#[test]
+fn an_image_like_its_references() {
+    let out = TempDir::new().unwrap();
+    let references = references(&out);
+    let (image, trace, noise) = (path(&out, "i.png"), path(&out, "t.jsonl"), path(&out, "n.safetensors"));
+    let own = ["--references", &references, "--out", &image];
+    let all = [&["seed", PROMPT][..], &own, &FAST, &["--trace", &trace, "--save-noise", &noise]].concat();
+    assert_eq!(succeeds(&all).trim(), image);
+    let found: Vec<Value> =
+        fs::read_to_string(&trace).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(found.len(), 2);
+    for (index, line) in found.iter().enumerate() {
+        assert_eq!((&line["iteration"], &line["seeds"]), (&index.into(), &serde_json::json!([0])));
+        let of = |name: &str| line["terms"][name][0].as_f64().unwrap();
+        let states = 0.05 * of("semantics.2") + 0.25 * of("semantics.3") + 0.7 * of("semantics.4");
+        let loss = line["score"][0].as_f64().unwrap();
+        assert!((loss - 10.0 * states - of("appearance")).abs() < 1e-5 * loss, "{line}");
+        // Numbers of a noise: 1024, whose likeliest length is 32.
+        assert!((25.0..40.0).contains(&of("norm")), "{line}");
+    }
+    let first = pixels(&image);
+    // The same noise makes the same image, and so do the same flags; what is recorded tells references apart.
+    let again = path(&out, "again.png");
+    succeeds(&["generate", PROMPT, "--steps", "4", "--noise", &noise, "--quiet", "--out", &again]);
+    assert_eq!(pixels(&again), first);
+    let kept = fs::read(&image).unwrap();
+    succeeds(&all);
+    assert_eq!(fs::read(&image).unwrap(), kept);
+    fs::remove_file(fs::read_dir(&references).unwrap().next().unwrap().unwrap().path()).unwrap();
+    succeeds(&[&["seed", PROMPT][..], &own, &FAST].concat());
+    assert_ne!(fs::read(&image).unwrap(), kept);
+    let told = succeeds(&["inspect", &image]);
+    assert!(told.contains("seed") && told.contains("references"), "{told}");
+}
+
+#[test]
+fn prompt_files_resume() {
+    let out = TempDir::new().unwrap();
+    let (references, prompts, images) = (references(&out), path(&out, "prompts.txt"), path(&out, "images"));
+    fs::write(&prompts, "a red star\na blue ring\n").unwrap();
+    let trace = path(&out, "t.jsonl");
+    let own = ["--references", &references, "--out", &images, "--trace", &trace, "--save-noise", &path(&out, "n.st")];
+    let args = [&["seed", "--prompts", &prompts][..], &own, &FAST].concat();
+    assert_eq!(succeeds(&args).lines().count(), 2);
+    assert_eq!(succeeds(&args), "");
+    let written = [path(&out, "n-00001-0.st"), path(&out, "n-00002-0.st")];
+    fs::remove_file(&written[1]).unwrap();
+    assert_eq!(succeeds(&args).lines().count(), 1, "a noise that is gone is made again");
+    assert!(written.iter().all(|file| fs::metadata(file).is_ok()));
+}
+
+/// A broken reference is named and the others are used; with --strict it ends the run.
+#[test]
+fn broken_references_are_named() {
+    let out = TempDir::new().unwrap();
+    let references = references(&out);
+    fs::write(format!("{references}/broken.png"), b"<html>not found</html>").unwrap();
+    fs::write(format!("{references}/notes.txt"), b"no image").unwrap();
+    let image = path(&out, "i.png");
+    let args = [&["seed", PROMPT, "--references", &references, "--out", &image][..], &FAST].concat();
+    let output = rarebit(&args);
+    let said = text(&output.stderr);
+    assert!(output.status.success() && said.contains("broken.png") && said.contains("left out"), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+    fs::remove_file(&image).unwrap();
+    fails(&[&args[..], &["--strict"]].concat(), 1, &["broken.png"]);
+    assert!(fs::metadata(&image).is_err());
+}
+
+#[test]
+fn images_between_two_noises() {
+    let out = TempDir::new().unwrap();
+    let frames = path(&out, "frames");
+    fs::create_dir(&frames).unwrap();
+    let args = ["seed", PROMPT, "--steps", "4", "--quiet", "--out", &frames, "--frames", "3", "--interpolate", "5"];
+    succeeds(&[&args[..], &["9"]].concat());
+    assert_eq!(files(frames.as_ref()), ["image-0.png", "image-1.png", "image-2.png"]);
+    let frame = |index: usize| pixels(&format!("{frames}/image-{index}.png"));
+    let plain = |seed: &str| {
+        let image = path(&out, "plain.png");
+        succeeds(&["generate", PROMPT, "--steps", "4", "--quiet", "--seed", seed, "--out", &image]);
+        pixels(&image)
+    };
+    assert!(frame(0) == plain("5") && frame(2) == plain("9") && frame(1) != frame(0) && frame(1) != frame(2));
+    let nao = frame(1);
+    succeeds(&[&args[..], &["9", "--along", "lerp"]].concat());
+    assert!(frame(1) != nao && frame(0) == plain("5"));
+    for (flags, words) in [
+        (&["--interpolate", "1", "2", "--count", "3"][..], ["--count", "--frames"]),
+        (&["--interpolate", "1", "2", "--references", "x"], ["--references", "--interpolate"]),
+        (&["--interpolate", "1", "2", "--save-noise", "x"], ["--save-noise", "--interpolate"]),
+        (&["--references", "x", "--frames", "3"], ["--frames", "--interpolate"]),
+        (&["--interpolate", "1", "2", "--frames", "1"], ["--frames", "2.."]),
+        (&["--interpolate", "1"], ["--interpolate", "2 values"]),
+    ] {
+        fails(&[&["seed", PROMPT], flags].concat(), 2, &words);
+    }
+    fails(&["seed", PROMPT, "--interpolate", "1", "no-such-file"], 1, &["no-such-file"]);
+}
+
+/// What searches choose by the same references, at the cost of what SeedSelect takes.
+#[test]
+fn searches_by_the_same_references() {
+    let out = TempDir::new().unwrap();
+    let (references, sheet) = (references(&out), path(&out, "sheet.png"));
+    let methods = ["--methods", "ddim,best-of,evolution,seed", "--references", &references, "--candidates", "5"];
+    let flags = ["--seed-iterations", "1", "--steps", "4", "--count", "1", "--quiet", "--json", "--out", &sheet];
+    let events = lines(&succeeds(&[&["compare", PROMPT][..], &methods, &flags].concat()));
+    let methods = named(&events, "method");
+    assert_eq!(methods.len(), 4);
+    for event in &methods[1..3] {
+        assert!(event["options"]["by"]["references"].is_string(), "{event}");
+        assert_eq!(event["per_image"]["forwards"], 40.0, "five candidates of four steps of two branches");
+    }
+    assert!(methods[3]["per_image"]["backwards"].as_f64() > Some(0.0));
+
+    let image = path(&out, "i.png");
+    let generate = ["generate", PROMPT, "--steps", "4", "--quiet", "--out", &image, "--best-of", "2"];
+    succeeds(&[&generate[..], &["--references", &references]].concat());
+    fails(&[&generate[..], &["--references", &references, "--by", "agreement"]].concat(), 2, &["--references", "--by"]);
+    fails(&[&generate[..], &["--by", "references"]].concat(), 2, &["--references"]);
+    fails(&["compare", PROMPT, "--methods", "seed", "--out", &sheet], 2, &["--methods seed", "--references"]);
+}
+
+#[test]
+fn mistakes() {
+    let out = TempDir::new().unwrap();
+    let references = references(&out);
+    let empty = path(&out, "empty");
+    fs::create_dir(&empty).unwrap();
+    let seed = ["seed", PROMPT, "--steps", "2", "--quiet", "--out", &path(&out, "i.png"), "--references"];
+    let refused = |flags: &[&str], code: i32, words: &[&str]| fails(&[&seed[..], flags].concat(), code, words);
+    refused(&[&empty], 1, &["empty", "no PNG"]);
+    refused(&["nowhere"], 1, &["nowhere"]);
+    refused(&[&references, "--semantics", "0", "--appearance", "0"], 2, &["semantics", "appearance"]);
+    refused(&[&references, "--clip", "nowhere"], 1, &["nowhere"]);
+    refused(&[&references, "--memory-limit", "1MiB"], 1, &["--memory-limit"]);
+    refused(&[&references, "--clip-norm", "0.1", "--batch", "2", "--count", "2"], 2, &["--batch 1"]);
+    refused(&[&references, "--patience", "often"], 2, &["--patience", "none"]);
+    refused(&[&references, "--trace", &path(&out, "i.png")], 2, &["--trace", "--out"]);
+    fails(&["seed", PROMPT], 2, &["--references"]);
+}
