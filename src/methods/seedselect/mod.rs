@@ -137,9 +137,7 @@ impl Loaded<'_, '_> {
 
     /// The prompts, and what the loss compares with, a row per image.
     fn condition(&mut self, jobs: &[Job]) -> Result<()> {
-        let prompts: Vec<&str> = jobs.iter().map(|job| job.prompt.as_str()).collect();
-        let negatives: Vec<&str> = jobs.iter().map(|job| job.negative.as_deref().unwrap_or_default()).collect();
-        self.chain.prompts(&prompts, &negatives)?;
+        self.chain.jobs(jobs)?;
         let semantics = self.terms.iter().any(|(term, _)| matches!(term, TermName::Semantics { .. }));
         let appearance = self.terms.iter().any(|(term, _)| *term == TermName::Appearance);
         if semantics {

@@ -7,6 +7,7 @@ use crate::optimize::objective::{self, NoiseLevels};
 use crate::optimize::variable::Entry;
 use crate::pipeline::Pipeline;
 use crate::pipeline::conditioning::{self, BATCH, Branch, ENCODED, States, Text};
+use crate::pipeline::generate::Job;
 use crate::pipeline::programs::{Sizes, buffer, gradient_of, input_names, pooled_width, rows};
 use crate::plan::Planned;
 use crate::sampler::{self, HISTORY, LATENTS, Schedule};
@@ -129,6 +130,24 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
             conditioning::copy(self.pipeline, self.executor, (ENCODED, 0), (BATCH, row))?;
         }
         conditioning::condition(self.pipeline, self.executor, self.condition, self.sizes, &self.schedule)
+    }
+
+    /// Conditions the run on what jobs ask for, one per sample, as [`crate::pipeline::generate`] does: without a negative prompt the
+    /// unconditional branch of a model that wants it so reads zeros.
+    pub fn jobs(&mut self, jobs: &[Job]) -> Result<()> {
+        let mut texts = Vec::new();
+        if self.schedule.needs.uncond {
+            for job in jobs {
+                let text = self.encode(job.negative.as_deref().unwrap_or_default())?;
+                let zeros = job.negative.is_none() && self.pipeline.config.zero_empty_negative;
+                let zeroed = || Text { context: vec![0.0; text.context.len()], pooled: vec![0.0; text.pooled.len()] };
+                texts.push(if zeros { zeroed() } else { text });
+            }
+        }
+        for job in jobs {
+            texts.push(self.encode(&job.prompt)?);
+        }
+        self.texts(&texts)
     }
 
     /// Conditions the run on the text states of all rows, under guidance the unconditional ones first.
