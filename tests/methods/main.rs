@@ -9,3 +9,4 @@ mod minority;
 mod minority_gradients;
 mod minority_reference;
 mod planning;
+mod seedselect_reference;
