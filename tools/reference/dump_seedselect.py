@@ -20,7 +20,7 @@ import philox
 import seedselect
 
 FOLDER = os.path.join(minority.DATA, "seedselect")
-SEEDS, MARGIN = 12, 2  # see `compare`
+SEEDS, MARGIN = 24, 2  # see `compare`
 WHOLE = (0, 4)  # iterations whose gradient is stored
 # width, height: larger and smaller than what networks see, wide and tall; of a.png and e.png a crop leaves an odd number of pixels
 SIZES = {"a.png": (39, 61), "b.png": (96, 64), "c.png": (72, 72), "d.png": (26, 20), "e.png": (52, 37)}
@@ -116,13 +116,14 @@ def relative(x, y):
 
 
 def compare(found, exact):
-    """How far float32 is from float64: the largest relative distance of a loss, of a gradient, of z at the end; and how far the closest
+    """How far float32 is from float64: the largest relative distance of a loss, of a D, of a gradient, of z at the end; and how far the closest
     coordinate of the first gradient is from changing sign because of that: the first step of Adam is lr times the sign, so that a case
     without such a margin would test the rounding of the day."""
     rows = range(min(len(found["loss"]), 5))
     x, y = found["gradient"][0], exact["gradient"][0]
     apart = {
         "loss": max(relative(found["loss"][i], exact["loss"][i]) for i in rows),
+        "distances": ((found["distances"] - exact["distances"]) / exact["distances"])[:5].abs().max().item(),
         "gradient": max(relative(found["gradient"][i], exact["gradient"][i]) for i in rows),
         "z": relative(found["z"][rows[-1]], exact["z"][rows[-1]]),
         "margin": (y.abs().min() / (x - y).abs().max()).item(),
@@ -140,12 +141,12 @@ def kept(case, log, is_exact):
 
 
 def search(networks, clips, case, target):
-    """The case with the first seed that has a margin, and its two logs."""
+    """The case with the first seed whose runs in float32 and float64 stay close, and the two logs."""
     for attempt in range(SEEDS):
         case = case | {"seed": DEFAULTS["seed"] + attempt}
         logs = [run(network, clip, case, target) for network, clip in zip(networks, clips)]
         apart = compare(*logs)
-        if apart["margin"] > MARGIN and apart["loss"] < 2e-5 and apart["gradient"] < 1e-3:
+        if apart["margin"] > MARGIN and max(apart["loss"], apart["distances"]) < 3e-5 and apart["gradient"] < 5e-4:
             return case | {"float64": apart}, logs
     raise AssertionError((case["name"], apart))
 
