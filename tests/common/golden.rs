@@ -36,6 +36,10 @@ impl Case {
     pub fn number(&self, field: &str) -> f64 {
         self.fields[field].as_f64().unwrap_or_else(|| panic!("{}: no number '{field}'", self.name))
     }
+
+    pub fn list(&self, field: &str) -> &[Value] {
+        self.fields[field].as_array().unwrap_or_else(|| panic!("{}: no list '{field}'", self.name))
+    }
 }
 
 pub fn data_folder(name: &str) -> PathBuf {

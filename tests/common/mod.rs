@@ -16,5 +16,6 @@ pub mod optimised;
 pub mod products;
 pub mod published;
 pub mod recording_driver;
+pub mod seedselect;
 pub mod sheet;
 pub mod tolerance;

@@ -11,3 +11,4 @@ mod minority_reference;
 mod nao;
 mod planning;
 mod seedselect;
+mod seedselect_reference;

@@ -108,7 +108,7 @@ def preprocess(image, preset, side, mean=MEAN, std=STD):
         x = x[:, :, top : top + side, left : left + side]
     else:
         x = F.interpolate(x, size=[side, side], mode={"seedselect": "bicubic", "dpo-diff": "bilinear"}[preset], align_corners=False)
-    mean, std = (torch.tensor(numbers, dtype=torch.float64)[:, None, None] for numbers in (mean, std))
+    mean, std = (torch.tensor(numbers, dtype=image.dtype)[:, None, None] for numbers in (mean, std))
     return (x - mean) / std
 
 
