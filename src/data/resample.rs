@@ -2,7 +2,7 @@
 
 use crate::data::images::Picture;
 use image::imageops::{self, FilterType};
-use image::{ImageBuffer, Rgb};
+use image::{ImageBuffer, Rgb, RgbImage};
 
 type Pixels = ImageBuffer<Rgb<f32>, Vec<f32>>;
 
@@ -23,6 +23,15 @@ pub fn cover(picture: &Picture, width: usize, height: usize) -> Vec<f32> {
 /// The same of the whole picture, whatever its aspect.
 pub fn squash(picture: &Picture, width: usize, height: usize) -> Vec<f32> {
     signed(&resized(picture, width, height))
+}
+
+/// [`squash`] as Pillow 8 did it: along rows, then along columns, each rounded to bytes.
+pub fn squash_in_bytes(picture: &Picture, width: usize, height: usize) -> Vec<f32> {
+    let (wide, tall) = (picture.width as u32, picture.height as u32);
+    let from = RgbImage::from_raw(wide, tall, picture.rgb.clone()).unwrap_or_default();
+    let rows = imageops::resize(&from, width as u32, tall, FilterType::CatmullRom);
+    let both = imageops::resize(&rows, width as u32, height as u32, FilterType::CatmullRom);
+    both.iter().map(|&x| f32::from(x) / 127.5 - 1.0).collect()
 }
 
 /// Bicubic with a = -0.5 and antialias, as Pillow and torchvision resize.

@@ -210,7 +210,7 @@ fn latents(
     let config = &pipeline.config.vae;
     let image = match convention {
         Convention::Default => resample::cover(picture, width, height),
-        Convention::Released => resample::squash(picture, width, height),
+        Convention::Released => resample::squash_in_bytes(picture, width, height),
     };
     executor.write(IMAGE, Data::F32(&image))?;
     executor.run(program)?;
