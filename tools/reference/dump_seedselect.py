@@ -37,9 +37,9 @@ TALL = {"size": [16, 12], "references": ["a.png", "b.png", "e.png"]}
 OURS = {"mode": "default", "weight_decay": 0.0}
 CASES = {
     "released": {},
-    "default": OURS,
+    "default": {**OURS, **MILD},
     "guidance-1": {"guidance": 1.0},
-    "negative": {**OURS, **MILD, "negative": dump.NEGATIVE},
+    "negative": {**OURS, "guidance": 2.0, "negative": dump.NEGATIVE},
     "semantic": {**MILD, "appearance": 0.0},
     "appearance": {**MILD, "semantic": 0.0},
     "weights": {**OURS, **MILD, "semantic": 3.0, "appearance": 2.5, "state_weights": [0.3, 0.3, 0.4]},
