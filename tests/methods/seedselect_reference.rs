@@ -9,7 +9,7 @@ use rarebit::exec::{Data, DataMut, Executor, HostFloat};
 use rarebit::methods::seedselect::{LearningRate, Options as SeedOptions, References, SeedSelect};
 use rarebit::methods::{ImageMethod, Request};
 use rarebit::models::clip_image;
-use rarebit::optimize::chain::{Chain, Loaded, Options, Term};
+use rarebit::optimize::chain::{Chain, Options, Term};
 use rarebit::optimize::objective::references::{Tower, appearance, buffer, norm_prior, semantics};
 use rarebit::optimize::optimizer::{Optimizer, Rule};
 use rarebit::optimize::variable::Entry;
@@ -414,7 +414,7 @@ fn the_method_is_the_references() {
         let request = Request { settings: &settings, batch: 1, prompts: &[&job.prompt], memory: None };
         let mut loaded = method.plan(&pipeline, &cpu, &request).unwrap().load(&mut cpu).unwrap();
         let (mut losses, mut norms) = (vec![], vec![]);
-        let made = loaded.run(&[job.clone()], &mut |progress| {
+        let made = loaded.run(std::slice::from_ref(&job), &mut |progress| {
             if let Progress::Iteration(Some(iteration)) = progress {
                 losses.push(iteration.score[0]);
                 norms.push(iteration.terms["norm"][0]);
