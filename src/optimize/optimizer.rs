@@ -3,13 +3,13 @@
 //! A step is one program over all parameters. What changes from step to step, the learning rate and the bias corrections, is a few
 //! numbers that the host writes; parameters, gradients and moments stay where they are.
 
-use crate::Result;
-use crate::exec::{Data, Executor, ProgramId};
+use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::optimize::variable::Parameter;
 use crate::pipeline::programs::gradient_of;
 use crate::plan::{Planned, plan};
 use crate::program::{Builder, DType, Elementwise, Op, Program, Scalar, ValueId};
 use crate::weights::Model;
+use crate::{Error, Result};
 
 /// How a parameter follows from its gradient; the formulas are those of [`crate::program::Update`].
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -224,8 +224,11 @@ impl PlannedOptimizer {
     }
 
     pub fn load(self, executor: &mut dyn Executor, model: &Model) -> Result<LoadedOptimizer> {
+        let reset = &self.reset.program;
+        let moments = reset.outputs.iter().map(|(name, id)| (name.clone(), reset.value(*id).len())).collect();
         Ok(LoadedOptimizer {
             optimizer: self.optimizer,
+            moments,
             step: executor.load(self.step, model)?,
             reset: executor.load(self.reset, model)?,
             taken: 0,
@@ -233,11 +236,22 @@ impl PlannedOptimizer {
     }
 }
 
+/// An optimizer between two steps.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct OptimizerState {
+    /// Steps since the moments were 0.
+    pub taken: usize,
+    /// In the order of the optimizer's buffers.
+    pub moments: Vec<Vec<f32>>,
+}
+
 /// An optimizer on an executor, beside the parameters it changes.
 pub struct LoadedOptimizer {
     optimizer: Optimizer,
     step: ProgramId,
     reset: ProgramId,
+    /// The buffers of the moments, and how many numbers each holds.
+    moments: Vec<(String, usize)>,
     /// Steps since the moments were 0.
     taken: usize,
 }
@@ -247,6 +261,25 @@ impl LoadedOptimizer {
     pub fn reset(&mut self, executor: &mut dyn Executor) -> Result<()> {
         self.taken = 0;
         executor.run(self.reset)
+    }
+
+    pub fn state(&self, executor: &dyn Executor) -> Result<OptimizerState> {
+        let read = |(name, len): &(String, usize)| {
+            let mut values = vec![0.0; *len];
+            executor.read(name, DataMut::F32(&mut values)).map(|()| values)
+        };
+        Ok(OptimizerState { taken: self.taken, moments: self.moments.iter().map(read).collect::<Result<_>>()? })
+    }
+
+    /// Goes on from there; `Error::Usage` where it is of another optimizer.
+    pub fn restore(&mut self, executor: &mut dyn Executor, state: &OptimizerState) -> Result<()> {
+        let lens = self.moments.iter().map(|(_, len)| *len);
+        if !state.moments.iter().map(Vec::len).eq(lens) {
+            return Err(Error::Usage("the state is of another optimizer".into()));
+        }
+        self.taken = state.taken;
+        let mut both = self.moments.iter().zip(&state.moments);
+        both.try_for_each(|((name, _), values)| executor.write(name, Data::F32(values)))
     }
 
     /// One step along the gradients that the parameters' buffers hold; nothing is read back.

@@ -4,6 +4,8 @@ use crate::common::command::{fails, files, path, rarebit, succeeds, text};
 use crate::common::sheet::{lines, named, pixels};
 use serde_json::Value;
 use std::fs;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 use tempfile::TempDir;
 
 const PROMPT: &str = "a red star on a dark blue background";
@@ -68,6 +70,66 @@ fn prompt_files_resume() {
     fs::remove_file(&written[1]).unwrap();
     assert_eq!(succeeds(&args).lines().count(), 1, "a noise that is gone is made again");
     assert!(written.iter().all(|file| fs::metadata(file).is_ok()));
+}
+
+/// Killed at any iteration and gone on with: image, noise and trace are those of a run in one piece, and nothing else is left.
+#[test]
+fn a_run_that_is_cut_short_goes_on() {
+    let out = TempDir::new().unwrap();
+    let references = references(&out);
+    let folder = |name: &str| {
+        fs::create_dir(path(&out, name)).unwrap();
+        path(&out, name)
+    };
+    let args = |folder: &str| -> Vec<String> {
+        let own =
+            ["--steps", "4", "--iterations", "5", "--count", "2", "--patience", "none", "--quiet", "--lr", "0.02"];
+        let files = [("--out", ""), ("--trace", "/t.jsonl"), ("--save-noise", "/n.st")];
+        let files = files.iter().flat_map(|(flag, file)| [flag.to_string(), format!("{folder}{file}")]);
+        let all = ["seed", PROMPT, "--references", &references].into_iter().chain(own).map(String::from);
+        all.chain(files).collect()
+    };
+    let run = |args: &[String]| succeeds(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    let content = |folder: &str| -> Vec<(String, Vec<u8>)> {
+        let named = |name: String| (name.clone(), fs::read(format!("{folder}/{name}")).unwrap());
+        files(folder.as_ref()).into_iter().map(named).collect()
+    };
+    let whole = folder("whole");
+    run(&args(&whole));
+    let expected = content(&whole);
+    assert_eq!(expected.len(), 5, "{:?}", files(whole.as_ref()));
+
+    let cut = folder("cut");
+    let again = [args(&cut), vec!["--resume".into()]].concat();
+    // Lines of the trace after which the run is killed: in the first image, at its end, in the second.
+    for lines in [1, 3, 5, 7] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_rarebit")).args(&again).stdout(Stdio::null()).spawn().unwrap();
+        let traced =
+            || fs::read(format!("{cut}/t.jsonl")).map_or(0, |text| text.iter().filter(|x| **x == b'\n').count());
+        while traced() < lines && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let _ = child.kill();
+        child.wait().unwrap();
+    }
+    run(&again);
+    let found = content(&cut);
+    assert_eq!(files(cut.as_ref()), files(whole.as_ref()));
+    for ((name, found), (_, expected)) in found.iter().zip(&expected) {
+        assert!(found == expected, "{name} differs from that of a run in one piece");
+    }
+
+    // What was kept of a run with other settings is not gone on with.
+    let other = folder("other");
+    let mut child =
+        Command::new(env!("CARGO_BIN_EXE_rarebit")).args(args(&other)).stdout(Stdio::null()).spawn().unwrap();
+    while !files(other.as_ref()).iter().any(|name| name.ends_with(".state")) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let others = [args(&other), vec!["--resume".into(), "--norm-prior".into(), "0.1".into()]].concat();
+    fails(&others.iter().map(String::as_str).collect::<Vec<_>>(), 2, &["--resume", "other settings"]);
 }
 
 /// A broken reference is named and the others are used; with --strict it ends the run.

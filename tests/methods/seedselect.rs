@@ -90,7 +90,13 @@ fn run(pipeline: &Pipeline, method: &SeedSelect, steps: usize, jobs: &[Job]) -> 
 }
 
 fn method(pipeline: &Pipeline, options: Options) -> SeedSelect {
-    SeedSelect { options, references: Arc::new(references(pipeline, &[100, 101, 102])), seed: 0, trace: true }
+    SeedSelect {
+        options,
+        references: Arc::new(references(pipeline, &[100, 101, 102])),
+        seed: 0,
+        trace: true,
+        checkpoints: None,
+    }
 }
 
 const FEW: Options = Options { iterations: 4, starts: 2, ..Options::DEFAULT };
@@ -262,7 +268,13 @@ fn any_model_and_sampler_make_the_image_again() {
         (&sdxl, generate::Settings { width: side, height: side, ..settings(3) }),
     ];
     let options = Options { iterations: 2, semantics: 0.0, ..Options::DEFAULT };
-    let method = SeedSelect { options, references: Arc::new(references(&shapes, &[100])), seed: 0, trace: false };
+    let method = SeedSelect {
+        options,
+        references: Arc::new(references(&shapes, &[100])),
+        seed: 0,
+        trace: false,
+        checkpoints: None,
+    };
     for (pipeline, settings) in cases {
         let mut cpu = Cpu::<f32>::new();
         let request = Request { settings: &settings, batch: 1, prompts: &[PROMPT], memory: None };
@@ -328,7 +340,8 @@ fn finds_back_to_its_own_image() {
     let options = Options { iterations: 30, starts: 1, lr, semantics: 0.0, patience: None, ..Options::DEFAULT };
     let references = Arc::new(references);
     let scores = |options: Options, from: Vec<f32>| -> Vec<f64> {
-        let method = SeedSelect { options, references: Arc::clone(&references), seed: 0, trace: true };
+        let method =
+            SeedSelect { options, references: Arc::clone(&references), seed: 0, trace: true, checkpoints: None };
         let made = run(&pipeline, &method, 4, &[Job { draws: vec![from], ..job(7) }]);
         made.iterations.iter().map(|iteration| iteration.score[0]).collect()
     };
@@ -367,7 +380,13 @@ fn mistakes() {
         let request = Request { settings: &settings, batch, prompts: &vec![PROMPT; batch], memory: None };
         method.plan(&pipeline, &cpu, &request).err().unwrap().to_string()
     };
-    let none = SeedSelect { options: FEW, references: Arc::new(References::default()), seed: 0, trace: false };
+    let none = SeedSelect {
+        options: FEW,
+        references: Arc::new(References::default()),
+        seed: 0,
+        trace: false,
+        checkpoints: None,
+    };
     assert!(refused(&none, 1).contains("no reference images"));
     let nothing = method(&pipeline, Options { semantics: 0.0, appearance: 0.0, ..FEW });
     assert!(refused(&nothing, 1).contains("nothing of the references"));

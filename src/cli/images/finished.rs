@@ -2,6 +2,7 @@
 
 use crate::cli::flags::images::{ImageFlags, Noise};
 use crate::cli::images::record::record;
+use crate::cli::images::state;
 use crate::cli::images::targets::{Selection, Target, Targets};
 use crate::cli::images::trace::Traced;
 use crate::cli::images::work::Work;
@@ -22,6 +23,9 @@ pub struct Extras {
     pub save_noise: Option<PathBuf>,
     /// Starting noises that no file holds, a row per image.
     pub noise: Noise,
+    /// A run is kept between its iterations ([`state`]), and where that is asked for, gone on with.
+    pub keeps_state: bool,
+    pub resume: bool,
     /// JSON lines, one per iteration.
     pub trace: Option<PathBuf>,
     /// Of an optimiser, per image: lines of the trace.
@@ -31,8 +35,10 @@ pub struct Extras {
 /// What is to be made, and what was found instead.
 pub struct Chosen<'t> {
     pub selection: Selection<'t>,
-    /// Bytes of the trace that are of finished images.
+    /// Bytes of the trace that are kept: those of finished images, and of the one that is gone on with.
     pub trace_end: u64,
+    /// How many lines there are of that one.
+    pub traced: usize,
     /// Images that say nothing of how they were made and are taken at their names.
     pub unsigned: usize,
 }
@@ -45,8 +51,8 @@ pub fn choose<'t>(
     noise: &Noise,
     targets: &'t Targets,
 ) -> Result<Chosen<'t>> {
-    let mut chosen = Chosen { selection: Selection::none_of(targets), trace_end: 0, unsigned: 0 };
-    let resumes = args.resumes();
+    let mut chosen = Chosen { selection: Selection::none_of(targets), trace_end: 0, traced: 0, unsigned: 0 };
+    let resumes = args.resumes() || extras.resume;
     let traced = match &extras.trace {
         Some(path) if resumes => Some(Traced::read(path, targets)?),
         Some(_) | None => None,
@@ -70,6 +76,12 @@ pub fn choose<'t>(
             atomic::check(&target.path)?;
         }
         chosen.selection.add(target.index, !is_there);
+    }
+    if let (Some(traced), true, false) = (&traced, extras.resume, chosen.selection.is_empty()) {
+        let first = chosen.selection.targets(0..1).swap_remove(0);
+        if state::is_there(&first) {
+            (chosen.traced, chosen.trace_end) = (traced.of(first.index).0, traced.end());
+        }
     }
     Ok(chosen)
 }

@@ -8,6 +8,7 @@ pub mod record;
 pub mod run;
 pub mod scores;
 pub mod sheet;
+pub mod state;
 pub mod targets;
 pub mod trace;
 pub mod work;

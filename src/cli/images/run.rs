@@ -4,6 +4,7 @@ use crate::cli::flags::images::{ImageFlags, Noise};
 use crate::cli::images::failures::Failures;
 use crate::cli::images::finished::{self, Chosen, Extras, Found};
 use crate::cli::images::record::record;
+use crate::cli::images::state;
 use crate::cli::images::targets::{Target, Targets};
 use crate::cli::images::trace::{self, Trace};
 use crate::cli::images::work::{self, Part, Work, job};
@@ -177,7 +178,8 @@ impl Run<'_> {
         let units = parts.iter().map(|part| part.planned.progress_units().saturating_mul(part.batches.len()));
         let units = units.fold(0, usize::saturating_add);
         // Not before the plan is known to fit: the trace of an earlier run ends here.
-        self.trace = self.extras.trace.as_ref().map(|path| Trace::open(path, chosen.trace_end)).transpose()?;
+        self.trace =
+            self.extras.trace.as_ref().map(|path| Trace::open(path, chosen.trace_end, chosen.traced)).transpose()?;
         for (index, Part { planned, batches }) in parts.into_iter().enumerate() {
             executor.clear();
             let before = machine::disk_bytes();
@@ -209,6 +211,11 @@ impl Run<'_> {
         });
         for index in (0..targets.len()).filter(|index| saved[*index]) {
             self.save_extras(&targets[index], loaded, index)?;
+        }
+        if let (Ok(_), true) = (&made, self.extras.keeps_state) {
+            let first = targets[0].clone();
+            // After the images of the batch, which are written in this order.
+            self.later(move || state::remove(&first))?;
         }
         match made {
             // Only --latents-out needs them; a long run must not pile them up.

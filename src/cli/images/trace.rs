@@ -18,11 +18,14 @@ const MOST_LINE: u64 = 1 << 28;
 pub struct Trace {
     path: PathBuf,
     file: File,
+    /// Lines that are there of the images that are made first.
+    there: usize,
 }
 
 impl Trace {
-    /// Begins a trace, or goes on with one after its first `keep` bytes.
-    pub fn open(path: &Path, keep: u64) -> Result<Trace> {
+    /// Begins a trace, or goes on with one after its first `keep` bytes, which hold the first `there` lines of the images that are made
+    /// first.
+    pub fn open(path: &Path, keep: u64, there: usize) -> Result<Trace> {
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(Error::io("create", path))?;
         match file.try_lock() {
             Err(TryLockError::WouldBlock) => {
@@ -32,10 +35,14 @@ impl Trace {
             Ok(()) | Err(TryLockError::Error(_)) => {}
         }
         file.set_len(keep).map_err(Error::io("write", path))?;
-        Ok(Trace { path: path.to_path_buf(), file })
+        Ok(Trace { path: path.to_path_buf(), file, there })
     }
 
     pub fn write(&mut self, targets: &[Target], report: &Iteration) -> Result<()> {
+        // A run that goes on repeats what it had traced and not kept; the images that follow begin at 0.
+        if report.iteration < std::mem::take(&mut self.there) {
+            return Ok(());
+        }
         let mut line = json!(report);
         line["seeds"] = json!(targets.iter().map(|target| target.seed).collect::<Vec<_>>());
         line["images"] = json!(targets.iter().map(|target| target.index).collect::<Vec<_>>());
@@ -75,6 +82,11 @@ impl Traced {
             Ok(true)
         })?;
         Ok(traced)
+    }
+
+    /// Where the last whole line ends.
+    pub fn end(&self) -> u64 {
+        self.images.values().map(|(_, end)| *end).max().unwrap_or_default()
     }
 
     /// How many lines an image has, and where they end.
@@ -137,8 +149,8 @@ mod tests {
         let prompts = vec![(1, "x".to_string()), (2, "y".to_string())];
         let targets = Targets::for_file(prompts, 0, 2, Path::new("d")).unwrap();
         assert!(Traced::read(&path, &targets).unwrap().images.is_empty());
-        let mut trace = Trace::open(&path, 0).unwrap();
-        assert!(Trace::open(&path, 0).err().unwrap().to_string().contains("another run"));
+        let mut trace = Trace::open(&path, 0, 0).unwrap();
+        assert!(Trace::open(&path, 0, 0).err().unwrap().to_string().contains("another run"));
         for index in [0, 0, 1] {
             trace.write(&[targets.get(index)], &report()).unwrap();
         }
@@ -151,7 +163,7 @@ mod tests {
             let traced = Traced::read(&path, &targets).unwrap();
             assert_eq!((traced.of(0), traced.of(1)), ((2, two as u64), (0, 0)), "{length}");
         }
-        let mut trace = Trace::open(&path, two as u64).unwrap();
+        let mut trace = Trace::open(&path, two as u64, 0).unwrap();
         trace.write(&[targets.get(1)], &report()).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), whole);
         let fewer = Targets::for_prompt("x", 7, 1, Path::new("a.png")).unwrap();

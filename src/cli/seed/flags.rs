@@ -136,7 +136,7 @@ impl SeedFlags {
 
     /// The method on references that were read.
     pub fn seed_select(&self, references: References, seed: u64, trace: bool) -> SeedSelect {
-        SeedSelect { options: self.options(), references: Arc::new(references), seed, trace }
+        SeedSelect { options: self.options(), references: Arc::new(references), seed, trace, checkpoints: None }
     }
 
     /// What the user may not expect of the options.
@@ -171,6 +171,6 @@ impl MethodFlags for ComparedSeedFlags {
     fn method(&self, context: &Context<'_>) -> Result<Box<dyn ImageMethod>> {
         let references = self.references.read("--methods seed")?;
         let options = Options { iterations: self.seed_iterations, ..Options::DEFAULT };
-        Ok(Box::new(SeedSelect { options, references, seed: context.seed, trace: false }))
+        Ok(Box::new(SeedSelect { options, references, seed: context.seed, trace: false, checkpoints: None }))
     }
 }

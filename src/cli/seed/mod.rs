@@ -7,6 +7,7 @@ mod interpolation;
 use crate::cli::flags::images::ImageFlags;
 use crate::cli::images::finished::Extras;
 use crate::cli::images::run;
+use crate::cli::images::state::StateFiles;
 use crate::cli::paths::Paths;
 use crate::cli::progress::Reporter;
 use crate::weights::Component;
@@ -14,6 +15,7 @@ use crate::{Error, Result};
 use flags::SeedFlags;
 use interpolation::InterpolationFlags;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 #[derive(clap::Args)]
 #[command(
@@ -33,6 +35,10 @@ pub struct Seed {
     /// Write a JSON line per iteration: loss and its terms, length of noise and gradient, distance moved
     #[arg(long, value_name = "FILE", conflicts_with = "interpolate", help_heading = "Optimisation")]
     trace: Option<PathBuf>,
+    /// Go on where a run of the same command was cut short: after every iteration its state is kept beside the image, until that is
+    /// finished
+    #[arg(long, conflicts_with = "interpolate", help_heading = "Optimisation")]
+    resume: bool,
 }
 
 pub fn run(args: Seed) -> Result<()> {
@@ -48,7 +54,7 @@ fn optimise(args: &Seed) -> Result<()> {
     let mut paths = Paths::default();
     args.method.references.iter().for_each(|path| paths.input("--references", path));
     args.method.clip.iter().for_each(|path| paths.input("--clip", path));
-    let targets = run::targets(&args.images, &extras, paths)?;
+    let targets = Arc::new(run::targets(&args.images, &extras, paths)?);
     let reporter = Reporter::new(args.images.run.json, args.images.run.quiet);
     let references = args.method.read(args.images.output.strict)?;
     references.unreadable.iter().for_each(|error| reporter.warn(&format!("--references: left out: {error}")));
@@ -56,7 +62,9 @@ fn optimise(args: &Seed) -> Result<()> {
     if let Some(clip) = &args.method.clip {
         pipeline.model.add(Component::Clip, clip)?;
     }
-    let method = args.method.seed_select(references, args.images.run.sampling.seed(), args.trace.is_some());
+    let mut method = args.method.seed_select(references, args.images.run.sampling.seed(), args.trace.is_some());
+    method.checkpoints = Some(Arc::new(StateFiles { targets: Arc::clone(&targets), resume: args.resume }));
+    (extras.keeps_state, extras.resume) = (true, args.resume);
     // A trace is as long as the patience lasts; one line is the least.
     extras.iterations = method.options.iterations.min(1);
     args.method.remarks().iter().for_each(|remark| reporter.warn(remark));

@@ -1,6 +1,7 @@
 //! SeedSelect as an [`ImageMethod`].
 
 use super::Loaded;
+use super::checkpoint::Checkpoints;
 use super::options::Options;
 use super::programs::Programs;
 use super::references::References;
@@ -23,6 +24,8 @@ pub struct SeedSelect {
     pub seed: u64,
     /// Report every iteration.
     pub trace: bool,
+    /// Where runs are kept between iterations.
+    pub checkpoints: Option<Arc<dyn Checkpoints>>,
 }
 
 impl ImageMethod for SeedSelect {
@@ -95,8 +98,7 @@ impl PlannedMethod for PlannedSeedSelect<'_> {
     where
         Self: 'e,
     {
-        let SeedSelect { references, seed, trace, .. } = &self.method;
-        Ok(Box::new(Loaded::new(self.programs, executor, references, *seed, *trace)?))
+        Ok(Box::new(Loaded::new(self.programs, executor, &self.method)?))
     }
 }
 

@@ -11,19 +11,24 @@
 //! the image of the z of the lowest L
 //! ```
 
+mod checkpoint;
 mod judge;
 mod method;
 pub mod nao;
 mod options;
 mod programs;
 mod references;
+mod seed;
 
+pub use checkpoint::Checkpoints;
 pub use judge::Likeness;
 pub use method::SeedSelect;
 pub use options::{Convention, LearningRate, Options, Patience};
 pub use references::{References, Targets};
+pub use seed::Best;
 
 use crate::exec::{Data, Executor};
+use crate::methods::ImageMethod;
 use crate::optimize::chain;
 use crate::optimize::objective::loss_scale;
 use crate::optimize::objective::references::buffer;
@@ -33,9 +38,13 @@ use crate::pipeline::decode::Decoder;
 use crate::pipeline::generate::{self, Image, Job, to_channels_last};
 use crate::pipeline::{Iteration, Observer, Progress};
 use crate::sampler::{self, Noise, draw};
+use crate::weights::fingerprint;
 use crate::{Error, Result};
+use checkpoint::State;
 use programs::{Programs, TermName};
+use seed::Seed;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// SeedSelect on an executor.
 pub struct Loaded<'p, 'e> {
@@ -52,27 +61,11 @@ pub struct Loaded<'p, 'e> {
     channels: usize,
     /// Report every iteration.
     trace: bool,
+    checkpoints: Option<Arc<dyn Checkpoints>>,
+    /// Everything but the jobs that decides the images, where there are checkpoints.
+    settings: String,
     /// Of the last batch.
     best: Vec<Best>,
-}
-
-/// One image on its way.
-struct Seed {
-    /// Where it began, `[h, w, C]`.
-    first: Vec<f32>,
-    best: Best,
-    patience: Patience,
-    stopped: bool,
-}
-
-/// A starting noise that is returned.
-#[derive(Clone, Debug)]
-pub struct Best {
-    /// `[h, w, C]`, unit variance.
-    pub noise: Vec<f32>,
-    pub loss: f64,
-    /// Steps of the optimizer that led to it.
-    pub iteration: usize,
 }
 
 /// The losses of one evaluation, per image.
@@ -82,21 +75,32 @@ struct Losses {
 }
 
 impl<'p, 'e> Loaded<'p, 'e> {
-    /// Loads weights and programs, and encodes the references; `seed` is that of what is drawn for them.
-    fn new(
-        programs: Programs<'p>,
-        executor: &'e mut dyn Executor,
-        references: &References,
-        seed: u64,
-        trace: bool,
-    ) -> Result<Loaded<'p, 'e>> {
+    /// Loads weights and programs, and encodes the references.
+    fn new(programs: Programs<'p>, executor: &'e mut dyn Executor, method: &SeedSelect) -> Result<Loaded<'p, 'e>> {
         let Programs { pipeline, options, images, terms, chain, optimizer, decode, encoders, channels, len } = programs;
-        let targets = encoders.encode(pipeline, executor, references, seed)?;
+        let targets = encoders.encode(pipeline, executor, &method.references, method.seed)?;
         let mut chain = chain.load::<f32>(executor)?;
         let optimizer = optimizer.load(chain.executor(), &pipeline.model)?;
         let decoder = Decoder::load(pipeline, chain.executor(), decode)?;
-        let best = vec![];
-        Ok(Loaded { chain, optimizer, decoder, targets, options, images, terms, len, channels, trace, best })
+        let settings = match &method.checkpoints {
+            Some(_) => format!("{images:?} {} {}", method.options(), pipeline.model.fingerprint()?),
+            None => String::new(),
+        };
+        Ok(Loaded {
+            chain,
+            optimizer,
+            decoder,
+            targets,
+            options,
+            images,
+            terms,
+            len,
+            channels,
+            trace: method.trace,
+            checkpoints: method.checkpoints.clone(),
+            settings,
+            best: vec![],
+        })
     }
 }
 
@@ -104,9 +108,11 @@ impl Loaded<'_, '_> {
     /// Makes one full batch of images.
     pub fn run(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
         self.condition(jobs)?;
-        let mut seeds = self.start(jobs, observe)?;
-        self.optimizer.reset(self.chain.executor())?;
-        for iteration in 0..self.options.iterations {
+        let (mut seeds, begun) = match self.resume(jobs)? {
+            Some(State { seeds, iteration, .. }) => (seeds, iteration),
+            None => (self.start(jobs, observe)?, 0),
+        };
+        for iteration in begun..self.options.iterations {
             if seeds.iter().all(|seed| seed.stopped) {
                 break;
             }
@@ -120,6 +126,7 @@ impl Loaded<'_, '_> {
                 self.renormalise(&seeds)?;
             }
             observe(Progress::Iteration(report.as_ref()))?;
+            seeds = self.checkpoint(jobs, seeds, iteration + 1)?;
         }
         if self.options.convention == Convention::Default && !seeds.iter().all(|seed| seed.stopped) {
             let noise = self.chain.noise()?;
@@ -128,6 +135,32 @@ impl Loaded<'_, '_> {
         }
         self.best = seeds.into_iter().map(|seed| seed.best).collect();
         self.render(jobs, observe)
+    }
+
+    /// Goes on where an earlier run of the jobs was cut short.
+    fn resume(&mut self, jobs: &[Job]) -> Result<Option<State>> {
+        let Some(checkpoints) = &self.checkpoints else { return Ok(None) };
+        let Some(bytes) = checkpoints.read(jobs)? else { return Ok(None) };
+        let state = State::parse(&bytes, &self.key(jobs), (jobs.len(), self.len))?;
+        // Draws of the sampler are those of the jobs.
+        self.draw(jobs)?;
+        self.chain.set_noise(&state.noise)?;
+        self.optimizer.restore(self.chain.executor(), &state.optimizer)?;
+        Ok(Some(state))
+    }
+
+    /// Of everything that decides the images of these jobs.
+    fn key(&self, jobs: &[Job]) -> String {
+        format!("{:016x}", fingerprint(format!("{} {jobs:?}", self.settings).into_bytes()))
+    }
+
+    /// Keeps where the run is, before `iteration`.
+    fn checkpoint(&mut self, jobs: &[Job], seeds: Vec<Seed>, iteration: usize) -> Result<Vec<Seed>> {
+        let Some(checkpoints) = self.checkpoints.clone() else { return Ok(seeds) };
+        let (noise, optimizer) = (self.chain.noise()?, self.optimizer.state(self.chain.executor())?);
+        let state = State { iteration, noise, seeds, optimizer };
+        checkpoints.write(jobs, &state.to_bytes(&self.key(jobs))?)?;
+        Ok(state.seeds)
     }
 
     /// What the images of the last batch were made from.
@@ -171,6 +204,7 @@ impl Loaded<'_, '_> {
         }
         let noise: Vec<f32> = seeds.iter().flat_map(|seed| seed.first.iter()).copied().collect();
         self.chain.set_noise(&noise)?;
+        self.optimizer.reset(self.chain.executor())?;
         Ok(seeds)
     }
 
@@ -291,24 +325,6 @@ impl Loaded<'_, '_> {
         self.chain.set_noise(&noise)?;
         self.loss(jobs, observe)?;
         self.decoder.finish(self.chain.executor(), jobs, observe)
-    }
-}
-
-impl Seed {
-    fn new(first: Vec<f32>) -> Seed {
-        let best = Best { noise: first.clone(), loss: f64::INFINITY, iteration: 0 };
-        Seed { first, best, patience: Patience::default(), stopped: false }
-    }
-
-    /// Keeps a noise of a lower loss.
-    fn take(&mut self, noise: &[f32], loss: f64, iteration: usize) {
-        if loss < self.best.loss {
-            self.best = Best { noise: noise.to_vec(), loss, iteration };
-        }
-    }
-
-    fn begin_at_best(&mut self) {
-        self.first.clone_from(&self.best.noise);
     }
 }
 

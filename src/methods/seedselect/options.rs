@@ -126,7 +126,7 @@ impl Options {
 }
 
 /// The stop rule: how often the loss has risen one after the other.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Patience {
     last: Option<f64>,
     rises: usize,

@@ -1,0 +1,40 @@
+//! One image of SeedSelect on its way: where its noise began, the best one so far, and whether it goes on.
+
+use super::options::Patience;
+
+/// One image on its way.
+pub(super) struct Seed {
+    /// Where it began, `[h, w, C]`.
+    pub first: Vec<f32>,
+    pub best: Best,
+    pub patience: Patience,
+    pub stopped: bool,
+}
+
+/// A starting noise that is returned.
+#[derive(Clone, Debug)]
+pub struct Best {
+    /// `[h, w, C]`, unit variance.
+    pub noise: Vec<f32>,
+    pub loss: f64,
+    /// Steps of the optimizer that led to it.
+    pub iteration: usize,
+}
+
+impl Seed {
+    pub fn new(first: Vec<f32>) -> Seed {
+        let best = Best { noise: first.clone(), loss: f64::INFINITY, iteration: 0 };
+        Seed { first, best, patience: Patience::default(), stopped: false }
+    }
+
+    /// Keeps a noise of a lower loss.
+    pub fn take(&mut self, noise: &[f32], loss: f64, iteration: usize) {
+        if loss < self.best.loss {
+            self.best = Best { noise: noise.to_vec(), loss, iteration };
+        }
+    }
+
+    pub fn begin_at_best(&mut self) {
+        self.first.clone_from(&self.best.noise);
+    }
+}
