@@ -13,6 +13,8 @@ pub enum Progress<'a> {
     Image { index: usize, image: &'a Image },
     /// An iteration of an optimiser is finished; with what came of it where a trace is kept.
     Iteration(Option<&'a Iteration>),
+    /// Something the user may not expect of the image of job `index`.
+    Remark { index: usize, text: &'a str },
     /// A run that went wrong goes on once more, to find out where.
     Again,
 }

@@ -12,8 +12,9 @@ use std::time::Instant;
 use tempfile::TempDir;
 
 /// What every path flag is for; a new one has to be entered here.
-const INPUTS: [&str; 9] = ["model", "unet", "token", "noise", "prompts", "init_token", "baseline", "images", "path"];
-const OUTPUTS: [&str; 6] = ["out", "latents_out", "trace", "save_token", "compare", "sheet"];
+const INPUTS: [&str; 11] =
+    ["model", "unet", "token", "noise", "prompts", "init_token", "baseline", "images", "path", "references", "clip"];
+const OUTPUTS: [&str; 7] = ["out", "latents_out", "trace", "save_token", "save_noise", "compare", "sheet"];
 
 fn commands() -> Vec<Command> {
     let mut all = rarebit::cli::command();
@@ -35,6 +36,10 @@ fn base(command: &str, left_out: &[&str]) -> Vec<String> {
         "generate" => (&["a red star"], &[("steps", "1")]),
         "minority" => (&["a red star"], &[("steps", "2"), ("iterations", "1"), ("t_lo", "0.1"), ("init", "word:a")]),
         "compare" => (&["a red star"], &[("steps", "1"), ("count", "1"), ("methods", "ddim")]),
+        "seed" => (
+            &["a red star"],
+            &[("steps", "1"), ("iterations", "1"), ("starts", "1"), ("lr", "0.1"), ("references", "in.png")],
+        ),
         "score" => (&["--shapes", "in.png"], &[]),
         "bench" => (&[], &[("steps", "1"), ("runs", "1"), ("warmup", "0")]),
         "inspect" => (&["--plan"], &[]),

@@ -150,6 +150,23 @@ fn broken_references_are_named() {
     assert!(fs::metadata(&image).is_err());
 }
 
+/// A step into nowhere is said, and what was best before is made.
+#[test]
+fn what_was_best_before_is_kept() {
+    let out = TempDir::new().unwrap();
+    let references = references(&out);
+    let [image, plain] = ["i.png", "plain.png"].map(|name| path(&out, name));
+    let own = ["--steps", "4", "--iterations", "3", "--starts", "1", "--quiet", "--lr", "1e30", "--seed", "7"];
+    let args = [&["seed", PROMPT, "--references", &references, "--out", &image][..], &own].concat();
+    let output = rarebit(&args);
+    let said = text(&output.stderr);
+    assert!(output.status.success() && said.contains("seed 7") && said.contains("not finite after 1"), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+    succeeds(&["generate", PROMPT, "--steps", "4", "--quiet", "--seed", "7", "--out", &plain]);
+    assert_eq!(pixels(&image), pixels(&plain));
+    fails(&[&args[..], &["--guidance", "1e38"]].concat(), 1, &["NaN"]);
+}
+
 #[test]
 fn images_between_two_noises() {
     let out = TempDir::new().unwrap();

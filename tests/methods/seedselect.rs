@@ -79,7 +79,7 @@ fn run(pipeline: &Pipeline, method: &SeedSelect, steps: usize, jobs: &[Job]) -> 
             match progress {
                 Progress::Iteration(report) => iterations.push(report.unwrap().clone()),
                 Progress::Step { .. } => done += 1,
-                Progress::Image { .. } | Progress::Again => {}
+                Progress::Image { .. } | Progress::Remark { .. } | Progress::Again => {}
             }
             Ok(())
         })

@@ -163,6 +163,7 @@ impl Run<'_> {
         loaded.run_checked(&jobs, &mut |progress| {
             match progress {
                 Progress::Step { .. } | Progress::Iteration(_) => self.reporter.step(),
+                Progress::Remark { text, .. } => self.reporter.warn(text),
                 Progress::Image { .. } | Progress::Again => {}
             }
             if self.interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }

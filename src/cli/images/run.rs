@@ -236,6 +236,9 @@ impl Run<'_> {
         match progress {
             Progress::Step { .. } => self.reporter.step(),
             Progress::Again => {}
+            Progress::Remark { index, text } => {
+                self.reporter.warn(&format!("{}: {text}", targets[index].path.display()))
+            }
             Progress::Iteration(report) => {
                 self.reporter.step();
                 if let (Some(trace), Some(report)) = (&mut self.trace, report) {

@@ -27,6 +27,7 @@ pub use options::{Convention, LearningRate, Options, Patience};
 pub use references::{References, Targets};
 pub use seed::Best;
 
+use crate::Result;
 use crate::exec::{Data, Executor};
 use crate::methods::ImageMethod;
 use crate::optimize::chain;
@@ -39,7 +40,6 @@ use crate::pipeline::generate::{self, Image, Job, to_channels_last};
 use crate::pipeline::{Iteration, Observer, Progress};
 use crate::sampler::{self, Noise, draw};
 use crate::weights::fingerprint;
-use crate::{Error, Result};
 use checkpoint::State;
 use programs::{Programs, TermName};
 use seed::Seed;
@@ -117,8 +117,8 @@ impl Loaded<'_, '_> {
                 break;
             }
             let noise = self.chain.noise()?;
-            let losses = self.gradient(jobs, observe)?;
-            self.keep(&mut seeds, &noise, &losses.total, iteration);
+            let losses = self.gradient(observe)?;
+            self.keep((&mut seeds, jobs), &noise, &losses.total, iteration, observe)?;
             let report = self.trace.then(|| self.report(&seeds, &noise, losses, iteration)).transpose()?;
             let lr = self.options.lr.at(iteration);
             self.optimizer.step(self.chain.executor(), lr)?;
@@ -130,8 +130,8 @@ impl Loaded<'_, '_> {
         }
         if self.options.convention == Convention::Default && !seeds.iter().all(|seed| seed.stopped) {
             let noise = self.chain.noise()?;
-            let losses = self.loss(jobs, observe)?;
-            self.keep(&mut seeds, &noise, &losses.total, self.options.iterations);
+            let losses = self.loss(observe)?;
+            self.keep((&mut seeds, jobs), &noise, &losses.total, self.options.iterations, observe)?;
         }
         self.best = seeds.into_iter().map(|seed| seed.best).collect();
         self.render(jobs, observe)
@@ -195,11 +195,12 @@ impl Loaded<'_, '_> {
                     index => self.other(jobs, index),
                 };
                 self.chain.set_noise(&noise)?;
-                let losses = self.loss(jobs, observe)?;
+                let losses = self.loss(observe)?;
                 for ((seed, noise), loss) in seeds.iter_mut().zip(noise.chunks(self.len)).zip(losses.total) {
                     seed.take(noise, loss, 0);
                 }
             }
+            seeds.iter().zip(jobs).try_for_each(|(seed, job)| seed.check(job.seed))?;
             seeds.iter_mut().for_each(Seed::begin_at_best);
         }
         let noise: Vec<f32> = seeds.iter().flat_map(|seed| seed.first.iter()).copied().collect();
@@ -236,48 +237,60 @@ impl Loaded<'_, '_> {
     }
 
     /// Loss and gradient of the noise as it is.
-    fn gradient(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Losses> {
+    fn gradient(&mut self, observe: &mut Observer<'_>) -> Result<Losses> {
         let (mut done, steps) = (0, 2 * self.images.sampler.steps);
         let losses = self.chain.gradient_observed(&mut || {
             done += 1;
             observe(Progress::Step { done, steps })
         })?;
-        self.losses(losses, jobs)
+        Ok(self.losses(&losses))
     }
 
     /// Loss alone.
-    fn loss(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Losses> {
+    fn loss(&mut self, observe: &mut Observer<'_>) -> Result<Losses> {
         let (mut done, steps) = (0, self.images.sampler.steps);
         let losses = self.chain.loss_observed(&mut || {
             done += 1;
             observe(Progress::Step { done, steps })
         })?;
-        self.losses(losses, jobs)
+        Ok(self.losses(&losses))
     }
 
-    fn losses(&self, losses: Vec<Vec<f32>>, jobs: &[Job]) -> Result<Losses> {
-        let mut total = vec![0.0; jobs.len()];
+    fn losses(&self, losses: &[Vec<f32>]) -> Losses {
+        let mut total = vec![0.0; losses.first().map_or(0, Vec::len)];
         let mut terms = BTreeMap::new();
+        let scale = self.loss_scale();
         for ((term, weight), losses) in self.terms.iter().zip(losses) {
-            let (weight, scale) = (*weight, self.loss_scale());
-            total.iter_mut().zip(&losses).for_each(|(total, loss)| *total += f64::from(*loss) / scale);
+            total.iter_mut().zip(losses).for_each(|(total, loss)| *total += f64::from(*loss) / scale);
             terms.insert(term.to_string(), losses.iter().map(|loss| f64::from(*loss) / (weight * scale)).collect());
         }
-        match total.iter().position(|loss| !loss.is_finite()) {
-            None => Ok(Losses { total, terms }),
-            Some(index) => Err(Error::NotFinite(format!("the loss of seed {}", jobs[index].seed))),
-        }
+        Losses { total, terms }
     }
 
     fn loss_scale(&self) -> f64 {
         loss_scale(self.images.dtype)
     }
 
-    /// Takes the noises of an evaluation where they are better, and looks whether to stop.
-    fn keep(&self, seeds: &mut [Seed], noise: &[f32], losses: &[f64], iteration: usize) {
-        for ((seed, noise), loss) in seeds.iter_mut().zip(noise.chunks(self.len)).zip(losses) {
-            // An image stops alone, whatever the others of its batch do.
-            if seed.stopped {
+    /// Takes the noises of an evaluation where they are better, and looks whether to stop. `Error::NotFinite` where an image has none.
+    fn keep(
+        &self,
+        (seeds, jobs): (&mut [Seed], &[Job]),
+        noise: &[f32],
+        losses: &[f64],
+        iteration: usize,
+        observe: &mut Observer<'_>,
+    ) -> Result<()> {
+        // An image stops alone, whatever the others of its batch do.
+        let rows = seeds.iter_mut().zip(noise.chunks(self.len)).zip(losses).enumerate();
+        for (index, ((seed, noise), loss)) in rows.filter(|(_, ((seed, _), _))| !seed.stopped) {
+            if !loss.is_finite() {
+                seed.check(jobs[index].seed)?;
+                seed.stopped = true;
+                let seed = jobs[index].seed;
+                let text = format!(
+                    "seed {seed}: the loss is not finite after {iteration} iterations; what was best before is used"
+                );
+                observe(Progress::Remark { index, text: &text })?;
                 continue;
             }
             match self.options.convention {
@@ -286,6 +299,7 @@ impl Loaded<'_, '_> {
             }
             seed.stopped = seed.patience.stops(*loss, self.options.patience);
         }
+        Ok(())
     }
 
     /// Brings every noise back to the length it began with.
@@ -323,7 +337,7 @@ impl Loaded<'_, '_> {
     fn render(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
         let noise: Vec<f32> = self.best.iter().flat_map(|best| best.noise.iter()).copied().collect();
         self.chain.set_noise(&noise)?;
-        self.loss(jobs, observe)?;
+        self.loss(observe)?;
         self.decoder.finish(self.chain.executor(), jobs, observe)
     }
 }

@@ -1,6 +1,7 @@
 //! One image of SeedSelect on its way: where its noise began, the best one so far, and whether it goes on.
 
 use super::options::Patience;
+use crate::{Error, Result};
 
 /// One image on its way.
 pub(super) struct Seed {
@@ -31,6 +32,14 @@ impl Seed {
     pub fn take(&mut self, noise: &[f32], loss: f64, iteration: usize) {
         if loss < self.best.loss {
             self.best = Best { noise: noise.to_vec(), loss, iteration };
+        }
+    }
+
+    /// `Error::NotFinite` where no noise had a loss that is a number.
+    pub fn check(&self, seed: u64) -> Result<()> {
+        match self.best.loss.is_finite() {
+            true => Ok(()),
+            false => Err(Error::NotFinite(format!("the loss of seed {seed}"))),
         }
     }
 
