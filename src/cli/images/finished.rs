@@ -37,8 +37,8 @@ pub struct Chosen<'t> {
     pub selection: Selection<'t>,
     /// Bytes of the trace that are kept: those of finished images, and of the one that is gone on with.
     pub trace_end: u64,
-    /// How many lines there are of that one.
-    pub traced: usize,
+    /// That one, and how many lines there are of it.
+    pub traced: Option<(usize, usize)>,
     /// Images that say nothing of how they were made and are taken at their names.
     pub unsigned: usize,
 }
@@ -51,7 +51,7 @@ pub fn choose<'t>(
     noise: &Noise,
     targets: &'t Targets,
 ) -> Result<Chosen<'t>> {
-    let mut chosen = Chosen { selection: Selection::none_of(targets), trace_end: 0, traced: 0, unsigned: 0 };
+    let mut chosen = Chosen { selection: Selection::none_of(targets), trace_end: 0, traced: None, unsigned: 0 };
     let resumes = args.resumes() || extras.resume;
     let traced = match &extras.trace {
         Some(path) if resumes => Some(Traced::read(path, targets)?),
@@ -70,6 +70,10 @@ pub fn choose<'t>(
         let has_all = has_trace && has_token && has_noise;
         if is_there && resumes && is_made(args, &target, work, noise, &mut chosen.unsigned)? && has_all {
             chosen.trace_end = chosen.trace_end.max(end);
+            if extras.keeps_state {
+                // A run that was killed as it had written the image.
+                state::remove(&target)?;
+            }
             continue;
         }
         if is_there {
@@ -80,7 +84,7 @@ pub fn choose<'t>(
     if let (Some(traced), true, false) = (&traced, extras.resume, chosen.selection.is_empty()) {
         let first = chosen.selection.targets(0..1).swap_remove(0);
         if state::is_there(&first) {
-            (chosen.traced, chosen.trace_end) = (traced.of(first.index).0, traced.end());
+            (chosen.traced, chosen.trace_end) = (Some((first.index, traced.of(first.index).0)), traced.end());
         }
     }
     Ok(chosen)

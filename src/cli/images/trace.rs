@@ -18,14 +18,13 @@ const MOST_LINE: u64 = 1 << 28;
 pub struct Trace {
     path: PathBuf,
     file: File,
-    /// Lines that are there of the images that are made first.
-    there: usize,
+    /// An image that is gone on with, and how many of its lines are there.
+    there: Option<(usize, usize)>,
 }
 
 impl Trace {
-    /// Begins a trace, or goes on with one after its first `keep` bytes, which hold the first `there` lines of the images that are made
-    /// first.
-    pub fn open(path: &Path, keep: u64, there: usize) -> Result<Trace> {
+    /// Begins a trace, or goes on with one after its first `keep` bytes; of an image that is gone on with they hold so many lines.
+    pub fn open(path: &Path, keep: u64, there: Option<(usize, usize)>) -> Result<Trace> {
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(Error::io("create", path))?;
         match file.try_lock() {
             Err(TryLockError::WouldBlock) => {
@@ -39,8 +38,8 @@ impl Trace {
     }
 
     pub fn write(&mut self, targets: &[Target], report: &Iteration) -> Result<()> {
-        // A run that goes on repeats what it had traced and not kept; the images that follow begin at 0.
-        if report.iteration < std::mem::take(&mut self.there) {
+        // A run that goes on repeats what it had traced and not kept.
+        if self.there.is_some_and(|(image, lines)| targets[0].index == image && report.iteration < lines) {
             return Ok(());
         }
         let mut line = json!(report);
@@ -149,8 +148,8 @@ mod tests {
         let prompts = vec![(1, "x".to_string()), (2, "y".to_string())];
         let targets = Targets::for_file(prompts, 0, 2, Path::new("d")).unwrap();
         assert!(Traced::read(&path, &targets).unwrap().images.is_empty());
-        let mut trace = Trace::open(&path, 0, 0).unwrap();
-        assert!(Trace::open(&path, 0, 0).err().unwrap().to_string().contains("another run"));
+        let mut trace = Trace::open(&path, 0, None).unwrap();
+        assert!(Trace::open(&path, 0, None).err().unwrap().to_string().contains("another run"));
         for index in [0, 0, 1] {
             trace.write(&[targets.get(index)], &report()).unwrap();
         }
@@ -163,7 +162,7 @@ mod tests {
             let traced = Traced::read(&path, &targets).unwrap();
             assert_eq!((traced.of(0), traced.of(1)), ((2, two as u64), (0, 0)), "{length}");
         }
-        let mut trace = Trace::open(&path, two as u64, 0).unwrap();
+        let mut trace = Trace::open(&path, two as u64, None).unwrap();
         trace.write(&[targets.get(1)], &report()).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), whole);
         let fewer = Targets::for_prompt("x", 7, 1, Path::new("a.png")).unwrap();
