@@ -44,7 +44,7 @@ pub enum Error {
     #[error("{0}")]
     Regression(String),
     /// The user pressed Ctrl-C.
-    #[error("interrupted; finished images are kept, and a --prompts run continues where it stopped")]
+    #[error("interrupted; finished images are kept, and a --prompts run, or seed --resume, goes on where it stopped")]
     Interrupted,
 }
 
