@@ -28,10 +28,6 @@ impl ReferenceFlags {
         if self.is_empty() {
             return Err(Error::Usage(format!("{whom}: needs --references, images of what is to be shown")));
         }
-        let mut references = References::read(&self.references)?;
-        match references.unreadable.pop() {
-            Some(error) => Err(error),
-            None => Ok(Arc::new(references)),
-        }
+        Ok(Arc::new(References::read(&self.references)?.whole()?))
     }
 }

@@ -124,14 +124,8 @@ impl SeedFlags {
 
     /// The references; with `strict` one that cannot be read is an error.
     pub fn read(&self, strict: bool) -> Result<References> {
-        let mut references = References::read(&self.references)?;
-        match references.unreadable.pop() {
-            Some(error) if strict => Err(error),
-            last => {
-                references.unreadable.extend(last);
-                Ok(references)
-            }
-        }
+        let references = References::read(&self.references)?;
+        if strict { references.whole() } else { Ok(references) }
     }
 
     /// The method on references that were read.

@@ -3,9 +3,9 @@
 use super::options::{Convention, Options};
 use super::programs::{seen, tower};
 use super::references::{Encoders, References, Targets};
-use crate::exec::{Data, DataMut, Executor};
+use crate::exec::{DataMut, Executor};
 use crate::methods::baselines::judge::{Criterion, Judge, PlannedJudge};
-use crate::optimize::objective::references::{appearance, buffer, semantics};
+use crate::optimize::objective::references::{appearance, semantics};
 use crate::optimize::objective::{self, Objective, ObjectiveSpec, Objectives, report_name};
 use crate::pipeline::Pipeline;
 use crate::pipeline::generate::{self, Generator, Image, Job};
@@ -60,14 +60,13 @@ impl Criterion for Likeness {
             loss_scale: 1.0,
             budget: None,
         };
-        let (semantic, latents) = (tower.is_some(), self.appearance != 0.0);
+        let latents = self.appearance != 0.0;
         let frame = (convention, [settings.width, settings.height]);
         Ok(Box::new(PlannedLikeness {
             pipeline,
             terms: terms.len(),
             objectives: Objectives::plan(&spec, executor, &terms)?,
             encoders: Encoders::plan(pipeline, executor, settings.dtype, tower.as_ref(), latents, frame)?,
-            reads: [semantic, latents],
             likeness: self.clone(),
         }))
     }
@@ -78,8 +77,6 @@ struct PlannedLikeness<'p> {
     objectives: Objectives,
     terms: usize,
     encoders: Encoders,
-    /// Whether there is a semantic term, and one of appearance.
-    reads: [bool; 2],
     likeness: Likeness,
 }
 
@@ -98,7 +95,7 @@ impl PlannedJudge for PlannedLikeness<'_> {
         let Likeness { references, seed, .. } = &self.likeness;
         let targets = self.encoders.encode(self.pipeline, images.executor(), references, *seed)?;
         let objectives = self.objectives.load(images.executor(), &self.pipeline.model)?;
-        Ok(Box::new(LoadedLikeness { objectives, terms: self.terms, targets, reads: self.reads }))
+        Ok(Box::new(LoadedLikeness { objectives, terms: self.terms, targets }))
     }
 }
 
@@ -106,7 +103,6 @@ struct LoadedLikeness {
     objectives: objective::Loaded,
     terms: usize,
     targets: Targets,
-    reads: [bool; 2],
 }
 
 impl Judge for LoadedLikeness {
@@ -115,15 +111,7 @@ impl Judge for LoadedLikeness {
     }
 
     fn score(&mut self, images: &mut generate::Loaded<'_, '_>, jobs: &[Job], _made: &[Image]) -> Result<Vec<f64>> {
-        let [semantic, latents] = self.reads;
-        if semantic {
-            let centroids = self.targets.centroid().repeat(jobs.len());
-            images.executor().write(buffer::CENTROID, Data::F32(&centroids))?;
-        }
-        if latents {
-            let latents = self.targets.mean_latents().repeat(jobs.len());
-            images.executor().write(buffer::LATENTS, Data::F32(&latents))?;
-        }
+        self.targets.write(images.executor(), jobs.len())?;
         let (mut scores, mut losses) = (vec![0.0; jobs.len()], vec![0.0; jobs.len()]);
         for term in 0..self.terms {
             self.objectives.run(images, term, &vec![0; jobs.len()], 0)?;

@@ -28,11 +28,10 @@ pub use references::{References, Targets};
 pub use seed::Best;
 
 use crate::Result;
-use crate::exec::{Data, Executor};
+use crate::exec::Executor;
 use crate::methods::ImageMethod;
 use crate::optimize::chain;
 use crate::optimize::objective::loss_scale;
-use crate::optimize::objective::references::buffer;
 use crate::optimize::optimizer::LoadedOptimizer;
 use crate::optimize::variable::Entry;
 use crate::pipeline::decode::Decoder;
@@ -171,17 +170,7 @@ impl Loaded<'_, '_> {
     /// The prompts, and what the loss compares with, a row per image.
     fn condition(&mut self, jobs: &[Job]) -> Result<()> {
         self.chain.jobs(jobs)?;
-        let semantics = self.terms.iter().any(|(term, _)| matches!(term, TermName::Semantics { .. }));
-        let appearance = self.terms.iter().any(|(term, _)| *term == TermName::Appearance);
-        if semantics {
-            let centroids = self.targets.centroid().repeat(jobs.len());
-            self.chain.write(buffer::CENTROID, Data::F32(&centroids))?;
-        }
-        if appearance {
-            let latents = self.targets.mean_latents().repeat(jobs.len());
-            self.chain.write(buffer::LATENTS, Data::F32(&latents))?;
-        }
-        Ok(())
+        self.targets.write(self.chain.executor(), jobs.len())
     }
 
     /// The best of some starting noises of each image: its own, and others under its seed.

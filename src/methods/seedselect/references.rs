@@ -6,7 +6,7 @@ use crate::data::resample;
 use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::models::preprocess::{Fit, Preprocess};
 use crate::models::{clip_image, vae};
-use crate::optimize::objective::references::Tower;
+use crate::optimize::objective::references::{Tower, buffer};
 use crate::pipeline::Pipeline;
 use crate::plan::{Planned, plan};
 use crate::program::{Builder, DType, Program};
@@ -44,6 +44,14 @@ impl References {
         }
     }
 
+    /// The same where every file could be read; else the error of one that could not.
+    pub fn whole(mut self) -> Result<References> {
+        match self.unreadable.pop() {
+            Some(error) => Err(error),
+            None => Ok(self),
+        }
+    }
+
     fn add(&mut self, path: &Path, picture: Picture) {
         let name = path.file_name().unwrap_or(path.as_os_str());
         self.names.push(name.to_string_lossy().into_owned());
@@ -72,6 +80,17 @@ impl Targets {
         let mean = mean(&self.features);
         let length = mean.iter().map(|x| x * x).sum::<f64>().sqrt();
         mean.iter().map(|x| (x / length) as f32).collect()
+    }
+
+    /// Writes them where the loss reads them, a row for each of so many images; of a term that counts nothing there is none.
+    pub(super) fn write(&self, executor: &mut dyn Executor, images: usize) -> Result<()> {
+        if !self.features.is_empty() {
+            executor.write(buffer::CENTROID, Data::F32(&self.centroid().repeat(images)))?;
+        }
+        if !self.latents.is_empty() {
+            executor.write(buffer::LATENTS, Data::F32(&self.mean_latents().repeat(images)))?;
+        }
+        Ok(())
     }
 
     /// The mean of the latents.
