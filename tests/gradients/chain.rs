@@ -31,7 +31,7 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 fn options(pipeline: &Pipeline, dtype: DType, steps: usize, guidance: f64, batch: usize, method: Method) -> Options {
     let side = 8 * pipeline.config.vae.factor().max(2);
     let sampler = Settings { method, spacing: None, steps, eta: 0.0, guidance, cfg_pp: false };
-    Options { width: side, height: side, batch, dtype, sampler, budget: None }
+    Options { width: side, height: side, batch, dtype, sampler, image_steps: None, budget: None }
 }
 
 /// A tiny pipeline with a CLIP image tower.

@@ -385,7 +385,8 @@ fn a_reward_is_an_objective() {
     pipeline.model.add(Component::HeldOutClip, &data_folder("tiny-clip-h")).unwrap();
     let clip = ClipReward::new(&pipeline.model, Component::Clip).unwrap();
     let sampler = Settings { method: Method::Ddim, spacing: None, steps: 3, eta: 0.0, guidance: 1.0, cfg_pp: false };
-    let options = Options { width: 64, height: 64, batch: 1, dtype: DType::F32, sampler, budget: None };
+    let options =
+        Options { width: 64, height: 64, batch: 1, dtype: DType::F32, sampler, image_steps: None, budget: None };
     let mut cpu = Cpu::<f32>::new();
     let terms = vec![Term::at_end(reward(&clip))];
     let chain = Chain::plan(&pipeline, &cpu, &options, &[Entry::Latents], terms).unwrap();

@@ -125,6 +125,7 @@ fn exact(pipeline: &Pipeline, (steps, guidance): (usize, f64), terms: Vec<Term<'
         batch: 1,
         dtype: DType::F64,
         sampler: sampler(steps, guidance),
+        image_steps: None,
         budget: None,
     };
     let chain = Chain::plan(pipeline, &cpu, &options, &[Entry::Latents], terms).unwrap();

@@ -94,6 +94,7 @@ fn optimise<T: Number>(run: &Run<'_>, pipeline: &Pipeline, iterations: usize) ->
         batch: 1,
         dtype: T::DTYPE,
         sampler: run.sampler(),
+        image_steps: None,
         budget: None,
     };
     let mut cpu = Cpu::<T>::new();

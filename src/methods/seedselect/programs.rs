@@ -91,6 +91,7 @@ impl<'p> Programs<'p> {
             batch,
             dtype: images.dtype,
             sampler: images.sampler,
+            image_steps: None,
             budget,
         };
         let chain = Chain::plan(pipeline, executor, &chain_options, &[Entry::Latents], terms)?;

@@ -32,7 +32,7 @@
 //!     s.b.affine(squares, 1.0 / len as f64, 0.0)
 //! });
 //! let sampler = Settings { method: Method::Ddim, spacing: None, steps: 10, eta: 0.0, guidance: 4.0, cfg_pp: false };
-//! let options = Options { width: 64, height: 64, batch: 1, dtype: DType::F32, sampler, budget: None };
+//! let options = Options { width: 64, height: 64, batch: 1, dtype: DType::F32, sampler, image_steps: None, budget: None };
 //! let mut cpu = Cpu::<f32>::new();
 //! let chain = Chain::plan(&pipeline, &cpu, &options, &[Entry::Latents], vec![Term::at_end(objective)])?;
 //! let adam = Optimizer::ADAM.plan(&cpu, DType::F32, &[chain.noise_parameter()], 1.0)?;
@@ -67,7 +67,7 @@ use crate::pipeline::Pipeline;
 use crate::pipeline::programs::{Sizes, rows};
 use crate::plan::{Footprint, Planned};
 use crate::program::DType;
-use crate::sampler::{self, Level, Schedule, level_at_fraction};
+use crate::sampler::{self, Level, Schedule, Step, level_at_fraction};
 use crate::{Error, Result};
 use programs::{Parts, Spec};
 
@@ -79,6 +79,9 @@ pub struct Options {
     pub batch: usize,
     pub dtype: DType,
     pub sampler: sampler::Settings,
+    /// Steps of a plain run beside it, from the same noise by the same sampler: for images of more steps than are differentiated
+    /// ([`Loaded::sample`]).
+    pub image_steps: Option<usize>,
     /// Bytes of arena the run may take. `None`: as if unlimited, but states only, no activations across steps.
     pub budget: Option<usize>,
 }
@@ -87,7 +90,12 @@ pub struct Options {
 pub struct Chain<'p> {
     pipeline: &'p Pipeline,
     sizes: Sizes,
+    /// The steps of the run, then those of the plain run beside it.
     schedule: Schedule,
+    /// Of the run.
+    steps: usize,
+    /// The noise that the plain run starts from is unit noise times this.
+    image_scale: f64,
     entries: Vec<Entry>,
     /// Steps done before each objective, and the noise levels it sees.
     after: Vec<usize>,
@@ -110,7 +118,19 @@ impl<'p> Chain<'p> {
         terms: Vec<Term<'_>>,
     ) -> Result<Chain<'p>> {
         let (height, width) = pipeline.latent_size(options.width, options.height)?;
-        let schedule = sampler::schedule(&pipeline.config.scheduler, &options.sampler)?;
+        let mut schedule = sampler::schedule(&pipeline.config.scheduler, &options.sampler)?;
+        let (steps, mut image_scale) = (schedule.steps.len(), schedule.initial_scale);
+        if let Some(image_steps) = options.image_steps {
+            let settings = sampler::Settings { steps: image_steps, ..options.sampler };
+            let plain = sampler::schedule(&pipeline.config.scheduler, &settings)?;
+            if schedule.needs.noise || plain.needs != schedule.needs {
+                return Err(Error::Usage(
+                    "a sampler that adds noise, or takes another state, has one number of steps".into(),
+                ));
+            }
+            image_scale = plain.initial_scale;
+            schedule.steps.extend(plain.steps);
+        }
         let sizes = Sizes { batch: options.batch, height, width, tokens: pipeline.tokens() };
         if entries.contains(&Entry::Pooled) && pipeline.config.unet.added.is_none() {
             return Err(Error::Usage("this model is not conditioned on pooled text; SDXL is".into()));
@@ -118,17 +138,28 @@ impl<'p> Chain<'p> {
         if entries.contains(&Entry::Tokens) {
             return Err(Error::Usage("a run has no gradient to tokens; ask for that to the text states".into()));
         }
-        let steps = schedule.steps.len();
         let after: Vec<usize> = terms.iter().map(|term| term.after.unwrap_or(steps)).collect();
         if let Some(after) = after.iter().find(|after| **after > steps) {
             return Err(Error::Usage(format!("a loss after step {after} of {steps}")));
         }
-        let levels = terms.iter().zip(&after).map(|(term, after)| levels(pipeline, &schedule, *after, term.t2));
+        let levels =
+            terms.iter().zip(&after).map(|(term, after)| levels(pipeline, &schedule.steps[..steps], *after, term.t2));
         let levels = levels.collect::<Result<_>>()?;
         let (dtype, guidance) = (options.dtype, options.sampler.guidance);
-        let spec = Spec { pipeline, dtype, sizes, schedule: &schedule, guidance, entries, terms, after: &after };
+        let spec = Spec { pipeline, dtype, sizes, schedule: &schedule, steps, guidance, entries, terms, after: &after };
         let (parts, storage) = spec.plan(executor, options.budget)?;
-        Ok(Chain { pipeline, sizes, schedule, entries: entries.to_vec(), after, levels, parts, storage })
+        Ok(Chain {
+            pipeline,
+            sizes,
+            schedule,
+            steps,
+            image_scale,
+            entries: entries.to_vec(),
+            after,
+            levels,
+            parts,
+            storage,
+        })
     }
 
     pub fn storage(&self) -> Storage {
@@ -137,7 +168,12 @@ impl<'p> Chain<'p> {
 
     /// Network function evaluations of one run: UNet calls, each on one image's latents.
     pub fn calls(&self) -> usize {
-        self.schedule.steps.len() * rows(self.sizes, &self.schedule)
+        self.steps * rows(self.sizes, &self.schedule)
+    }
+
+    /// The same of a plain run.
+    pub fn image_calls(&self) -> usize {
+        (self.schedule.steps.len() - self.steps) * rows(self.sizes, &self.schedule)
     }
 
     pub fn footprint(&self) -> Footprint {
@@ -167,9 +203,9 @@ impl<'p> Chain<'p> {
 }
 
 /// The levels an objective sees after `done` steps. Final latents are clean.
-fn levels(pipeline: &Pipeline, schedule: &Schedule, done: usize, t2: f64) -> Result<NoiseLevels> {
+fn levels(pipeline: &Pipeline, steps: &[Step], done: usize, t2: f64) -> Result<NoiseLevels> {
     let (t2, level2) = level_at_fraction(&pipeline.config.scheduler, t2)?;
-    let (t1, level1) = match schedule.steps.get(done) {
+    let (t1, level1) = match steps.get(done) {
         Some(step) => (step.timestep, Level { alpha: step.alpha, sigma: step.sigma }),
         None => (0.0, Level { alpha: 1.0, sigma: 0.0 }),
     };

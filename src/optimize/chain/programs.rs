@@ -49,7 +49,9 @@ pub struct Spec<'a> {
     pub pipeline: &'a Pipeline,
     pub dtype: DType,
     pub sizes: Sizes,
+    /// Steps that are conditioned for, and how many of them are the run.
     pub schedule: &'a Schedule,
+    pub steps: usize,
     pub guidance: f64,
     pub entries: &'a [Entry],
     pub terms: Vec<Term<'a>>,
@@ -177,7 +179,7 @@ impl Spec<'_> {
 
     /// The noise to the latents before the first step. What is kept of a run is declared here; steps copy to and from it.
     fn start(&self, keeps_states: bool) -> Result<Program> {
-        let (shape, steps) = (self.latents_shape(), self.schedule.steps.len());
+        let (shape, steps) = (self.latents_shape(), self.steps);
         let mut b = Builder::new("start", self.dtype);
         let noise = b.accumulator_input(NOISE, &shape);
         if keeps_states {
@@ -270,12 +272,12 @@ impl Spec<'_> {
         let history = HISTORY[..schedule.needs.history].iter().map(|name| b.accumulator_input(*name, &shape)).collect();
         let mut state = State { latents, history };
         let mut losses = Vec::new();
-        for done in 0..=schedule.steps.len() {
+        for done in 0..=self.steps {
             // Before the step that follows, so that its gradient is added after that step's, as in the other form.
             for index in (0..self.terms.len()).filter(|index| self.after[*index] == done) {
                 losses.push((self.append(&mut b, index, state.latents).minimize, Cotangent::Ones));
             }
-            if done < schedule.steps.len() {
+            if done < self.steps {
                 let suffix = of_step(done);
                 let index = b.input_i32(format!("{}{suffix}", buffer::STEP), &[1]);
                 let (with, without) =

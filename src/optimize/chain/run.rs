@@ -30,6 +30,9 @@ pub struct Loaded<'p, 'e, F = f32> {
     executor: &'e mut dyn Executor,
     sizes: Sizes,
     schedule: Schedule,
+    /// The first ones of the schedule; the others are those of the plain run beside it.
+    steps: usize,
+    image_scale: f64,
     entries: Vec<Entry>,
     text: ProgramId,
     condition: ProgramId,
@@ -59,7 +62,7 @@ enum LoadedRun {
 
 impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
     pub(super) fn new(chain: Chain<'p>, executor: &'e mut dyn Executor) -> Result<Loaded<'p, 'e, F>> {
-        let Chain { pipeline, sizes, schedule, entries, after, levels, parts, .. } = chain;
+        let Chain { pipeline, sizes, schedule, steps, image_scale, entries, after, levels, parts, .. } = chain;
         let read: HashSet<String> = parts.losses.iter().flat_map(|planned| input_names(&planned.program)).collect();
         let mut load = |planned: Planned| executor.load(planned, &pipeline.model);
         let mut loaded = Loaded {
@@ -85,6 +88,8 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
             executor,
             sizes,
             schedule,
+            steps,
+            image_scale,
             entries,
             after,
             inputs: read,
@@ -201,7 +206,7 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
 
     /// Draws of noise that the sampler adds in a run.
     pub fn draws(&self) -> usize {
-        if self.schedule.needs.noise { self.schedule.steps.len() } else { 0 }
+        if self.schedule.needs.noise { self.steps } else { 0 }
     }
 
     /// The starting noise, `[B, h, w, C]`, unit variance.
@@ -238,15 +243,31 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
     /// [`Loaded::loss`] with a call after every step, which may end it by an error.
     pub fn loss_observed(&mut self, step: &mut dyn FnMut() -> Result<()>) -> Result<Vec<Vec<F>>> {
         self.executor.run(self.start)?;
-        for done in 0..=self.schedule.steps.len() {
+        for done in 0..=self.steps {
             self.run_at(done, |loaded| &loaded.losses)?;
-            if done < self.schedule.steps.len() {
+            if done < self.steps {
                 self.write_step(done, "")?;
                 self.executor.run(self.step)?;
                 step()?;
             }
         }
         self.losses()
+    }
+
+    /// The plain run of the other number of steps, from the noise as it is now: final latents in [`LATENTS`], no losses. `step` is called
+    /// after every step, and may end it by an error. Without such a run in the options it is an error.
+    pub fn sample(&mut self, step: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        if self.steps == self.schedule.steps.len() {
+            return Err(Error::Usage("no plain run was planned beside this one".into()));
+        }
+        let latents: Vec<F> = self.noise()?.into_iter().map(|x| x.scaled(self.image_scale)).collect();
+        self.executor.write(LATENTS, F::data(&latents))?;
+        for index in self.steps..self.schedule.steps.len() {
+            self.write_step(index, "")?;
+            self.executor.run(self.step)?;
+            step()?;
+        }
+        Ok(())
     }
 
     /// Runs from the noise and back: the losses. Gradients are then on the device, in the buffers [`gradient_of`] names.
@@ -265,9 +286,9 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
                 self.backward(step_backward, step)?;
             }
             LoadedRun::Activations(whole, _) => {
-                (0..self.schedule.steps.len()).try_for_each(|index| self.write_step(index, &of_step(index)))?;
+                (0..self.steps).try_for_each(|index| self.write_step(index, &of_step(index)))?;
                 self.executor.run(whole)?;
-                (0..2 * self.schedule.steps.len()).try_for_each(|_| step())?;
+                (0..2 * self.steps).try_for_each(|_| step())?;
             }
         }
         let mut last = self.condition_backward.into_iter().chain(self.start_backward);
@@ -332,7 +353,7 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
     /// Unfilled slots of the history have coefficient 0.
     fn forward(&mut self, step: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         self.move_state(0, true)?;
-        for index in 0..self.schedule.steps.len() {
+        for index in 0..self.steps {
             self.write_step(index, "")?;
             self.executor.run(self.step)?;
             self.move_state(index + 1, true)?;
@@ -342,7 +363,7 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
     }
 
     fn backward(&mut self, step_backward: ProgramId, step: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        for done in (0..=self.schedule.steps.len()).rev() {
+        for done in (0..=self.steps).rev() {
             if self.after.contains(&done) {
                 self.move_state(done, false)?;
                 self.run_at(done, |loaded| match &loaded.run {
