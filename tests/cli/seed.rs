@@ -2,6 +2,7 @@
 
 use crate::common::command::{fails, files, path, rarebit, succeeds, text};
 use crate::common::sheet::{lines, named, pixels};
+use crate::methods::record;
 use serde_json::Value;
 use std::fs;
 use std::process::{Command, Stdio};
@@ -70,6 +71,33 @@ fn prompt_files_resume() {
     fs::remove_file(&written[1]).unwrap();
     assert_eq!(succeeds(&args).lines().count(), 1, "a noise that is gone is made again");
     assert!(written.iter().all(|file| fs::metadata(file).is_ok()));
+}
+
+#[test]
+fn starts_among_inverted_references() {
+    let out = TempDir::new().unwrap();
+    let (references, images, sheet) = (references(&out), path(&out, "images"), path(&out, "sheet.png"));
+    fs::create_dir(&images).unwrap();
+    let nao = ["--start", "nao", "--inversion-steps", "3", "--references", &references];
+    succeeds(&[&["seed", PROMPT, "--count", "2", "--out", &images][..], &nao, &FAST].concat());
+    let image = |seed: usize| format!("{images}/image-{seed}.png");
+    assert_ne!(pixels(&image(0)), pixels(&image(1)));
+    let found = record(&image(1));
+    assert_eq!(found["options"]["start"], serde_json::json!({"from": "nao", "inversion_steps": 3}));
+    // Every way to make the noises; what inverting them costs is shared by the images of a comparison.
+    let methods = ["--methods", "seed,nao", "--references", &references, "--inversion-steps", "3"];
+    let flags = ["--seed-iterations", "1", "--steps", "2", "--count", "2", "--quiet", "--json", "--out", &sheet];
+    let events = lines(&succeeds(&[&["compare", PROMPT][..], &methods, &flags].concat()));
+    let methods = named(&events, "method");
+    let forwards: Vec<f64> =
+        methods.iter().map(|event| event["per_image"]["forwards"].as_f64().unwrap()).collect();
+    assert_eq!(forwards[1] - forwards[0], 3.0 * 3.0 / 2.0, "{methods:?}");
+    assert_eq!(methods[1]["name"], "SeedSelect from NAO");
+
+    let seed = ["seed", PROMPT, "--steps", "2", "--quiet", "--out", &sheet, "--start", "lol"];
+    let one = format!("{references}/image-50.png");
+    fails(&[&seed[..], &["--references", &one]].concat(), 2, &["--start lol", "two"]);
+    fails(&[&seed[..], &["--references", &references, "--noise", "x"]].concat(), 2, &["--noise", "--start"]);
 }
 
 /// Killed at any iteration and gone on with: image, noise and trace are those of a run in one piece, and nothing else is left.

@@ -5,8 +5,8 @@ use crate::common::inputs;
 use rarebit::data::images::Picture;
 use rarebit::exec::Data;
 use rarebit::exec::cpu::Cpu;
-use rarebit::methods::seedselect::{LearningRate, Options, References, SeedSelect};
-use rarebit::methods::{ImageMethod, Request};
+use rarebit::methods::seedselect::{LearningRate, Options, References, SeedSelect, Start};
+use rarebit::methods::{ImageMethod, LoadedMethod, Request};
 use rarebit::models::detect;
 use rarebit::optimize::chain::{self, Chain, Term};
 use rarebit::optimize::objective::references::{Tower, appearance, buffer, contrast, norm_prior, semantics};
@@ -67,12 +67,25 @@ struct Made {
 }
 
 fn run(pipeline: &Pipeline, method: &SeedSelect, steps: usize, jobs: &[Job]) -> Made {
+    run_batches(pipeline, method, steps, &[jobs]).swap_remove(0)
+}
+
+/// Batches of one size one after the other. What is counted for all of them is at least what they did.
+fn run_batches(pipeline: &Pipeline, method: &SeedSelect, steps: usize, batches: &[&[Job]]) -> Vec<Made> {
     let mut cpu = Cpu::<f32>::new();
-    let (settings, prompts) = (settings(steps), vec![PROMPT; jobs.len()]);
-    let request = Request { settings: &settings, batch: jobs.len(), prompts: &prompts, memory: None };
+    let (settings, batch) = (settings(steps), batches[0].len());
+    let prompts: Vec<&str> = batches.iter().flat_map(|jobs| jobs.iter().map(|job| job.prompt.as_str())).collect();
+    let request = Request { settings: &settings, batch, prompts: &prompts, memory: None };
     let planned = method.plan(pipeline, &cpu, &request).unwrap();
-    let units = planned.progress_units();
+    let units = planned.shared_units() + batches.len() * planned.progress_units();
     let mut loaded = planned.load(&mut cpu).unwrap();
+    let made: Vec<Made> = batches.iter().map(|jobs| run_batch(&mut *loaded, jobs)).collect();
+    let done: usize = made.iter().map(|made| made.steps + made.iterations.len()).sum();
+    assert!(done <= units, "{done} steps and iterations of {units}");
+    made
+}
+
+fn run_batch(loaded: &mut dyn LoadedMethod, jobs: &[Job]) -> Made {
     let (mut iterations, mut done) = (vec![], 0);
     let images = loaded
         .run(jobs, &mut |progress| {
@@ -84,7 +97,6 @@ fn run(pipeline: &Pipeline, method: &SeedSelect, steps: usize, jobs: &[Job]) -> 
             Ok(())
         })
         .unwrap();
-    assert!(done + iterations.len() <= units, "{done} steps and {} iterations of {units}", iterations.len());
     let noises = (0..jobs.len()).map(|index| loaded.noise(index).unwrap()).collect();
     Made { images, noises, iterations, steps: done }
 }
@@ -319,6 +331,70 @@ fn nothing_but_the_job_decides_an_image() {
         assert!(alone.images[0].rgb == together.images[index].rgb, "image {index}");
         assert!(alone.noises[0] == together.noises[index], "noise {index}");
     }
+}
+
+/// Starts of NAO and of LOL: the references are inverted once for all batches of a prompt, every image begins at a likely noise of its
+/// own, and nothing but its job decides which.
+#[test]
+fn starts_among_the_inverted_references() {
+    let pipeline = pipeline();
+    for start in [Start::Nao, Start::Lol] {
+        let options = Options { start, inversion_steps: 5, iterations: 0, starts: 1, ..Options::DEFAULT };
+        let method = method(&pipeline, options);
+        let jobs = [job(3), job(4), job(5), Job { prompt: "a blue ring".into(), ..job(3) }];
+        let made = run_batches(&pipeline, &method, 4, &[&jobs[..2], &jobs[2..]]);
+        // Of each batch the loss of its noises and the images. The second has a prompt more, under which all is inverted again.
+        assert_eq!(made.iter().map(|made| made.steps).collect::<Vec<_>>(), [3 * 5 + 2 * 4; 2]);
+        let noises: Vec<&Vec<f32>> = made.iter().flat_map(|made| &made.noises).collect();
+        for (index, noise) in noises.iter().enumerate() {
+            // The likeliest length of 1024 numbers is 32.
+            let length = noise.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+            assert!((28.0..36.0).contains(&length), "{start:?}: a noise of length {length}");
+            assert!(noises[..index].iter().all(|other| other != noise), "{start:?}: noise {index} is another's");
+        }
+        let alone = run(&pipeline, &method, 4, &jobs[1..2]);
+        assert!(alone.noises[0] == *noises[1] && alone.images[0].rgb == made[0].images[1].rgb, "{start:?}");
+    }
+}
+
+/// From the noise that a picture is inverted to the loss is lower than from any.
+#[test]
+fn inverted_references_are_like_themselves() {
+    let pipeline = pipeline();
+    let same = Arc::new(references(&pipeline, &[100, 100]));
+    let loss = |start: Start| {
+        let options = Options { start, iterations: 1, starts: 1, ..Options::DEFAULT };
+        let method = SeedSelect { references: Arc::clone(&same), ..method(&pipeline, options) };
+        run(&pipeline, &method, 6, &[job(3)]).iterations[0].score[0]
+    };
+    let [noise, nao, lol] = [Start::Noise, Start::Nao, Start::Lol].map(loss);
+    assert!(nao < 0.5 * noise && lol.is_finite(), "{nao} and {lol}, from a noise {noise}");
+}
+
+/// What inverts is planned and counted with the rest.
+#[test]
+fn inversions_are_planned() {
+    let pipeline = pipeline();
+    let cpu = Cpu::<f32>::new();
+    let settings = settings(4);
+    let other = "a blue ring";
+    let plan = |start: Start, prompts: &[&str]| {
+        let method = method(&pipeline, Options { start, inversion_steps: 7, ..FEW });
+        let request = Request { settings: &settings, batch: 2, prompts, memory: None };
+        let planned = method.plan(&pipeline, &cpu, &request).unwrap();
+        (planned.shared_nfe().forward, planned.nfe(), planned.footprint())
+    };
+    let (none, each, smaller) = plan(Start::Noise, &[PROMPT; 4]);
+    let (once, same, larger) = plan(Start::Nao, &[PROMPT; 4]);
+    assert_eq!((none, once, each), (0, 3 * 7, same));
+    assert!(larger.buffer_bytes > smaller.buffer_bytes && larger.lines.len() == smaller.lines.len() + 3);
+    assert_eq!(plan(Start::Nao, &[PROMPT, PROMPT, PROMPT, other]).0, 2 * 3 * 7);
+    assert_eq!(plan(Start::Lol, &[PROMPT, other, PROMPT, other]).0, 2 * 3 * 7);
+    let one = SeedSelect {
+        references: Arc::new(references(&pipeline, &[100])),
+        ..method(&pipeline, Options { start: Start::Nao, ..FEW })
+    };
+    assert!(one.check(1).unwrap_err().to_string().contains("--start nao"));
 }
 
 /// References are the engine's own image of a noise; from near that noise the loss falls to a fifth of what it is above that noise's own.

@@ -6,7 +6,7 @@ use crate::cli::flags::references::ReferenceFlags;
 use crate::cli::flags::values;
 use crate::cli::paths::Paths;
 use crate::methods::ImageMethod;
-use crate::methods::seedselect::{LearningRate, Options, References, SeedSelect};
+use crate::methods::seedselect::{self, LearningRate, Options, References, SeedSelect};
 use crate::optimize::optimizer::Clip;
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
@@ -46,6 +46,13 @@ pub struct SeedFlags {
     /// Starting noises that are tried; the best is optimised [default: 4; released 1]
     #[arg(long, value_name = "N", value_parser = values::count, allow_negative_numbers = true)]
     starts: Option<usize>,
+    /// What starting noises are drawn from: noise: the image's seed; nao: the likely paths from the middle of the inverted references
+    /// to each (Samuel et al. 2023); lol: combinations of those (Bodin et al. 2024)
+    #[arg(long, value_enum, default_value = "noise")]
+    pub start: Start,
+    /// Steps in which a reference is inverted, without guidance [default: 50]
+    #[arg(long, value_name = "N", value_parser = values::count, allow_negative_numbers = true)]
+    inversion_steps: Option<usize>,
     /// Stop once the loss has risen more than N times one after the other; none: never [default: 3; released none]
     #[arg(long, value_name = "N|none", value_parser = patience)]
     patience: Option<Patience>,
@@ -82,6 +89,23 @@ pub enum Mode {
     Released,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Start {
+    Noise,
+    Nao,
+    Lol,
+}
+
+impl From<Start> for seedselect::Start {
+    fn from(start: Start) -> seedselect::Start {
+        match start {
+            Start::Noise => seedselect::Start::Noise,
+            Start::Nao => seedselect::Start::Nao,
+            Start::Lol => seedselect::Start::Lol,
+        }
+    }
+}
+
 /// `None`: never stop early.
 #[derive(Clone, Copy, Debug)]
 struct Patience(Option<usize>);
@@ -112,6 +136,8 @@ impl SeedFlags {
             lr: LearningRate { first, later, ..usual.lr },
             weight_decay: self.weight_decay.unwrap_or(usual.weight_decay),
             starts: self.starts.unwrap_or(usual.starts),
+            start: self.start.into(),
+            inversion_steps: self.inversion_steps.unwrap_or(usual.inversion_steps),
             patience: self.patience.map_or(usual.patience, |patience| patience.0),
             semantics: self.semantics.unwrap_or(usual.semantics),
             appearance: self.appearance.unwrap_or(usual.appearance),
@@ -140,6 +166,9 @@ impl SeedFlags {
         if self.clip.is_some() && options.semantics == 0.0 {
             remarks.push("--clip: nothing is seen by it at --semantics 0".to_string());
         }
+        if self.inversion_steps.is_some() && self.start == Start::Noise {
+            remarks.push("--inversion-steps: nothing is inverted at --start noise".to_string());
+        }
         if options.iterations == 0 && self.lr.is_some() {
             remarks.push("--lr: does nothing at --iterations 0".to_string());
         }
@@ -152,9 +181,17 @@ impl SeedFlags {
 pub struct ComparedSeedFlags {
     #[command(flatten)]
     references: ReferenceFlags,
-    /// SeedSelect: steps of the optimiser
+    /// SeedSelect, from whatever noise: steps of the optimiser
     #[arg(long, value_name = "K", value_parser = values::number_of, default_value_t = Options::DEFAULT.iterations)]
     seed_iterations: usize,
+}
+
+impl ComparedSeedFlags {
+    fn seed_select(&self, whom: &str, seed: u64, options: Options) -> Result<Box<dyn ImageMethod>> {
+        let references = self.references.read(whom)?;
+        let options = Options { iterations: self.seed_iterations, ..options };
+        Ok(Box::new(SeedSelect { options, references, seed, trace: false, checkpoints: None }))
+    }
 }
 
 impl MethodFlags for ComparedSeedFlags {
@@ -163,8 +200,31 @@ impl MethodFlags for ComparedSeedFlags {
     }
 
     fn method(&self, context: &Context<'_>) -> Result<Box<dyn ImageMethod>> {
-        let references = self.references.read("--methods seed")?;
-        let options = Options { iterations: self.seed_iterations, ..Options::DEFAULT };
-        Ok(Box::new(SeedSelect { options, references, seed: context.seed, trace: false, checkpoints: None }))
+        self.seed_select("--methods seed", context.seed, Options::DEFAULT)
+    }
+}
+
+/// The same from the inverted references.
+#[derive(Args)]
+pub struct ComparedNaoFlags {
+    #[command(flatten)]
+    seed: ComparedSeedFlags,
+    /// NAO: steps in which a reference is inverted
+    #[arg(long, value_name = "N", value_parser = values::count, default_value_t = Options::DEFAULT.inversion_steps)]
+    inversion_steps: usize,
+}
+
+impl MethodFlags for ComparedNaoFlags {
+    fn inputs(&self, paths: &mut Paths) {
+        self.seed.inputs(paths);
+    }
+
+    fn method(&self, context: &Context<'_>) -> Result<Box<dyn ImageMethod>> {
+        let options = Options {
+            start: seedselect::Start::Nao,
+            inversion_steps: self.inversion_steps,
+            ..Options::DEFAULT
+        };
+        self.seed.seed_select("--methods nao", context.seed, options)
     }
 }

@@ -12,7 +12,7 @@ use crate::cli::paths::Paths;
 use crate::cli::progress::Reporter;
 use crate::weights::Component;
 use crate::{Error, Result};
-use flags::SeedFlags;
+use flags::{SeedFlags, Start};
 use interpolation::InterpolationFlags;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -50,6 +50,9 @@ pub fn run(args: Seed) -> Result<()> {
 }
 
 fn optimise(args: &Seed) -> Result<()> {
+    if args.method.start != Start::Noise && args.images.run.noise.is_some() {
+        return Err(Error::Usage("--noise: --start makes the starting noises of the references; leave one out".into()));
+    }
     let mut extras = Extras { save_noise: args.save_noise.clone(), trace: args.trace.clone(), ..Extras::default() };
     let mut paths = Paths::default();
     args.method.references.iter().for_each(|path| paths.input("--references", path));

@@ -5,6 +5,7 @@ use super::checkpoint::Checkpoints;
 use super::options::Options;
 use super::programs::Programs;
 use super::references::References;
+use super::start::Start;
 use crate::exec::Executor;
 use crate::methods::{ImageMethod, LoadedMethod, PlannedMethod, Request};
 use crate::optimize::objective::Nfe;
@@ -34,7 +35,11 @@ impl ImageMethod for SeedSelect {
     }
 
     fn title(&self) -> String {
-        "SeedSelect".into()
+        match self.options.start {
+            Start::Noise => "SeedSelect".into(),
+            Start::Nao => "SeedSelect from NAO".into(),
+            Start::Lol => "SeedSelect from LOL".into(),
+        }
     }
 
     fn options(&self) -> Value {
@@ -46,6 +51,10 @@ impl ImageMethod for SeedSelect {
     fn check(&self, batch: usize) -> Result<()> {
         if self.references.pictures.is_empty() {
             return Err(Error::Usage("no reference images; name a folder of PNG, JPEG or WebP".into()));
+        }
+        if self.options.start != Start::Noise && self.references.pictures.len() < 2 {
+            let what = "a start among inverted references takes two at least, and one is given";
+            return Err(Error::Usage(format!("--start {}: {what}", self.options.start.name())));
         }
         self.options.check(batch)
     }
@@ -71,7 +80,7 @@ impl ImageMethod for SeedSelect {
         request: &Request<'_>,
     ) -> Result<Box<dyn PlannedMethod + 'p>> {
         self.check(request.batch)?;
-        let programs = Programs::plan(pipeline, executor, &self.options, request)?;
+        let programs = Programs::plan(pipeline, executor, (&self.options, self.references.pictures.len()), request)?;
         Ok(Box::new(PlannedSeedSelect { programs, method: self.clone() }))
     }
 }
@@ -92,6 +101,14 @@ impl PlannedMethod for PlannedSeedSelect<'_> {
 
     fn nfe(&self) -> Nfe {
         self.programs.nfe()
+    }
+
+    fn shared_units(&self) -> usize {
+        self.programs.shared_units()
+    }
+
+    fn shared_nfe(&self) -> Nfe {
+        self.programs.shared_nfe()
     }
 
     fn load<'e>(self: Box<Self>, executor: &'e mut dyn Executor) -> Result<Box<dyn LoadedMethod + 'e>>

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! c = the mean CLIP features of the references, u = their mean latents
-//! z = the best of some starting noises
+//! z = the best of some starting noises, of the image's own or among those that the references are inverted to
 //! for every iteration:
 //!     s_0 = z;  s_i+1 = a sampling step of s_i                           i = 0 .. T-1
 //!     L = 10 Σ w_i (1 - cos(CLIP(decode(s_i)), c)) + mean (s_T - u)²     the last three i, w = 0.05, 0.25, 0.70
@@ -19,6 +19,7 @@ mod options;
 mod programs;
 mod references;
 mod seed;
+mod start;
 
 pub use checkpoint::Checkpoints;
 pub use judge::Likeness;
@@ -26,6 +27,7 @@ pub use method::SeedSelect;
 pub use options::{Convention, LearningRate, Options, Patience};
 pub use references::{References, Targets};
 pub use seed::Best;
+pub use start::Start;
 
 use crate::Result;
 use crate::exec::Executor;
@@ -35,14 +37,16 @@ use crate::optimize::objective::loss_scale;
 use crate::optimize::optimizer::LoadedOptimizer;
 use crate::optimize::variable::Entry;
 use crate::pipeline::decode::Decoder;
-use crate::pipeline::generate::{self, Image, Job, to_channels_last};
+use crate::pipeline::inversion::Inversion;
+use crate::pipeline::generate::{self, Image, Job, to_channels_first, to_channels_last};
 use crate::pipeline::{Iteration, Observer, Progress};
 use crate::sampler::{self, Noise, draw};
 use crate::weights::fingerprint;
 use checkpoint::State;
 use programs::{Programs, TermName};
 use seed::Seed;
-use std::collections::BTreeMap;
+use start::Inverter;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 /// SeedSelect on an executor.
@@ -51,6 +55,8 @@ pub struct Loaded<'p, 'e> {
     optimizer: LoadedOptimizer,
     decoder: Decoder,
     targets: Targets,
+    /// Where starts are among the inverted references.
+    inverter: Option<Inverter<'p>>,
     options: Options,
     images: generate::Settings,
     /// What the losses of the chain are, in their order, and what each was multiplied with.
@@ -76,8 +82,17 @@ struct Losses {
 impl<'p, 'e> Loaded<'p, 'e> {
     /// Loads weights and programs, and encodes the references.
     fn new(programs: Programs<'p>, executor: &'e mut dyn Executor, method: &SeedSelect) -> Result<Loaded<'p, 'e>> {
-        let Programs { pipeline, options, images, terms, chain, optimizer, decode, encoders, channels, len } = programs;
-        let targets = encoders.encode(pipeline, executor, &method.references, method.seed)?;
+        let Programs { pipeline, options, images, terms, chain, optimizer, decode, encoders, .. } = programs;
+        let (channels, len) = (programs.channels, programs.len);
+        let encoders = encoders.load(pipeline, executor)?;
+        let targets = encoders.targets(executor, &method.references, method.seed)?;
+        let inverter = |inversion: Inversion<'p>| -> Result<Inverter<'p>> {
+            let means = encoders.means(executor, &method.references)?;
+            let latents = means.iter().map(|mean| to_channels_first(mean, channels)).collect();
+            let inversion = inversion.load(executor)?;
+            Ok(Inverter { inversion, start: options.start, latents, inverted: HashMap::new() })
+        };
+        let inverter = programs.inversion.map(inverter).transpose()?;
         let mut chain = chain.load::<f32>(executor)?;
         let optimizer = optimizer.load(chain.executor(), &pipeline.model)?;
         let decoder = Decoder::load(pipeline, chain.executor(), decode)?;
@@ -90,6 +105,7 @@ impl<'p, 'e> Loaded<'p, 'e> {
             optimizer,
             decoder,
             targets,
+            inverter,
             options,
             images,
             terms,
@@ -173,19 +189,19 @@ impl Loaded<'_, '_> {
         self.targets.write(self.chain.executor(), jobs.len())
     }
 
-    /// The best of some starting noises of each image: its own, and others under its seed.
+    /// The best of some starting noises of each image.
     fn start(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Seed>> {
         let own = self.draw(jobs)?;
-        let mut seeds: Vec<Seed> = own.into_iter().map(Seed::new).collect();
+        if let Some(inverter) = &mut self.inverter {
+            inverter.prepare(self.chain.executor(), jobs, observe)?;
+        }
+        let mut seeds: Vec<Seed> = self.candidate(jobs, &own, 0)?.into_iter().map(Seed::new).collect();
         if self.options.starts > 1 {
             for index in 0..self.options.starts {
-                let noise = match index {
-                    0 => seeds.iter().flat_map(|seed| seed.first.clone()).collect(),
-                    index => self.other(jobs, index),
-                };
-                self.chain.set_noise(&noise)?;
+                let noises = self.candidate(jobs, &own, index)?;
+                self.chain.set_noise(&noises.concat())?;
                 let losses = self.loss(observe)?;
-                for ((seed, noise), loss) in seeds.iter_mut().zip(noise.chunks(self.len)).zip(losses.total) {
+                for ((seed, noise), loss) in seeds.iter_mut().zip(&noises).zip(losses.total) {
                     seed.take(noise, loss, 0);
                 }
             }
@@ -214,15 +230,21 @@ impl Loaded<'_, '_> {
         Ok(draws.concat().chunks(self.len).map(<[f32]>::to_vec).collect())
     }
 
-    /// Starting noise `index`, from 1, of every image besides its own.
-    fn other(&self, jobs: &[Job], index: usize) -> Vec<f32> {
-        let mut unit = vec![0.0; self.len];
-        let mut all = Vec::with_capacity(jobs.len() * self.len);
-        for job in jobs {
-            sampler::normal(job.seed, draw::SEARCH + index as u64, &mut unit);
-            all.extend(to_channels_last(&unit, self.channels));
-        }
-        all
+    /// Starting noise `index` of every image, `[h, w, C]`: its own and others under its seed, or those among the inverted references.
+    fn candidate(&self, jobs: &[Job], own: &[Vec<f32>], index: usize) -> Result<Vec<Vec<f32>>> {
+        let noise = |(job, own): (&Job, &Vec<f32>)| {
+            let noise = match (&self.inverter, index) {
+                (Some(inverter), _) => inverter.draw(job, index)?,
+                (None, 0) => return Ok(own.clone()),
+                (None, _) => {
+                    let mut unit = vec![0.0; self.len];
+                    sampler::normal(job.seed, draw::SEARCH + index as u64, &mut unit);
+                    unit
+                }
+            };
+            Ok(to_channels_last(&noise, self.channels))
+        };
+        jobs.iter().zip(own).map(noise).collect()
     }
 
     /// Loss and gradient of the noise as it is.

@@ -1,5 +1,6 @@
 //! What SeedSelect is asked for: the terms of its loss, how long and how hard it is minimized, and which iterate is returned.
 
+use super::start::Start;
 use crate::optimize::optimizer::{Clip, Optimizer, Rule};
 use crate::{Error, Result};
 use serde_json::{Value, json};
@@ -42,6 +43,10 @@ pub struct Options {
     pub norm_prior: f64,
     /// Starting noises that are tried; the one of the lowest loss is optimised.
     pub starts: usize,
+    /// What they are drawn from.
+    pub start: Start,
+    /// Steps of the inversion of a reference, where starts take one.
+    pub inversion_steps: usize,
     /// Stop once the loss has risen more often than this one after the other.
     pub patience: Option<usize>,
     /// Bounds on the gradient. That of DOODL (Wallace et al. 2023) is 1e-3 on every number.
@@ -65,6 +70,8 @@ impl Options {
         appearance: 1.0,
         norm_prior: 0.0,
         starts: 1,
+        start: Start::Noise,
+        inversion_steps: 50,
         patience: None,
         clip: None,
         renormalise: false,
@@ -116,12 +123,16 @@ impl Options {
             Some(Clip::Value(bound)) => json!({"value": bound}),
             Some(Clip::GlobalNorm(bound)) => json!({"norm": bound}),
         };
-        json!({
+        let mut record = json!({
             "released": self.convention == Convention::Released, "iterations": self.iterations, "lr": self.lr.first,
             "lr_from": self.lr.from, "lr_later": self.lr.later, "weight_decay": self.weight_decay, "semantics": self.semantics,
             "appearance": self.appearance, "norm_prior": self.norm_prior, "starts": self.starts, "patience": self.patience,
             "clip": clip, "renormalise": self.renormalise
-        })
+        });
+        if self.start != Start::Noise {
+            record["start"] = json!({"from": self.start.name(), "inversion_steps": self.inversion_steps});
+        }
+        record
     }
 }
 

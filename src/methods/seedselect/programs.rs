@@ -1,7 +1,9 @@
-//! The programs of SeedSelect: the run as a function of its noise with the terms of the loss, the optimizer, the decoder, the encoders.
+//! The programs of SeedSelect: the run as a function of its noise with the terms of the loss, the optimizer, the decoder, the encoders,
+//! the inversion.
 
 use super::options::{Convention, Options};
-use super::references::Encoders;
+use super::references::{Encoders, Wanted};
+use super::start::{self, Start};
 use crate::exec::Executor;
 use crate::methods::Request;
 use crate::models::detect;
@@ -10,12 +12,14 @@ use crate::optimize::objective::references::{Tower, appearance, norm_prior, sema
 use crate::optimize::objective::{Nfe, loss_scale};
 use crate::optimize::optimizer::PlannedOptimizer;
 use crate::optimize::variable::Entry;
+use crate::pipeline::inversion::Inversion;
 use crate::pipeline::programs::{self, Sizes};
 use crate::pipeline::{Pipeline, generate};
 use crate::plan::{Footprint, Planned, plan};
 use crate::sampler;
 use crate::weights::Component;
 use crate::{Error, Result};
+use std::collections::HashSet;
 use std::fmt;
 
 /// A term of the loss, as the trace calls it.
@@ -49,23 +53,30 @@ pub struct Programs<'p> {
     pub(super) optimizer: PlannedOptimizer,
     pub(super) decode: Planned,
     pub(super) encoders: Encoders,
+    pub(super) inversion: Option<Inversion<'p>>,
+    /// Inversions that all batches together take: of each reference under each prompt.
+    inversions: usize,
     pub(super) channels: usize,
     pub(super) len: usize,
 }
 
 impl<'p> Programs<'p> {
-    /// Plans the fastest way that fits the memory; where none does, the one that needs least.
+    /// Plans the fastest way that fits the memory, for so many references; where none does, the one that needs least.
     pub fn plan(
         pipeline: &'p Pipeline,
         executor: &dyn Executor,
-        options: &Options,
+        (options, references): (&Options, usize),
         request: &Request<'_>,
     ) -> Result<Programs<'p>> {
-        let frugal = Programs::within(pipeline, executor, options, request, None)?;
+        let plan = |budget| -> Result<Programs<'p>> {
+            let inversions = references * fresh_prompts(request);
+            Ok(Programs { inversions, ..Programs::within(pipeline, executor, options, request, budget)? })
+        };
+        let frugal = plan(None)?;
         let footprint = frugal.footprint();
         let rest = footprint.total() - footprint.arena_bytes;
         match request.memory.and_then(|memory| memory.checked_sub(rest)) {
-            Some(budget) => Ok(Programs::within(pipeline, executor, options, request, Some(budget)).unwrap_or(frugal)),
+            Some(budget) => Ok(plan(Some(budget)).unwrap_or(frugal)),
             None => Ok(frugal),
         }
     }
@@ -96,9 +107,11 @@ impl<'p> Programs<'p> {
         let chain = Chain::plan(pipeline, executor, &chain_options, &[Entry::Latents], terms)?;
         let parameter = chain.noise_parameter();
         let channels = pipeline.config.unet.in_channels;
+        let inverts = options.start != Start::Noise;
+        let wanted = Wanted { tower: tower.as_ref(), latents: options.appearance != 0.0, means: inverts };
         let how = (options.convention, [images.width, images.height]);
-        let encoders =
-            Encoders::plan(pipeline, executor, images.dtype, tower.as_ref(), options.appearance != 0.0, how)?;
+        let encoders = Encoders::plan(pipeline, executor, images.dtype, wanted, how)?;
+        let inversion = || start::plan(pipeline, executor, images, options.inversion_steps);
         Ok(Programs {
             pipeline,
             options: *options,
@@ -110,6 +123,8 @@ impl<'p> Programs<'p> {
                 executor.workspace(program, node)
             }),
             encoders,
+            inversion: inverts.then(inversion).transpose()?,
+            inversions: 0,
             channels,
             len: channels * height * width,
         })
@@ -120,6 +135,7 @@ impl<'p> Programs<'p> {
         all.extend(self.optimizer.all());
         all.push(&self.decode);
         all.extend(self.encoders.programs());
+        all.extend(self.inversion.iter().flat_map(Inversion::programs));
         all
     }
 
@@ -138,6 +154,16 @@ impl<'p> Programs<'p> {
         iterations * (1 + 2 * self.images.sampler.steps) + self.plain_runs() * self.images.sampler.steps
     }
 
+    /// Inversions of the references.
+    pub fn shared_units(&self) -> usize {
+        self.inversion.as_ref().map_or(0, |inversion| self.inversions * inversion.calls())
+    }
+
+    pub fn shared_nfe(&self) -> Nfe {
+        let forward = self.inversion.as_ref().map_or(0, |inversion| self.inversions * inversion.nfe());
+        Nfe { forward, backward: 0 }
+    }
+
     /// Where each step is computed again on the way back, that is a forward too.
     pub fn nfe(&self) -> Nfe {
         let calls = self.chain.calls();
@@ -145,6 +171,14 @@ impl<'p> Programs<'p> {
         let Options { iterations, .. } = self.options;
         Nfe { forward: calls * (self.plain_runs() + iterations * (1 + again)), backward: calls * iterations }
     }
+}
+
+/// How often a batch has a prompt that the batch before has not.
+fn fresh_prompts(request: &Request<'_>) -> usize {
+    let batches: Vec<HashSet<&str>> =
+        request.prompts.chunks(request.batch.max(1)).map(|batch| batch.iter().copied().collect()).collect();
+    let later: usize = batches.windows(2).map(|pair| pair[1].difference(&pair[0]).count()).sum();
+    batches.first().map_or(0, HashSet::len) + later
 }
 
 /// The model's CLIP, as references see it.

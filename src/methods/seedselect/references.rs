@@ -112,10 +112,22 @@ const FEATURES: &str = "references.features";
 const IMAGE: &str = "references.image";
 const MOMENTS: &str = "references.moments";
 
-/// The programs that make targets of pictures, one at a time; those of terms that count nothing are left out.
+/// What is made of pictures.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Wanted<'a> {
+    /// Features of this CLIP, with the preprocessing of references.
+    pub tower: Option<&'a Tower>,
+    /// Latents to compare with.
+    pub latents: bool,
+    /// Latents to invert.
+    pub means: bool,
+}
+
+/// The programs that make it, one picture at a time; those that nobody wants are left out.
 pub(super) struct Encoders {
     tower: Option<(Tower, Planned)>,
     vae: Option<Planned>,
+    latents: bool,
     frame: Frame,
 }
 
@@ -128,13 +140,12 @@ struct Frame {
 }
 
 impl Encoders {
-    /// `tower` for features, with the preprocessing of references; `latents` for images of `[width, height]`.
+    /// For images of `[width, height]`.
     pub fn plan(
         pipeline: &Pipeline,
         executor: &dyn Executor,
         dtype: DType,
-        tower: Option<&Tower>,
-        latents: bool,
+        wanted: Wanted<'_>,
         (convention, [width, height]): (Convention, [usize; 2]),
     ) -> Result<Encoders> {
         let plan = |program: Program| plan(program, |program, node| executor.workspace(program, node));
@@ -157,8 +168,9 @@ impl Encoders {
             Ok(plan(b.finish()?))
         };
         Ok(Encoders {
-            tower: tower.map(planned_tower).transpose()?,
-            vae: latents.then(planned_vae).transpose()?,
+            tower: wanted.tower.map(planned_tower).transpose()?,
+            vae: (wanted.latents || wanted.means).then(planned_vae).transpose()?,
+            latents: wanted.latents,
             frame: Frame { convention, width, height },
         })
     }
@@ -167,33 +179,65 @@ impl Encoders {
         self.tower.iter().map(|(_, planned)| planned).chain(&self.vae).collect()
     }
 
-    /// Loads the programs and encodes the references.
-    pub fn encode(
-        self,
-        pipeline: &Pipeline,
+    pub fn load<'p>(self, pipeline: &'p Pipeline, executor: &mut dyn Executor) -> Result<LoadedEncoders<'p>> {
+        let Encoders { tower, vae, latents, frame } = self;
+        let mut load = |planned: Planned| executor.load(planned, &pipeline.model);
+        let tower = tower.map(|(tower, planned)| Ok((tower, load(planned)?))).transpose()?;
+        Ok(LoadedEncoders { pipeline, tower, vae: vae.map(load).transpose()?, latents, frame })
+    }
+}
+
+/// Encoders with their programs on an executor.
+pub(super) struct LoadedEncoders<'p> {
+    pipeline: &'p Pipeline,
+    tower: Option<(Tower, ProgramId)>,
+    vae: Option<ProgramId>,
+    latents: bool,
+    frame: Frame,
+}
+
+impl LoadedEncoders<'_> {
+    /// What the loss compares with; `seed` is of what is drawn for it.
+    pub fn targets(&self, executor: &mut dyn Executor, references: &References, seed: u64) -> Result<Targets> {
+        let mut targets = Targets::default();
+        if let Some((tower, program)) = &self.tower {
+            for picture in &references.pictures {
+                targets.features.push(features(executor, *program, tower, picture)?);
+            }
+        }
+        if self.latents {
+            let draw = |index: u64| (self.frame.convention == Convention::Released).then_some((seed, index));
+            targets.latents = self.encode(executor, references, draw)?;
+        }
+        finite(targets.features.iter().chain(&targets.latents))?;
+        Ok(targets)
+    }
+
+    /// The means of the posteriors, `[h, w, C]` at the UNet's scale.
+    pub fn means(&self, executor: &mut dyn Executor, references: &References) -> Result<Vec<Vec<f32>>> {
+        let means = self.encode(executor, references, |_| None)?;
+        finite(means.iter())?;
+        Ok(means)
+    }
+
+    fn encode(
+        &self,
         executor: &mut dyn Executor,
         references: &References,
-        seed: u64,
-    ) -> Result<Targets> {
-        let mut targets = Targets::default();
-        if let Some((tower, planned)) = self.tower {
-            let program = executor.load(planned, &pipeline.model)?;
-            for picture in &references.pictures {
-                targets.features.push(features(executor, program, &tower, picture)?);
-            }
-        }
-        if let Some(planned) = self.vae {
-            let program = executor.load(planned, &pipeline.model)?;
-            for (index, picture) in references.pictures.iter().enumerate() {
-                let draw = (self.frame.convention == Convention::Released).then_some((seed, index as u64));
-                targets.latents.push(latents(pipeline, executor, program, self.frame, picture, draw)?);
-            }
-        }
-        let mut all = targets.features.iter().chain(&targets.latents).flatten();
-        match all.all(|x| x.is_finite()) {
-            true => Ok(targets),
-            false => Err(Error::NotFinite("what is made of the reference images".into())),
-        }
+        draw: impl Fn(u64) -> Option<(u64, u64)>,
+    ) -> Result<Vec<Vec<f32>>> {
+        let Some(program) = self.vae else { return Ok(vec![]) };
+        let encode = |(index, picture): (usize, &Picture)| {
+            latents(self.pipeline, executor, program, self.frame, picture, draw(index as u64))
+        };
+        references.pictures.iter().enumerate().map(encode).collect()
+    }
+}
+
+fn finite<'x>(mut all: impl Iterator<Item = &'x Vec<f32>>) -> Result<()> {
+    match all.all(|values| values.iter().all(|x| x.is_finite())) {
+        true => Ok(()),
+        false => Err(Error::NotFinite("what is made of the reference images".into())),
     }
 }
 
