@@ -42,6 +42,11 @@ pub trait ImageMethod {
         Value::Null
     }
 
+    /// The same of the image of a seed, where images differ in it.
+    fn options_of(&self, _seed: u64) -> Value {
+        self.options()
+    }
+
     /// Tokens of the prompt that the method takes for itself.
     fn reserved_tokens(&self) -> usize {
         0

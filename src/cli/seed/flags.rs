@@ -56,6 +56,10 @@ pub struct SeedFlags {
     /// Stop once the loss has risen more than N times one after the other; none: never [default: 3; released none]
     #[arg(long, value_name = "N|none", value_parser = patience)]
     patience: Option<Patience>,
+    /// Many images of one optimisation: one noise for all, and from near it N iterations at --lr-later for every image, towards a random
+    /// subset of the references; 5 are usual
+    #[arg(long, value_name = "N", value_parser = values::count, allow_negative_numbers = true)]
+    pub bootstrap: Option<usize>,
     /// Weight of the distance to the references in CLIP's features [default: 10]
     #[arg(long, value_name = "W", value_parser = values::amount, allow_negative_numbers = true, help_heading = "Loss")]
     semantics: Option<f64>,
@@ -138,6 +142,7 @@ impl SeedFlags {
             starts: self.starts.unwrap_or(usual.starts),
             start: self.start.into(),
             inversion_steps: self.inversion_steps.unwrap_or(usual.inversion_steps),
+            bootstrap: self.bootstrap,
             patience: self.patience.map_or(usual.patience, |patience| patience.0),
             semantics: self.semantics.unwrap_or(usual.semantics),
             appearance: self.appearance.unwrap_or(usual.appearance),

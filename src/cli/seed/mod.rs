@@ -50,8 +50,10 @@ pub fn run(args: Seed) -> Result<()> {
 }
 
 fn optimise(args: &Seed) -> Result<()> {
-    if args.method.start != Start::Noise && args.images.run.noise.is_some() {
-        return Err(Error::Usage("--noise: --start makes the starting noises of the references; leave one out".into()));
+    let flags = &args.images.run;
+    if flags.noise.is_some() && (args.method.start != Start::Noise || args.method.bootstrap.is_some()) {
+        let what = "--start nao|lol and --bootstrap make the starting noises themselves; leave it out";
+        return Err(Error::Usage(format!("--noise: {what}")));
     }
     let mut extras = Extras { save_noise: args.save_noise.clone(), trace: args.trace.clone(), ..Extras::default() };
     let mut paths = Paths::default();
@@ -69,7 +71,10 @@ fn optimise(args: &Seed) -> Result<()> {
     method.checkpoints = Some(Arc::new(StateFiles { targets: Arc::clone(&targets), resume: args.resume }));
     (extras.keeps_state, extras.resume) = (true, args.resume);
     // A trace is as long as the patience lasts; one line is the least.
-    extras.iterations = method.options.iterations.min(1);
+    extras.iterations = method.options.iterations.max(method.options.bootstrap.unwrap_or(0)).min(1);
+    if flags.batch > 1 && args.method.bootstrap.is_some() {
+        reporter.warn("--bootstrap: every row of a batch finds the noise that all share; --batch 1 costs least");
+    }
     args.method.remarks().iter().for_each(|remark| reporter.warn(remark));
     run::run(&args.images, &pipeline, &method, &extras, &targets)
 }

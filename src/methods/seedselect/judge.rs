@@ -112,7 +112,7 @@ impl Judge for LoadedLikeness {
     }
 
     fn score(&mut self, images: &mut generate::Loaded<'_, '_>, jobs: &[Job], _made: &[Image]) -> Result<Vec<f64>> {
-        self.targets.write(images.executor(), jobs.len())?;
+        Targets::write(&vec![&self.targets; jobs.len()], images.executor())?;
         let (mut scores, mut losses) = (vec![0.0; jobs.len()], vec![0.0; jobs.len()]);
         for term in 0..self.terms {
             self.objectives.run(images, term, &vec![0; jobs.len()], 0)?;

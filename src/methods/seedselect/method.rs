@@ -6,6 +6,7 @@ use super::options::Options;
 use super::programs::Programs;
 use super::references::References;
 use super::start::Start;
+use super::subset::subset;
 use crate::exec::Executor;
 use crate::methods::{ImageMethod, LoadedMethod, PlannedMethod, Request};
 use crate::optimize::objective::Nfe;
@@ -45,6 +46,19 @@ impl ImageMethod for SeedSelect {
     fn options(&self) -> Value {
         let mut options = self.options.record();
         options["references"] = json!(self.references.fingerprint());
+        if let Some(iterations) = self.options.bootstrap {
+            options["bootstrap"] = json!({"iterations": iterations, "seed": self.seed});
+        }
+        options
+    }
+
+    fn options_of(&self, seed: u64) -> Value {
+        let mut options = self.options();
+        if self.options.bootstrap.is_some() {
+            let names = &self.references.names;
+            let subset = subset(seed, names.len());
+            options["bootstrap"]["subset"] = subset.into_iter().map(|index| names[index].as_str()).collect();
+        }
         options
     }
 
@@ -65,6 +79,9 @@ impl ImageMethod for SeedSelect {
         if count == 1 {
             remarks
                 .push("one reference image: its background and pose count as the concept too; 3 to 5 are usual".into());
+        }
+        if count == 1 && self.options.bootstrap.is_some() {
+            remarks.push("one reference image: it is every image's subset, and images differ by their noise alone".into());
         }
         if settings.sampler.steps > 50 {
             remarks

@@ -47,6 +47,9 @@ pub struct Options {
     pub start: Start,
     /// Steps of the inversion of a reference, where starts take one.
     pub inversion_steps: usize,
+    /// One noise is optimised for all images of a prompt, and every image goes on from near it for so many iterations at the later
+    /// learning rate, towards a subset of the references.
+    pub bootstrap: Option<usize>,
     /// Stop once the loss has risen more often than this one after the other.
     pub patience: Option<usize>,
     /// Bounds on the gradient. That of DOODL (Wallace et al. 2023) is 1e-3 on every number.
@@ -72,6 +75,7 @@ impl Options {
         starts: 1,
         start: Start::Noise,
         inversion_steps: 50,
+        bootstrap: None,
         patience: None,
         clip: None,
         renormalise: false,

@@ -54,8 +54,8 @@ pub struct Programs<'p> {
     pub(super) decode: Planned,
     pub(super) encoders: Encoders,
     pub(super) inversion: Option<Inversion<'p>>,
-    /// Inversions that all batches together take: of each reference under each prompt.
-    inversions: usize,
+    references: usize,
+    fresh: Fresh,
     pub(super) channels: usize,
     pub(super) len: usize,
 }
@@ -69,8 +69,8 @@ impl<'p> Programs<'p> {
         request: &Request<'_>,
     ) -> Result<Programs<'p>> {
         let plan = |budget| -> Result<Programs<'p>> {
-            let inversions = references * fresh_prompts(request);
-            Ok(Programs { inversions, ..Programs::within(pipeline, executor, options, request, budget)? })
+            let programs = Programs::within(pipeline, executor, options, request, budget)?;
+            Ok(Programs { references, ..programs })
         };
         let frugal = plan(None)?;
         let footprint = frugal.footprint();
@@ -124,7 +124,8 @@ impl<'p> Programs<'p> {
             }),
             encoders,
             inversion: inverts.then(inversion).transpose()?,
-            inversions: 0,
+            references: 0,
+            fresh: Fresh::of(request),
             channels,
             len: channels * height * width,
         })
@@ -143,42 +144,99 @@ impl<'p> Programs<'p> {
         Footprint::of(&self.all())
     }
 
-    /// Runs of the sampler from start to end without a gradient: trying starts, the last iterate, the image.
-    fn plain_runs(&self) -> usize {
+    /// Of a batch.
+    fn runs(&self) -> Runs {
+        let image = 1;
+        match self.options.bootstrap {
+            None => Runs { plain: self.optimisation().plain + image, ..self.optimisation() },
+            Some(iterations) => Runs { there_and_back: iterations, plain: self.last_look() + image },
+        }
+    }
+
+    /// Of what is shared: the noise of bootstrapped images, for every batch with a prompt that the batch before has not.
+    fn shared_runs(&self) -> Runs {
+        let Runs { there_and_back, plain } = self.optimisation();
+        let batches = if self.options.bootstrap.is_some() { self.fresh.batches } else { 0 };
+        Runs { there_and_back: batches * there_and_back, plain: batches * plain }
+    }
+
+    /// From the starting noises to the last iterate.
+    fn optimisation(&self) -> Runs {
         let starts = if self.options.starts > 1 { self.options.starts } else { 0 };
-        starts + usize::from(self.options.convention == Convention::Default) + 1
+        Runs { there_and_back: self.options.iterations, plain: starts + self.last_look() }
+    }
+
+    /// Whether the last iterate is looked at.
+    fn last_look(&self) -> usize {
+        usize::from(self.options.convention == Convention::Default)
+    }
+
+    /// Of all batches, each reference under each prompt.
+    fn inversions(&self) -> usize {
+        self.references * self.fresh.prompts
     }
 
     pub fn progress_units(&self) -> usize {
-        let Options { iterations, .. } = self.options;
-        iterations * (1 + 2 * self.images.sampler.steps) + self.plain_runs() * self.images.sampler.steps
+        self.runs().progress_units(self.images.sampler.steps)
     }
 
-    /// Inversions of the references.
     pub fn shared_units(&self) -> usize {
-        self.inversion.as_ref().map_or(0, |inversion| self.inversions * inversion.calls())
+        let inversion = self.inversion.as_ref().map_or(0, Inversion::calls);
+        self.inversions() * inversion + self.shared_runs().progress_units(self.images.sampler.steps)
+    }
+
+    pub fn nfe(&self) -> Nfe {
+        self.runs().nfe(&self.chain)
     }
 
     pub fn shared_nfe(&self) -> Nfe {
-        let forward = self.inversion.as_ref().map_or(0, |inversion| self.inversions * inversion.nfe());
-        Nfe { forward, backward: 0 }
-    }
-
-    /// Where each step is computed again on the way back, that is a forward too.
-    pub fn nfe(&self) -> Nfe {
-        let calls = self.chain.calls();
-        let again = usize::from(matches!(self.chain.storage(), Storage::Latents(_)));
-        let Options { iterations, .. } = self.options;
-        Nfe { forward: calls * (self.plain_runs() + iterations * (1 + again)), backward: calls * iterations }
+        let inversion = self.inversion.as_ref().map_or(0, Inversion::nfe);
+        let Nfe { forward, backward } = self.shared_runs().nfe(&self.chain);
+        Nfe { forward: self.inversions() * inversion + forward, backward }
     }
 }
 
-/// How often a batch has a prompt that the batch before has not.
-fn fresh_prompts(request: &Request<'_>) -> usize {
-    let batches: Vec<HashSet<&str>> =
-        request.prompts.chunks(request.batch.max(1)).map(|batch| batch.iter().copied().collect()).collect();
-    let later: usize = batches.windows(2).map(|pair| pair[1].difference(&pair[0]).count()).sum();
-    batches.first().map_or(0, HashSet::len) + later
+/// Runs of the sampler from start to end.
+struct Runs {
+    there_and_back: usize,
+    /// Without a gradient: trying starts, the last iterate, the image.
+    plain: usize,
+}
+
+impl Runs {
+    fn progress_units(&self, steps: usize) -> usize {
+        self.there_and_back * (1 + 2 * steps) + self.plain * steps
+    }
+
+    /// Where each step is computed again on the way back, that is a forward too.
+    fn nfe(&self, chain: &Chain<'_>) -> Nfe {
+        let (calls, again) = (chain.calls(), usize::from(matches!(chain.storage(), Storage::Latents(_))));
+        Nfe {
+            forward: calls * (self.plain + self.there_and_back * (1 + again)),
+            backward: calls * self.there_and_back,
+        }
+    }
+}
+
+/// What batches have that the one before has not.
+struct Fresh {
+    prompts: usize,
+    /// Batches with such a prompt.
+    batches: usize,
+}
+
+impl Fresh {
+    fn of(request: &Request<'_>) -> Fresh {
+        let (mut fresh, mut before) = (Fresh { prompts: 0, batches: 0 }, HashSet::new());
+        for batch in request.prompts.chunks(request.batch.max(1)) {
+            let prompts: HashSet<&str> = batch.iter().copied().collect();
+            let new = prompts.difference(&before).count();
+            fresh.prompts += new;
+            fresh.batches += usize::from(new > 0);
+            before = prompts;
+        }
+        fresh
+    }
 }
 
 /// The model's CLIP, as references see it.

@@ -82,13 +82,20 @@ impl Targets {
         mean.iter().map(|x| (x / length) as f32).collect()
     }
 
-    /// Writes them where the loss reads them, a row for each of so many images; of a term that counts nothing there is none.
-    pub(super) fn write(&self, executor: &mut dyn Executor, images: usize) -> Result<()> {
-        if !self.features.is_empty() {
-            executor.write(buffer::CENTROID, Data::F32(&self.centroid().repeat(images)))?;
+    /// Those of some references alone, by their indices.
+    pub fn of(&self, subset: &[usize]) -> Targets {
+        let chosen = |rows: &[Vec<f32>]| subset.iter().filter_map(|index| rows.get(*index).cloned()).collect();
+        Targets { features: chosen(&self.features), latents: chosen(&self.latents) }
+    }
+
+    /// Writes those of each image where the loss reads them; of a term that counts nothing there is none.
+    pub(super) fn write(images: &[&Targets], executor: &mut dyn Executor) -> Result<()> {
+        let all = |row: fn(&Targets) -> Vec<f32>| images.iter().flat_map(|targets| row(targets)).collect::<Vec<f32>>();
+        if images.iter().all(|targets| !targets.features.is_empty()) {
+            executor.write(buffer::CENTROID, Data::F32(&all(Targets::centroid)))?;
         }
-        if !self.latents.is_empty() {
-            executor.write(buffer::LATENTS, Data::F32(&self.mean_latents().repeat(images)))?;
+        if images.iter().all(|targets| !targets.latents.is_empty()) {
+            executor.write(buffer::LATENTS, Data::F32(&all(Targets::mean_latents)))?;
         }
         Ok(())
     }
@@ -307,6 +314,9 @@ mod tests {
         // The longer one counts more.
         assert_eq!(targets.centroid(), [0.6, 0.8]);
         assert_eq!(targets.mean_latents(), [2.5]);
+        let second = targets.of(&[1]);
+        assert_eq!((second.centroid(), second.mean_latents()), (vec![0.0, 1.0], vec![4.0]));
+        assert_eq!(targets.of(&[0, 1]).centroid(), targets.centroid());
     }
 
     #[test]
