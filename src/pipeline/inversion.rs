@@ -48,7 +48,8 @@ impl<'p> Inversion<'p> {
         let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
         check_pixels(settings.width, settings.height, batch)?;
         let sizes = Sizes { batch, height, width, tokens: pipeline.tokens() };
-        let planned = |program: Program| plan(scoped(program, SCOPE), |program, node| executor.workspace(program, node));
+        let planned =
+            |program: Program| plan(scoped(program, SCOPE), |program, node| executor.workspace(program, node));
         Ok(Inversion {
             text: planned(programs::text(pipeline, settings.dtype)?),
             condition: planned(programs::condition(pipeline, settings.dtype, sizes, &schedule)?),

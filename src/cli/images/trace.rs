@@ -189,7 +189,9 @@ mod tests {
             std::fs::write(&path, text).unwrap();
             assert_eq!(check(&path).unwrap_err().exit_code(), 2, "{text}");
         }
-        for text in ["", "{\"gra", "{\"gradient\":[1", "{\"gradient\":[1],\"images\":[0],\"iteration\":0,\"seeds\":[0]}\n{\"gr"] {
+        for text in
+            ["", "{\"gra", "{\"gradient\":[1", "{\"gradient\":[1],\"images\":[0],\"iteration\":0,\"seeds\":[0]}\n{\"gr"]
+        {
             std::fs::write(&path, text).unwrap();
             check(&path).unwrap();
         }

@@ -43,10 +43,7 @@ impl Part<'_> {
     /// UNet calls of all its batches.
     pub fn nfe(&self) -> Nfe {
         let (each, shared, batches) = (self.planned.nfe(), self.planned.shared_nfe(), self.batches.len());
-        Nfe {
-            forward: shared.forward + batches * each.forward,
-            backward: shared.backward + batches * each.backward,
-        }
+        Nfe { forward: shared.forward + batches * each.forward, backward: shared.backward + batches * each.backward }
     }
 }
 

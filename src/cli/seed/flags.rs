@@ -69,6 +69,12 @@ pub struct SeedFlags {
     /// Weight of how unlikely the length of the noise is (NAO, ReNO) [default: 0]
     #[arg(long, value_name = "W", value_parser = values::amount, allow_negative_numbers = true, help_heading = "Loss")]
     norm_prior: Option<f64>,
+    /// Images of another class, which the image is to be less like than the references (an extension); once per class
+    #[arg(long, value_name = "DIR|FILE", help_heading = "Extensions")]
+    pub other: Vec<PathBuf>,
+    /// Weight of the contrast to the classes of --other in CLIP's features, InfoNCE at temperature 0.1 (an extension)
+    #[arg(long, value_name = "W", value_parser = values::amount, allow_negative_numbers = true, help_heading = "Extensions")]
+    contrast: Option<f64>,
     /// Bring the noise back to the length it began with after every step (an extension, from DOODL)
     #[arg(long, help_heading = "Extensions")]
     renormalise: bool,
@@ -147,28 +153,34 @@ impl SeedFlags {
             semantics: self.semantics.unwrap_or(usual.semantics),
             appearance: self.appearance.unwrap_or(usual.appearance),
             norm_prior: self.norm_prior.unwrap_or(usual.norm_prior),
+            contrast: self.contrast.unwrap_or(usual.contrast),
             renormalise: self.renormalise,
             clip,
             ..usual
         }
     }
 
-    /// The references; with `strict` one that cannot be read is an error.
-    pub fn read(&self, strict: bool) -> Result<References> {
-        let references = References::read(&self.references)?;
-        if strict { references.whole() } else { Ok(references) }
+    /// The references, and those of every other class; with `strict` one that cannot be read is an error.
+    pub fn read(&self, strict: bool) -> Result<(References, Vec<References>)> {
+        let read = |paths: &[PathBuf]| {
+            let references = References::read(paths)?;
+            if strict { references.whole() } else { Ok(references) }
+        };
+        let others = self.other.iter().map(|path| read(std::slice::from_ref(path)));
+        Ok((read(&self.references)?, others.collect::<Result<_>>()?))
     }
 
     /// The method on references that were read.
-    pub fn seed_select(&self, references: References, seed: u64, trace: bool) -> SeedSelect {
-        SeedSelect { options: self.options(), references: Arc::new(references), seed, trace, checkpoints: None }
+    pub fn seed_select(&self, (references, others): (References, Vec<References>), seed: u64) -> SeedSelect {
+        let others = others.into_iter().map(Arc::new).collect();
+        SeedSelect { others, ..SeedSelect::new(self.options(), Arc::new(references), seed) }
     }
 
     /// What the user may not expect of the options.
     pub fn remarks(&self) -> Vec<String> {
         let mut remarks = Vec::new();
         let options = self.options();
-        if self.clip.is_some() && options.semantics == 0.0 {
+        if self.clip.is_some() && options.semantics == 0.0 && options.contrast == 0.0 {
             remarks.push("--clip: nothing is seen by it at --semantics 0".to_string());
         }
         if self.inversion_steps.is_some() && self.start == Start::Noise {
@@ -195,7 +207,7 @@ impl ComparedSeedFlags {
     fn seed_select(&self, whom: &str, seed: u64, options: Options) -> Result<Box<dyn ImageMethod>> {
         let references = self.references.read(whom)?;
         let options = Options { iterations: self.seed_iterations, ..options };
-        Ok(Box::new(SeedSelect { options, references, seed, trace: false, checkpoints: None }))
+        Ok(Box::new(SeedSelect::new(options, references, seed)))
     }
 }
 
@@ -225,11 +237,8 @@ impl MethodFlags for ComparedNaoFlags {
     }
 
     fn method(&self, context: &Context<'_>) -> Result<Box<dyn ImageMethod>> {
-        let options = Options {
-            start: seedselect::Start::Nao,
-            inversion_steps: self.inversion_steps,
-            ..Options::DEFAULT
-        };
+        let options =
+            Options { start: seedselect::Start::Nao, inversion_steps: self.inversion_steps, ..Options::DEFAULT };
         self.seed.seed_select("--methods nao", context.seed, options)
     }
 }

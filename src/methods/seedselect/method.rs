@@ -3,7 +3,7 @@
 use super::Loaded;
 use super::checkpoint::Checkpoints;
 use super::options::Options;
-use super::programs::Programs;
+use super::programs::{Programs, Spec};
 use super::references::References;
 use super::start::Start;
 use super::subset::subset;
@@ -22,12 +22,21 @@ use std::sync::Arc;
 pub struct SeedSelect {
     pub options: Options,
     pub references: Arc<References>,
+    /// Of other classes, a set each; for the contrast.
+    pub others: Vec<Arc<References>>,
     /// Seed of what is drawn for references.
     pub seed: u64,
     /// Report every iteration.
     pub trace: bool,
     /// Where runs are kept between iterations.
     pub checkpoints: Option<Arc<dyn Checkpoints>>,
+}
+
+impl SeedSelect {
+    /// Without trace, checkpoints and other classes.
+    pub fn new(options: Options, references: Arc<References>, seed: u64) -> SeedSelect {
+        SeedSelect { options, references, others: vec![], seed, trace: false, checkpoints: None }
+    }
 }
 
 impl ImageMethod for SeedSelect {
@@ -46,6 +55,10 @@ impl ImageMethod for SeedSelect {
     fn options(&self) -> Value {
         let mut options = self.options.record();
         options["references"] = json!(self.references.fingerprint());
+        if self.options.contrast != 0.0 {
+            let others: Vec<String> = self.others.iter().map(|other| other.fingerprint()).collect();
+            options["contrast"]["others"] = json!(others);
+        }
         if let Some(iterations) = self.options.bootstrap {
             options["bootstrap"] = json!({"iterations": iterations, "seed": self.seed});
         }
@@ -70,6 +83,10 @@ impl ImageMethod for SeedSelect {
             let what = "a start among inverted references takes two at least, and one is given";
             return Err(Error::Usage(format!("--start {}: {what}", self.options.start.name())));
         }
+        if (self.options.contrast != 0.0) != self.others.iter().any(|other| !other.pictures.is_empty()) {
+            let what = "a contrast takes a weight and reference images of other classes: --contrast and --other";
+            return Err(Error::Usage(what.into()));
+        }
         self.options.check(batch)
     }
 
@@ -81,7 +98,8 @@ impl ImageMethod for SeedSelect {
                 .push("one reference image: its background and pose count as the concept too; 3 to 5 are usual".into());
         }
         if count == 1 && self.options.bootstrap.is_some() {
-            remarks.push("one reference image: it is every image's subset, and images differ by their noise alone".into());
+            remarks
+                .push("one reference image: it is every image's subset, and images differ by their noise alone".into());
         }
         if settings.sampler.steps > 50 {
             remarks
@@ -97,7 +115,9 @@ impl ImageMethod for SeedSelect {
         request: &Request<'_>,
     ) -> Result<Box<dyn PlannedMethod + 'p>> {
         self.check(request.batch)?;
-        let programs = Programs::plan(pipeline, executor, (&self.options, self.references.pictures.len()), request)?;
+        let (references, others) = (self.references.pictures.len(), self.others.len());
+        let spec = Spec { options: &self.options, references, others };
+        let programs = Programs::plan(pipeline, executor, &spec, request)?;
         Ok(Box::new(PlannedSeedSelect { programs, method: self.clone() }))
     }
 }

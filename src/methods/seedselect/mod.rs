@@ -33,15 +33,16 @@ pub use start::Start;
 pub use subset::subset;
 
 use crate::Result;
-use crate::exec::Executor;
+use crate::exec::{Data, Executor};
 use crate::methods::ImageMethod;
 use crate::optimize::chain;
 use crate::optimize::objective::loss_scale;
+use crate::optimize::objective::references::buffer;
 use crate::optimize::optimizer::LoadedOptimizer;
 use crate::optimize::variable::Entry;
 use crate::pipeline::decode::Decoder;
-use crate::pipeline::inversion::Inversion;
 use crate::pipeline::generate::{self, Image, Job, to_channels_first, to_channels_last};
+use crate::pipeline::inversion::Inversion;
 use crate::pipeline::{Iteration, Observer, Progress};
 use crate::sampler::{self, Noise, draw};
 use crate::weights::fingerprint;
@@ -58,6 +59,8 @@ pub struct Loaded<'p, 'e> {
     optimizer: LoadedOptimizer,
     decoder: Decoder,
     targets: Targets,
+    /// The directions of other classes' features, where they count.
+    others: Vec<Vec<f32>>,
     /// Where starts are among the inverted references.
     inverter: Option<Inverter<'p>>,
     options: Options,
@@ -122,6 +125,8 @@ impl<'p, 'e> Loaded<'p, 'e> {
         let (channels, len) = (programs.channels, programs.len);
         let encoders = encoders.load(pipeline, executor)?;
         let targets = encoders.targets(executor, &method.references, method.seed)?;
+        let classes = method.others.iter().map(|other| encoders.centroid(executor, other));
+        let others = classes.collect::<Result<_>>()?;
         let inverter = |inversion: Inversion<'p>| -> Result<Inverter<'p>> {
             let means = encoders.means(executor, &method.references)?;
             let latents = means.iter().map(|mean| to_channels_first(mean, channels)).collect();
@@ -141,6 +146,7 @@ impl<'p, 'e> Loaded<'p, 'e> {
             optimizer,
             decoder,
             targets,
+            others,
             inverter,
             options,
             images,
@@ -247,13 +253,16 @@ impl Loaded<'_, '_> {
     /// The prompts, and what the loss compares with, of each row.
     fn condition(&mut self, jobs: &[Job], targets: &[&Targets]) -> Result<()> {
         self.chain.jobs(jobs)?;
+        for (class, centroid) in self.others.iter().enumerate() {
+            self.chain.write(&buffer::other(class), Data::F32(&centroid.repeat(jobs.len())))?;
+        }
         Targets::write(targets, self.chain.executor())
     }
 
     /// The same where all rows compare with all references.
     fn condition_on_all(&mut self, jobs: &[Job]) -> Result<()> {
-        self.chain.jobs(jobs)?;
-        Targets::write(&vec![&self.targets; jobs.len()], self.chain.executor())
+        let all = self.targets.clone();
+        self.condition(jobs, &vec![&all; jobs.len()])
     }
 
     /// The best of some starting noises of each image.

@@ -41,6 +41,8 @@ pub struct Options {
     pub semantics: f64,
     pub appearance: f64,
     pub norm_prior: f64,
+    /// Of the distance to other classes; an extension.
+    pub contrast: f64,
     /// Starting noises that are tried; the one of the lowest loss is optimised.
     pub starts: usize,
     /// What they are drawn from.
@@ -61,6 +63,10 @@ pub struct Options {
 /// Weights of the loss at the states after the last steps, the last one last (the released code's SeedOpt, line 139).
 const STATES: [f64; 3] = [0.05, 0.25, 0.70];
 
+/// τ of the contrast, that of supervised contrastive learning (Khosla et al. 2020, arXiv 2004.11362). Ours: that of the paper is not
+/// known.
+pub(super) const TEMPERATURE: f64 = 0.1;
+
 impl Options {
     /// The released code's settings (main.py, lines 85 to 90, 105 and 153): AdamW with torch's decay, a tenth of the rate from the fourth
     /// iteration on, no other stop than the number of iterations.
@@ -72,6 +78,7 @@ impl Options {
         semantics: 10.0,
         appearance: 1.0,
         norm_prior: 0.0,
+        contrast: 0.0,
         starts: 1,
         start: Start::Noise,
         inversion_steps: 50,
@@ -96,7 +103,7 @@ impl Options {
         if self.starts == 0 {
             return wrong("the best of 0 starting noises: must be 1 or more");
         }
-        if self.semantics == 0.0 && self.appearance == 0.0 {
+        if self.semantics == 0.0 && self.appearance == 0.0 && self.contrast == 0.0 {
             return wrong(
                 "nothing of the references is minimized: the weights of semantics and of appearance are both 0",
             );
@@ -105,6 +112,11 @@ impl Options {
             return wrong("a bound on the length of the gradient is on that of a whole batch; choose --batch 1");
         }
         Ok(())
+    }
+
+    /// Whether a term looks through a CLIP.
+    pub(super) fn has_features(&self) -> bool {
+        self.semantics != 0.0 || self.contrast != 0.0
     }
 
     pub(super) fn optimizer(&self) -> Optimizer {
@@ -133,6 +145,9 @@ impl Options {
             "appearance": self.appearance, "norm_prior": self.norm_prior, "starts": self.starts, "patience": self.patience,
             "clip": clip, "renormalise": self.renormalise
         });
+        if self.contrast != 0.0 {
+            record["contrast"] = json!({"weight": self.contrast, "temperature": TEMPERATURE});
+        }
         if self.start != Start::Noise {
             record["start"] = json!({"from": self.start.name(), "inversion_steps": self.inversion_steps});
         }

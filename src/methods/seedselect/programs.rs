@@ -1,14 +1,14 @@
 //! The programs of SeedSelect: the run as a function of its noise with the terms of the loss, the optimizer, the decoder, the encoders,
 //! the inversion.
 
-use super::options::{Convention, Options};
+use super::options::{Convention, Options, TEMPERATURE};
 use super::references::{Encoders, Wanted};
 use super::start::{self, Start};
 use crate::exec::Executor;
 use crate::methods::Request;
 use crate::models::detect;
 use crate::optimize::chain::{self, Chain, Storage, Term};
-use crate::optimize::objective::references::{Tower, appearance, norm_prior, semantics};
+use crate::optimize::objective::references::{Tower, appearance, contrast, norm_prior, semantics};
 use crate::optimize::objective::{Nfe, loss_scale};
 use crate::optimize::optimizer::PlannedOptimizer;
 use crate::optimize::variable::Entry;
@@ -29,6 +29,9 @@ pub enum TermName {
     Semantics {
         after: usize,
     },
+    Contrast {
+        after: usize,
+    },
     Appearance,
     NormPrior,
 }
@@ -37,10 +40,20 @@ impl fmt::Display for TermName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             TermName::Semantics { after } => write!(f, "semantics.{after}"),
+            TermName::Contrast { after } => write!(f, "contrast.{after}"),
             TermName::Appearance => f.write_str("appearance"),
             TermName::NormPrior => f.write_str("norm_prior"),
         }
     }
+}
+
+/// What is planned.
+pub struct Spec<'a> {
+    pub options: &'a Options,
+    /// How many there are.
+    pub references: usize,
+    /// Other classes.
+    pub others: usize,
 }
 
 /// SeedSelect, planned but not loaded.
@@ -61,22 +74,18 @@ pub struct Programs<'p> {
 }
 
 impl<'p> Programs<'p> {
-    /// Plans the fastest way that fits the memory, for so many references; where none does, the one that needs least.
+    /// Plans the fastest way that fits the memory; where none does, the one that needs least.
     pub fn plan(
         pipeline: &'p Pipeline,
         executor: &dyn Executor,
-        (options, references): (&Options, usize),
+        spec: &Spec<'_>,
         request: &Request<'_>,
     ) -> Result<Programs<'p>> {
-        let plan = |budget| -> Result<Programs<'p>> {
-            let programs = Programs::within(pipeline, executor, options, request, budget)?;
-            Ok(Programs { references, ..programs })
-        };
-        let frugal = plan(None)?;
+        let frugal = Programs::within(pipeline, executor, spec, request, None)?;
         let footprint = frugal.footprint();
         let rest = footprint.total() - footprint.arena_bytes;
         match request.memory.and_then(|memory| memory.checked_sub(rest)) {
-            Some(budget) => Ok(plan(Some(budget)).unwrap_or(frugal)),
+            Some(budget) => Ok(Programs::within(pipeline, executor, spec, request, Some(budget)).unwrap_or(frugal)),
             None => Ok(frugal),
         }
     }
@@ -84,7 +93,7 @@ impl<'p> Programs<'p> {
     fn within(
         pipeline: &'p Pipeline,
         executor: &dyn Executor,
-        options: &Options,
+        &Spec { options, references, others }: &Spec<'_>,
         request: &Request<'_>,
         budget: Option<usize>,
     ) -> Result<Programs<'p>> {
@@ -92,10 +101,10 @@ impl<'p> Programs<'p> {
         let (height, width) = pipeline.latent_size(images.width, images.height)?;
         programs::check_pixels(images.width, images.height, batch)?;
         let sizes = Sizes { batch, height, width, tokens: pipeline.tokens() };
-        let tower = (options.semantics != 0.0).then(|| tower(pipeline)).transpose()?;
+        let tower = options.has_features().then(|| tower(pipeline)).transpose()?;
         let seen = tower.clone().map(|tower| seen(tower, options.convention));
         let scale = sampler::schedule(&pipeline.config.scheduler, &images.sampler)?.initial_scale;
-        let (names, terms) = terms(options, images, seen.as_ref(), scale).into_iter().unzip();
+        let (names, terms) = terms((options, others), images, seen.as_ref(), scale).into_iter().unzip();
         let chain_options = chain::Options {
             width: images.width,
             height: images.height,
@@ -124,7 +133,7 @@ impl<'p> Programs<'p> {
             }),
             encoders,
             inversion: inverts.then(inversion).transpose()?,
-            references: 0,
+            references,
             fresh: Fresh::of(request),
             channels,
             len: channels * height * width,
@@ -211,10 +220,7 @@ impl Runs {
     /// Where each step is computed again on the way back, that is a forward too.
     fn nfe(&self, chain: &Chain<'_>) -> Nfe {
         let (calls, again) = (chain.calls(), usize::from(matches!(chain.storage(), Storage::Latents(_))));
-        Nfe {
-            forward: calls * (self.plain + self.there_and_back * (1 + again)),
-            backward: calls * self.there_and_back,
-        }
+        Nfe { forward: calls * (self.plain + self.there_and_back * (1 + again)), backward: calls * self.there_and_back }
     }
 }
 
@@ -257,9 +263,10 @@ pub(super) fn seen(tower: Tower, convention: Convention) -> Tower {
     }
 }
 
-/// The terms that count, each with its name and what it is multiplied with; `scale` is that of the noise a run starts from.
+/// The terms that count, each with its name and what it is multiplied with, with so many other classes; `scale` is that of the noise a
+/// run starts from.
 fn terms<'a>(
-    options: &Options,
+    (options, others): (&Options, usize),
     images: &generate::Settings,
     tower: Option<&'a Tower>,
     scale: f64,
@@ -269,9 +276,15 @@ fn terms<'a>(
     let mut terms = Vec::new();
     if let Some(tower) = tower {
         for (after, fraction) in Options::states(steps) {
-            let weight = options.semantics * fraction;
-            let term = Term::after(after, semantics(tower, loss_scale * weight));
-            terms.push(((TermName::Semantics { after }, weight), term));
+            let [weight, apart] = [options.semantics, options.contrast].map(|weight| weight * fraction);
+            if weight != 0.0 {
+                let term = Term::after(after, semantics(tower, loss_scale * weight));
+                terms.push(((TermName::Semantics { after }, weight), term));
+            }
+            if apart != 0.0 {
+                let term = Term::after(after, contrast(tower, others, TEMPERATURE, loss_scale * apart));
+                terms.push(((TermName::Contrast { after }, apart), term));
+            }
         }
     }
     if options.appearance != 0.0 {

@@ -206,18 +206,25 @@ pub(super) struct LoadedEncoders<'p> {
 impl LoadedEncoders<'_> {
     /// What the loss compares with; `seed` is of what is drawn for it.
     pub fn targets(&self, executor: &mut dyn Executor, references: &References, seed: u64) -> Result<Targets> {
-        let mut targets = Targets::default();
-        if let Some((tower, program)) = &self.tower {
-            for picture in &references.pictures {
-                targets.features.push(features(executor, *program, tower, picture)?);
-            }
-        }
+        let mut targets = Targets { features: self.features(executor, references)?, latents: vec![] };
         if self.latents {
             let draw = |index: u64| (self.frame.convention == Convention::Released).then_some((seed, index));
             targets.latents = self.encode(executor, references, draw)?;
         }
         finite(targets.features.iter().chain(&targets.latents))?;
         Ok(targets)
+    }
+
+    /// The direction of the features of a class.
+    pub fn centroid(&self, executor: &mut dyn Executor, class: &References) -> Result<Vec<f32>> {
+        let targets = Targets { features: self.features(executor, class)?, latents: vec![] };
+        finite(targets.features.iter())?;
+        Ok(targets.centroid())
+    }
+
+    fn features(&self, executor: &mut dyn Executor, references: &References) -> Result<Vec<Vec<f32>>> {
+        let Some((tower, program)) = &self.tower else { return Ok(vec![]) };
+        references.pictures.iter().map(|picture| features(executor, *program, tower, picture)).collect()
     }
 
     /// The means of the posteriors, `[h, w, C]` at the UNet's scale.

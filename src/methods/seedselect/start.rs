@@ -75,7 +75,9 @@ impl Inverter<'_> {
     /// Starting noise `index` of a job whose prompt was prepared, `[C, h, w]`.
     pub fn draw(&self, job: &Job, index: usize) -> Result<Vec<f32>> {
         let inverted = self.inverted.get(&job.prompt);
-        inverted.ok_or_else(|| Error::Usage("the references are not inverted under this prompt".into()))?.draw(job, index)
+        inverted
+            .ok_or_else(|| Error::Usage("the references are not inverted under this prompt".into()))?
+            .draw(job, index)
     }
 }
 
