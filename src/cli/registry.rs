@@ -6,14 +6,14 @@ use crate::cli::flags::method::{Context, MethodFlags};
 use crate::cli::minority::flags::MinorityFlags;
 use crate::cli::paths::Paths;
 use crate::cli::search::{BestOfFlags, EpsilonGreedyFlags, EvolutionFlags, ZeroOrderFlags};
-use crate::cli::seed::flags::ComparedSeedFlags;
+use crate::cli::seed::flags::{ComparedNaoFlags, ComparedSeedFlags};
 use crate::methods::ImageMethod;
 use crate::{Error, Result};
 use clap::builder::PossibleValuesParser;
 use clap::parser::ValueSource;
 use clap::{ArgGroup, ArgMatches, Args, Command, FromArgMatches};
 
-const METHODS: [Method; 10] = [
+const METHODS: [Method; 11] = [
     Method::new::<DdimFlags>("ddim"),
     Method::new::<NullPromptFlags>("null-prompt"),
     Method::new::<CadsFlags>("cads").with_switch("cads"),
@@ -24,6 +24,7 @@ const METHODS: [Method; 10] = [
     Method::new::<EvolutionFlags>("evolution").with_switch("evolution"),
     Method::new::<MinorityFlags>("minority"),
     Method::new::<ComparedSeedFlags>("seed"),
+    Method::new::<ComparedNaoFlags>("nao"),
 ];
 
 struct Method {

@@ -6,9 +6,11 @@ pub mod cuda;
 mod guard;
 mod lockstep;
 pub(crate) mod philox;
+mod scope;
 mod weight_layout;
 
 pub use lockstep::Lockstep;
+pub use scope::{Scope, scoped};
 
 use crate::Result;
 use crate::plan::Planned;

@@ -42,6 +42,11 @@ pub trait ImageMethod {
         Value::Null
     }
 
+    /// The same of the image of a seed, where images differ in it.
+    fn options_of(&self, _seed: u64) -> Value {
+        self.options()
+    }
+
     /// Tokens of the prompt that the method takes for itself.
     fn reserved_tokens(&self) -> usize {
         0
@@ -84,6 +89,16 @@ pub trait PlannedMethod {
 
     /// UNet calls of one batch, each on one image's latents.
     fn nfe(&self) -> Nfe;
+
+    /// Steps and iterations that are done once for all batches of the request, beside those of each.
+    fn shared_units(&self) -> usize {
+        0
+    }
+
+    /// UNet calls that are made once for all batches of the request, beside those of each.
+    fn shared_nfe(&self) -> Nfe {
+        Nfe::default()
+    }
 
     /// Loads weights and programs; after it nothing is planned or loaded.
     fn load<'e>(self: Box<Self>, executor: &'e mut dyn Executor) -> Result<Box<dyn LoadedMethod + 'e>>

@@ -1,23 +1,34 @@
 //! DDIM inversion: from the latents of an image to the starting noise that a sampler would make them of.
 
-use super::generate::{self, Generator, Job, to_channels_first};
-use super::programs::Programs;
-use super::{Observer, Pipeline};
-use crate::exec::{Data, Executor};
-use crate::plan::Footprint;
-use crate::sampler::{self, LATENTS};
+use super::conditioning::Conditioning;
+use super::generate::{self, Job, to_channels_first, to_channels_last};
+use super::programs::{self, Sizes, check_pixels, rows, write_step};
+use super::{Observer, Pipeline, Progress};
+use crate::exec::{Data, DataMut, Executor, ProgramId, Scope, scoped};
+use crate::plan::{Footprint, Planned, plan};
+use crate::program::Program;
+use crate::sampler::{self, LATENTS, Schedule};
 use crate::{Error, Result};
 
 /// The programs of one batch size, planned but not loaded.
 ///
-/// They are those of [`Generator`]: an inversion is a run of the inverted schedule ([`sampler::Schedule::inverted`]) that starts from an
-/// image's latents. At guidance 1 the branch without the prompt is left out, as SeedSelect's NAO does it; with more an inversion is less
-/// exact.
+/// They are those of text to image without the decoder: an inversion is a run of the inverted schedule
+/// ([`sampler::Schedule::inverted`]) that starts from an image's latents. At guidance 1 the branch without the prompt is left out, as
+/// SeedSelect's NAO does it; with more an inversion is less exact. Their buffers have names of their own, so that they go beside what
+/// samples.
 pub struct Inversion<'p> {
-    generator: Generator<'p>,
+    pipeline: &'p Pipeline,
+    sizes: Sizes,
+    schedule: Schedule,
+    text: Planned,
+    condition: Planned,
+    step: Planned,
     initial_scale: f64,
     refinements: usize,
 }
+
+/// What the names of the buffers begin with.
+const SCOPE: &str = "inversion.";
 
 impl<'p> Inversion<'p> {
     /// `settings` are those of the sampler to invert.
@@ -28,66 +39,97 @@ impl<'p> Inversion<'p> {
     pub fn plan(
         pipeline: &'p Pipeline,
         executor: &dyn Executor,
-        settings: generate::Settings,
+        settings: &generate::Settings,
         batch: usize,
         refinements: usize,
     ) -> Result<Inversion<'p>> {
         let schedule = sampler::schedule(&pipeline.config.scheduler, &settings.sampler)?;
-        let (initial_scale, inverted) = (schedule.initial_scale, schedule.inverted()?);
-        let generator = Generator::with_schedule(pipeline, executor, settings, batch, inverted)?;
-        Ok(Inversion { generator, initial_scale, refinements })
+        let (initial_scale, schedule) = (schedule.initial_scale, schedule.inverted()?);
+        let (height, width) = pipeline.latent_size(settings.width, settings.height)?;
+        check_pixels(settings.width, settings.height, batch)?;
+        let sizes = Sizes { batch, height, width, tokens: pipeline.tokens() };
+        let planned =
+            |program: Program| plan(scoped(program, SCOPE), |program, node| executor.workspace(program, node));
+        Ok(Inversion {
+            text: planned(programs::text(pipeline, settings.dtype)?),
+            condition: planned(programs::condition(pipeline, settings.dtype, sizes, &schedule)?),
+            step: planned(programs::step(pipeline, settings.dtype, sizes, &schedule)?),
+            pipeline,
+            sizes,
+            schedule,
+            initial_scale,
+            refinements,
+        })
     }
 
     pub fn footprint(&self) -> Footprint {
-        self.generator.footprint()
+        Footprint::of(&self.programs())
     }
 
-    pub fn programs(&self) -> &Programs {
-        self.generator.programs()
+    pub fn programs(&self) -> [&Planned; 3] {
+        [&self.text, &self.condition, &self.step]
+    }
+
+    /// UNet calls of one batch.
+    pub fn calls(&self) -> usize {
+        self.schedule.steps.len() * (1 + self.refinements)
     }
 
     /// Network function evaluations of one batch: UNet calls, each on one image's latents.
     pub fn nfe(&self) -> usize {
-        self.generator.nfe() * (1 + self.refinements)
+        self.calls() * rows(self.sizes, &self.schedule)
     }
 
     /// Loads the weights that are not held yet.
-    pub fn load<'e>(self, executor: &'e mut dyn Executor) -> Result<Loaded<'p, 'e>> {
-        let run = self.generator.load(executor)?;
-        Ok(Loaded { run, initial_scale: self.initial_scale, refinements: self.refinements })
+    pub fn load(self, executor: &mut dyn Executor) -> Result<Loaded<'p>> {
+        let Inversion { pipeline, sizes, schedule, text, condition, step, initial_scale, refinements } = self;
+        let mut load = |planned: Planned| executor.load(planned, &pipeline.model);
+        let conditioning = Conditioning::new(pipeline, sizes, load(text)?, load(condition)?);
+        Ok(Loaded { pipeline, conditioning, step: load(step)?, sizes, schedule, initial_scale, refinements })
     }
 }
 
-/// An inversion with its programs on an executor.
-pub struct Loaded<'p, 'e> {
-    run: generate::Loaded<'p, 'e>,
+/// An inversion with its programs on an executor, which it borrows for a call only, so that others use it in between.
+pub struct Loaded<'p> {
+    pipeline: &'p Pipeline,
+    conditioning: Conditioning<'p>,
+    step: ProgramId,
+    sizes: Sizes,
+    schedule: Schedule,
     initial_scale: f64,
     refinements: usize,
 }
 
-impl Loaded<'_, '_> {
+impl Loaded<'_> {
     /// Unit noises `[C, h, w]`, one per image of a full batch, from their latents `[C, h, w]` at the UNet's scale and the prompts that
     /// they are to be made with. `observe` hears of every UNet call.
-    pub fn run(&mut self, prompts: &[&str], latents: &[Vec<f32>], observe: &mut Observer<'_>) -> Result<Vec<Vec<f32>>> {
-        let channels = self.run.pipeline.config.unet.in_channels;
-        let len = self.run.sizes.height * self.run.sizes.width * channels;
-        if latents.len() != prompts.len() {
-            return Err(Error::Usage(format!("{} prompts for the latents of {} images", prompts.len(), latents.len())));
+    pub fn run(
+        &mut self,
+        executor: &mut dyn Executor,
+        prompts: &[&str],
+        latents: &[Vec<f32>],
+        observe: &mut Observer<'_>,
+    ) -> Result<Vec<Vec<f32>>> {
+        let executor = &mut Scope::new(executor, SCOPE);
+        let channels = self.pipeline.config.unet.in_channels;
+        let len = self.sizes.height * self.sizes.width * channels;
+        if latents.len() != prompts.len() || latents.len() != self.sizes.batch {
+            let (found, batch) = (latents.len(), self.sizes.batch);
+            let what = format!("{} prompts for the latents of {found} images, a batch of {batch}", prompts.len());
+            return Err(Error::Usage(what));
         }
         if let Some(wrong) = latents.iter().find(|latents| latents.len() != len) {
             return Err(Error::Usage(format!("latents of {} numbers for images of {len}", wrong.len())));
         }
-        let job = |(prompt, latents): (&&str, &Vec<f32>)| Job {
-            prompt: prompt.to_string(),
-            negative: None,
-            seed: 0,
-            draws: vec![latents.clone()],
-        };
-        self.run.begin(&prompts.iter().zip(latents).map(job).collect::<Vec<_>>())?;
-        for step in 0..self.run.schedule.steps.len() {
-            self.step(step, observe)?;
+        let job = |prompt: &&str| Job { prompt: prompt.to_string(), negative: None, seed: 0, draws: vec![] };
+        self.conditioning.request(&self.schedule, &prompts.iter().map(job).collect::<Vec<_>>());
+        self.conditioning.restore(executor, &self.schedule)?;
+        let rows: Vec<f32> = latents.iter().flat_map(|latents| to_channels_last(latents, channels)).collect();
+        executor.write(LATENTS, Data::F32(&rows))?;
+        for step in 0..self.schedule.steps.len() {
+            self.step(executor, step, observe)?;
         }
-        let noises = self.run.latents()?;
+        let noises = self.latents(executor)?;
         if let Some(index) = noises.chunks(len).position(|noise| noise.iter().any(|x| !x.is_finite())) {
             return Err(Error::NotFinite(format!("the noise of image {index}")));
         }
@@ -97,17 +139,33 @@ impl Loaded<'_, '_> {
 
     /// One step towards the noise. A refinement runs it at the latents `x` it found and gets `k x - u e(x)` with the step's
     /// coefficients `k` and `u`; what it looks for is `k y - u e(x)`, `y` being the latents the step began with.
-    fn step(&mut self, index: usize, observe: &mut Observer<'_>) -> Result<()> {
-        let kept = self.run.schedule.steps[index].kept() as f32;
-        let from = if self.refinements > 0 { self.run.latents()? } else { vec![] };
-        self.run.step(index, observe)?;
+    fn step(&self, executor: &mut dyn Executor, index: usize, observe: &mut Observer<'_>) -> Result<()> {
+        let kept = self.schedule.steps[index].kept() as f32;
+        let from = if self.refinements > 0 { self.latents(executor)? } else { vec![] };
+        write_step(executor, &self.schedule, index)?;
+        self.call(executor, index, observe)?;
         for _ in 0..self.refinements {
-            let at = self.run.latents()?;
-            self.run.step(index, observe)?;
-            let found = self.run.latents()?.into_iter().zip(from.iter().zip(&at));
+            let at = self.latents(executor)?;
+            self.call(executor, index, observe)?;
+            let found = self.latents(executor)?.into_iter().zip(from.iter().zip(&at));
             let refined: Vec<f32> = found.map(|(found, (from, at))| found + kept * (from - at)).collect();
-            self.run.executor.write(LATENTS, Data::F32(&refined))?;
+            executor.write(LATENTS, Data::F32(&refined))?;
         }
         Ok(())
+    }
+
+    /// One UNet call.
+    fn call(&self, executor: &mut dyn Executor, index: usize, observe: &mut Observer<'_>) -> Result<()> {
+        let (done, steps) = (index + 1, self.schedule.steps.len());
+        executor.run(self.step).map_err(|error| error.during(format!("inversion step {done} of {steps}")))?;
+        observe(Progress::Step { done, steps })
+    }
+
+    /// The latents as they are now, `[B, h, w, C]`.
+    fn latents(&self, executor: &dyn Executor) -> Result<Vec<f32>> {
+        let Sizes { batch, height, width, .. } = self.sizes;
+        let mut latents = vec![0.0; batch * height * width * self.pipeline.config.unet.in_channels];
+        executor.read(LATENTS, DataMut::F32(&mut latents))?;
+        Ok(latents)
     }
 }

@@ -21,7 +21,8 @@ fn image_of(out: &TempDir, command: &str, flags: &[&str]) -> Vec<u8> {
     pixels(&image).1
 }
 
-fn record(image: &str) -> Value {
+/// What an image says of how it was made.
+pub fn record(image: &str) -> Value {
     serde_json::from_str::<Value>(&succeeds(&["inspect", image, "--json"])).unwrap()["rarebit"].clone()
 }
 

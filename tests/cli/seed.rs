@@ -2,6 +2,7 @@
 
 use crate::common::command::{fails, files, path, rarebit, succeeds, text};
 use crate::common::sheet::{lines, named, pixels};
+use crate::methods::record;
 use serde_json::Value;
 use std::fs;
 use std::process::{Command, Stdio};
@@ -72,41 +73,97 @@ fn prompt_files_resume() {
     assert!(written.iter().all(|file| fs::metadata(file).is_ok()));
 }
 
+#[test]
+fn starts_among_inverted_references() {
+    let out = TempDir::new().unwrap();
+    let (references, images, sheet) = (references(&out), path(&out, "images"), path(&out, "sheet.png"));
+    fs::create_dir(&images).unwrap();
+    let nao = ["--start", "nao", "--inversion-steps", "3", "--references", &references];
+    succeeds(&[&["seed", PROMPT, "--count", "2", "--out", &images][..], &nao, &FAST].concat());
+    let image = |seed: usize| format!("{images}/image-{seed}.png");
+    assert_ne!(pixels(&image(0)), pixels(&image(1)));
+    let found = record(&image(1));
+    assert_eq!(found["options"]["start"], serde_json::json!({"from": "nao", "inversion_steps": 3}));
+    // Every way to make the noises; what inverting them costs is shared by the images of a comparison.
+    let methods = ["--methods", "seed,nao", "--references", &references, "--inversion-steps", "3"];
+    let flags = ["--seed-iterations", "1", "--steps", "2", "--count", "2", "--quiet", "--json", "--out", &sheet];
+    let events = lines(&succeeds(&[&["compare", PROMPT][..], &methods, &flags].concat()));
+    let methods = named(&events, "method");
+    let forwards: Vec<f64> = methods.iter().map(|event| event["per_image"]["forwards"].as_f64().unwrap()).collect();
+    assert_eq!(forwards[1] - forwards[0], 3.0 * 3.0 / 2.0, "{methods:?}");
+    assert_eq!(methods[1]["name"], "SeedSelect from NAO");
+
+    let seed = ["seed", PROMPT, "--steps", "2", "--quiet", "--out", &sheet, "--start", "lol"];
+    let one = format!("{references}/image-50.png");
+    fails(&[&seed[..], &["--references", &one]].concat(), 2, &["--start lol", "two"]);
+    fails(&[&seed[..], &["--references", &references, "--noise", "x"]].concat(), 2, &["--noise", "--start"]);
+}
+
 /// Killed at any iteration and gone on with: image, noise and trace are those of a run in one piece, and nothing else is left.
 #[test]
 fn a_run_that_is_cut_short_goes_on() {
     let out = TempDir::new().unwrap();
     let references = references(&out);
-    let folder = |name: &str| {
-        fs::create_dir(path(&out, name)).unwrap();
-        path(&out, name)
-    };
-    let args = |folder: &str| -> Vec<String> {
-        let own =
-            ["--steps", "4", "--iterations", "5", "--count", "2", "--patience", "none", "--quiet", "--lr", "0.02"];
-        let files = [("--out", ""), ("--trace", "/t.jsonl"), ("--save-noise", "/n.st")];
-        let files = files.iter().flat_map(|(flag, file)| [flag.to_string(), format!("{folder}{file}")]);
-        let all = ["seed", PROMPT, "--references", &references].into_iter().chain(own).map(String::from);
-        all.chain(files).collect()
-    };
+    let args = |folder: &str| in_folder(&references, folder, &["--iterations", "5", "--count", "2", "--lr", "0.02"]);
+    // In the first image, at its end, in the second.
+    goes_on(&out, &[1, 3, 5, 5, 6, 10, 10], &args);
+
+    // What was kept of a run with other settings is not gone on with.
+    let other = folder(&out, "other");
+    let mut child =
+        Command::new(env!("CARGO_BIN_EXE_rarebit")).args(args(&other)).stdout(Stdio::null()).spawn().unwrap();
+    while !files(other.as_ref()).iter().any(|name| name.ends_with(".state")) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let others = [args(&other), vec!["--resume".into(), "--norm-prior".into(), "0.1".into()]].concat();
+    fails(&others.iter().map(String::as_str).collect::<Vec<_>>(), 2, &["--resume", "other settings"]);
+}
+
+/// The same where all images share a noise: in it, at its end, in the images' own iterations.
+#[test]
+fn a_bootstrapped_run_that_is_cut_short_goes_on() {
+    let out = TempDir::new().unwrap();
+    let references = references(&out);
+    let own = ["--iterations", "3", "--bootstrap", "2", "--count", "3", "--lr", "0.02", "--starts", "1"];
+    goes_on(&out, &[1, 3, 4, 5, 6, 8, 9], &|folder: &str| in_folder(&references, folder, &own));
+}
+
+fn folder(out: &TempDir, name: &str) -> String {
+    fs::create_dir(path(out, name)).unwrap();
+    path(out, name)
+}
+
+/// A run with all its files in a folder.
+fn in_folder(references: &str, folder: &str, own: &[&str]) -> Vec<String> {
+    let files = [("--out", ""), ("--trace", "/t.jsonl"), ("--save-noise", "/n.st")];
+    let files = files.iter().flat_map(|(flag, file)| [flag.to_string(), format!("{folder}{file}")]);
+    let all = ["seed", PROMPT, "--references", references, "--steps", "4", "--patience", "none", "--quiet"];
+    all.iter().chain(own).map(|arg| arg.to_string()).chain(files).collect()
+}
+
+/// Kills the run of `args` in a folder as its trace has so many lines, again and again, and holds what it leaves against a run in one
+/// piece.
+#[track_caller]
+fn goes_on(out: &TempDir, kills: &[usize], args: &dyn Fn(&str) -> Vec<String>) {
     let run = |args: &[String]| succeeds(&args.iter().map(String::as_str).collect::<Vec<_>>());
     let content = |folder: &str| -> Vec<(String, Vec<u8>)> {
         let named = |name: String| (name.clone(), fs::read(format!("{folder}/{name}")).unwrap());
         files(folder.as_ref()).into_iter().map(named).collect()
     };
-    let whole = folder("whole");
+    let whole = folder(out, "whole");
     run(&args(&whole));
     let expected = content(&whole);
-    assert_eq!(expected.len(), 5, "{:?}", files(whole.as_ref()));
+    assert!(expected.len() >= 5, "{:?}", files(whole.as_ref()));
 
-    let cut = folder("cut");
+    let cut = folder(out, "cut");
     let again = [args(&cut), vec!["--resume".into()]].concat();
-    // Lines of the trace after which the run is killed: in the first image, at its end, in the second.
-    for lines in [1, 3, 5, 5, 6, 10, 10] {
+    for lines in kills {
         let mut child = Command::new(env!("CARGO_BIN_EXE_rarebit")).args(&again).stdout(Stdio::null()).spawn().unwrap();
         let traced =
             || fs::read(format!("{cut}/t.jsonl")).map_or(0, |text| text.iter().filter(|x| **x == b'\n').count());
-        while traced() < lines && child.try_wait().unwrap().is_none() {
+        while traced() < *lines && child.try_wait().unwrap().is_none() {
             std::thread::sleep(Duration::from_millis(1));
         }
         let _ = child.kill();
@@ -118,18 +175,49 @@ fn a_run_that_is_cut_short_goes_on() {
     for ((name, found), (_, expected)) in found.iter().zip(&expected) {
         assert!(found == expected, "{name} differs from that of a run in one piece");
     }
+}
 
-    // What was kept of a run with other settings is not gone on with.
-    let other = folder("other");
-    let mut child =
-        Command::new(env!("CARGO_BIN_EXE_rarebit")).args(args(&other)).stdout(Stdio::null()).spawn().unwrap();
-    while !files(other.as_ref()).iter().any(|name| name.ends_with(".state")) {
-        std::thread::sleep(Duration::from_millis(1));
+/// Every image of one optimisation is another, and says which references it was made towards.
+#[test]
+fn many_images_of_one_optimisation() {
+    let out = TempDir::new().unwrap();
+    let (references, images) = (references(&out), folder(&out, "images"));
+    let args = ["seed", PROMPT, "--references", &references, "--out", &images, "--count", "3", "--bootstrap", "1"];
+    succeeds(&[&args[..], &FAST].concat());
+    let image = |seed: usize| format!("{images}/image-{seed}.png");
+    for seed in 0..3 {
+        let found = record(&image(seed))["options"]["bootstrap"].clone();
+        assert_eq!((&found["iterations"], &found["seed"]), (&1.into(), &0.into()));
+        let names: Vec<&str> = found["subset"].as_array().unwrap().iter().map(|name| name.as_str().unwrap()).collect();
+        let indices = rarebit::methods::seedselect::subset(seed as u64, 3);
+        assert_eq!(names, indices.iter().map(|index| format!("image-{}.png", 50 + index)).collect::<Vec<_>>());
+        assert!((0..seed).all(|other| pixels(&image(other)) != pixels(&image(seed))));
     }
-    child.kill().unwrap();
-    child.wait().unwrap();
-    let others = [args(&other), vec!["--resume".into(), "--norm-prior".into(), "0.1".into()]].concat();
-    fails(&others.iter().map(String::as_str).collect::<Vec<_>>(), 2, &["--resume", "other settings"]);
+    let one = format!("{references}/image-50.png");
+    let args = ["seed", PROMPT, "--references", &one, "--out", &image(0), "--bootstrap", "1"];
+    let output = rarebit(&[&args[..], &FAST].concat());
+    let said = text(&output.stderr);
+    assert!(output.status.success() && said.contains("every image's subset"), "{said}");
+    fails(&[&args[..], &["--noise", "x"]].concat(), 2, &["--noise", "--bootstrap"]);
+}
+
+/// Towards the references and away from other classes.
+#[test]
+fn contrasts_to_other_classes() {
+    let out = TempDir::new().unwrap();
+    let (references, others) = (references(&out), folder(&out, "others"));
+    succeeds(&["generate", "a blue ring", "--steps", "4", "--out", &format!("{others}/ring.png"), "--quiet"]);
+    let (image, trace) = (path(&out, "i.png"), path(&out, "t.jsonl"));
+    let seed = [&["seed", PROMPT, "--references", &references, "--out", &image][..], &FAST].concat();
+    let other = ["--other", &others, "--other", &format!("{others}/ring.png")];
+    succeeds(&[&seed[..], &other, &["--contrast", "2", "--trace", &trace]].concat());
+    let lines = lines(&fs::read_to_string(&trace).unwrap());
+    assert!(lines.len() == 2 && lines.iter().all(|line| line["terms"]["contrast.4"][0].as_f64() > Some(0.0)));
+    let contrast = &record(&image)["options"]["contrast"];
+    assert_eq!((&contrast["weight"], contrast["others"].as_array().map(Vec::len)), (&2.0.into(), Some(2)));
+    fails(&[&seed[..], &["--contrast", "2"]].concat(), 2, &["--contrast", "--other"]);
+    fails(&[&seed[..], &["--other", &others]].concat(), 2, &["--contrast", "--other"]);
+    fails(&[&seed[..], &["--other", "nowhere", "--contrast", "2"]].concat(), 1, &["nowhere"]);
 }
 
 /// A broken reference is named and the others are used; with --strict it ends the run.

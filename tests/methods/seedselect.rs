@@ -5,11 +5,13 @@ use crate::common::inputs;
 use rarebit::data::images::Picture;
 use rarebit::exec::Data;
 use rarebit::exec::cpu::Cpu;
-use rarebit::methods::seedselect::{LearningRate, Options, References, SeedSelect};
-use rarebit::methods::{ImageMethod, Request};
+use rarebit::methods::seedselect::{LearningRate, Options, References, SeedSelect, Start, subset};
+use rarebit::methods::{ImageMethod, LoadedMethod, Request};
 use rarebit::models::detect;
 use rarebit::optimize::chain::{self, Chain, Term};
+use rarebit::optimize::objective::Nfe;
 use rarebit::optimize::objective::references::{Tower, appearance, buffer, contrast, norm_prior, semantics};
+use rarebit::optimize::search::mix::Mix;
 use rarebit::optimize::variable::Entry;
 use rarebit::pipeline::generate::{self, Generator, Image, Job};
 use rarebit::pipeline::{Iteration, Pipeline, Progress};
@@ -67,12 +69,25 @@ struct Made {
 }
 
 fn run(pipeline: &Pipeline, method: &SeedSelect, steps: usize, jobs: &[Job]) -> Made {
+    run_batches(pipeline, method, steps, &[jobs]).swap_remove(0)
+}
+
+/// Batches of one size one after the other. What is counted for all of them is at least what they did.
+fn run_batches(pipeline: &Pipeline, method: &SeedSelect, steps: usize, batches: &[&[Job]]) -> Vec<Made> {
     let mut cpu = Cpu::<f32>::new();
-    let (settings, prompts) = (settings(steps), vec![PROMPT; jobs.len()]);
-    let request = Request { settings: &settings, batch: jobs.len(), prompts: &prompts, memory: None };
+    let (settings, batch) = (settings(steps), batches[0].len());
+    let prompts: Vec<&str> = batches.iter().flat_map(|jobs| jobs.iter().map(|job| job.prompt.as_str())).collect();
+    let request = Request { settings: &settings, batch, prompts: &prompts, memory: None };
     let planned = method.plan(pipeline, &cpu, &request).unwrap();
-    let units = planned.progress_units();
+    let units = planned.shared_units() + batches.len() * planned.progress_units();
     let mut loaded = planned.load(&mut cpu).unwrap();
+    let made: Vec<Made> = batches.iter().map(|jobs| run_batch(&mut *loaded, jobs)).collect();
+    let done: usize = made.iter().map(|made| made.steps + made.iterations.len()).sum();
+    assert!(done <= units, "{done} steps and iterations of {units}");
+    made
+}
+
+fn run_batch(loaded: &mut dyn LoadedMethod, jobs: &[Job]) -> Made {
     let (mut iterations, mut done) = (vec![], 0);
     let images = loaded
         .run(jobs, &mut |progress| {
@@ -84,19 +99,13 @@ fn run(pipeline: &Pipeline, method: &SeedSelect, steps: usize, jobs: &[Job]) -> 
             Ok(())
         })
         .unwrap();
-    assert!(done + iterations.len() <= units, "{done} steps and {} iterations of {units}", iterations.len());
     let noises = (0..jobs.len()).map(|index| loaded.noise(index).unwrap()).collect();
     Made { images, noises, iterations, steps: done }
 }
 
 fn method(pipeline: &Pipeline, options: Options) -> SeedSelect {
-    SeedSelect {
-        options,
-        references: Arc::new(references(pipeline, &[100, 101, 102])),
-        seed: 0,
-        trace: true,
-        checkpoints: None,
-    }
+    let references = Arc::new(references(pipeline, &[100, 101, 102]));
+    SeedSelect { trace: true, ..SeedSelect::new(options, references, 0) }
 }
 
 const FEW: Options = Options { iterations: 4, starts: 2, ..Options::DEFAULT };
@@ -269,13 +278,7 @@ fn any_model_and_sampler_make_the_image_again() {
         (&sdxl, generate::Settings { width: side, height: side, ..settings(3) }),
     ];
     let options = Options { iterations: 2, semantics: 0.0, ..Options::DEFAULT };
-    let method = SeedSelect {
-        options,
-        references: Arc::new(references(&shapes, &[100])),
-        seed: 0,
-        trace: false,
-        checkpoints: None,
-    };
+    let method = SeedSelect::new(options, Arc::new(references(&shapes, &[100])), 0);
     for (pipeline, settings) in cases {
         let mut cpu = Cpu::<f32>::new();
         let request = Request { settings: &settings, batch: 1, prompts: &[PROMPT], memory: None };
@@ -322,6 +325,164 @@ fn nothing_but_the_job_decides_an_image() {
     }
 }
 
+/// Starts of NAO and of LOL: the references are inverted once for all batches of a prompt, every image begins at a likely noise of its
+/// own, and nothing but its job decides which.
+#[test]
+fn starts_among_the_inverted_references() {
+    let pipeline = pipeline();
+    for start in [Start::Nao, Start::Lol] {
+        let options = Options { start, inversion_steps: 5, iterations: 0, starts: 1, ..Options::DEFAULT };
+        let method = method(&pipeline, options);
+        let jobs = [job(3), job(4), job(5), Job { prompt: "a blue ring".into(), ..job(3) }];
+        let made = run_batches(&pipeline, &method, 4, &[&jobs[..2], &jobs[2..]]);
+        // Of each batch the loss of its noises and the images. The second has a prompt more, under which all is inverted again.
+        assert_eq!(made.iter().map(|made| made.steps).collect::<Vec<_>>(), [3 * 5 + 2 * 4; 2]);
+        let noises: Vec<&Vec<f32>> = made.iter().flat_map(|made| &made.noises).collect();
+        for (index, noise) in noises.iter().enumerate() {
+            // The likeliest length of 1024 numbers is 32.
+            let length = noise.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+            assert!((28.0..36.0).contains(&length), "{start:?}: a noise of length {length}");
+            assert!(noises[..index].iter().all(|other| other != noise), "{start:?}: noise {index} is another's");
+        }
+        let alone = run(&pipeline, &method, 4, &jobs[1..2]);
+        assert!(alone.noises[0] == *noises[1] && alone.images[0].rgb == made[0].images[1].rgb, "{start:?}");
+    }
+}
+
+/// From the noise that a picture is inverted to the loss is lower than from any.
+#[test]
+fn inverted_references_are_like_themselves() {
+    let pipeline = pipeline();
+    let same = Arc::new(references(&pipeline, &[100, 100]));
+    let loss = |start: Start| {
+        let options = Options { start, iterations: 1, starts: 1, ..Options::DEFAULT };
+        let method = SeedSelect { references: Arc::clone(&same), ..method(&pipeline, options) };
+        run(&pipeline, &method, 6, &[job(3)]).iterations[0].score[0]
+    };
+    let [noise, nao, lol] = [Start::Noise, Start::Nao, Start::Lol].map(loss);
+    assert!(nao < 0.5 * noise && lol.is_finite(), "{nao} and {lol}, from a noise {noise}");
+}
+
+/// What inverts is planned and counted with the rest.
+#[test]
+fn inversions_are_planned() {
+    let pipeline = pipeline();
+    let cpu = Cpu::<f32>::new();
+    let settings = settings(4);
+    let other = "a blue ring";
+    let plan = |start: Start, prompts: &[&str]| {
+        let method = method(&pipeline, Options { start, inversion_steps: 7, ..FEW });
+        let request = Request { settings: &settings, batch: 2, prompts, memory: None };
+        let planned = method.plan(&pipeline, &cpu, &request).unwrap();
+        (planned.shared_nfe().forward, planned.nfe(), planned.footprint())
+    };
+    let (none, each, smaller) = plan(Start::Noise, &[PROMPT; 4]);
+    let (once, same, larger) = plan(Start::Nao, &[PROMPT; 4]);
+    assert_eq!((none, once, each), (0, 3 * 7, same));
+    assert!(larger.buffer_bytes > smaller.buffer_bytes && larger.lines.len() == smaller.lines.len() + 3);
+    assert_eq!(plan(Start::Nao, &[PROMPT, PROMPT, PROMPT, other]).0, 2 * 3 * 7);
+    assert_eq!(plan(Start::Lol, &[PROMPT, other, PROMPT, other]).0, 2 * 3 * 7);
+    let one = SeedSelect {
+        references: Arc::new(references(&pipeline, &[100])),
+        ..method(&pipeline, Options { start: Start::Nao, ..FEW })
+    };
+    assert!(one.check(1).unwrap_err().to_string().contains("--start nao"));
+}
+
+/// More images than there are subsets of the references: one noise is optimised for all of them, every image is another, and it depends
+/// on nothing but its job and the seed of the run.
+#[test]
+fn bootstrapped_images() {
+    let pipeline = pipeline();
+    let options = Options { bootstrap: Some(2), iterations: 3, starts: 2, ..Options::DEFAULT };
+    let method = method(&pipeline, options);
+    let jobs: Vec<Job> = (0..9).map(job).collect();
+    let made = run_batches(&pipeline, &method, 3, &jobs.chunks(1).collect::<Vec<_>>());
+    // Two starts, three iterations there and back and the last noise for all; for each two iterations, the last noise, the image.
+    let (shared, own) = (3 * (2 + 2 * 3 + 1), 3 * (2 * 2 + 1 + 1));
+    assert_eq!(made[0].steps, shared + own);
+    assert!(made[1..].iter().all(|made| made.steps == own));
+    for (index, one) in made.iter().enumerate() {
+        assert!(made[..index].iter().all(|other| other.noises != one.noises), "image {index} is another's");
+    }
+    let together = run(&pipeline, &method, 3, &jobs[4..7]);
+    for (index, alone) in made[4..7].iter().enumerate() {
+        assert!(together.noises[index] == alone.noises[0] && together.images[index].rgb == alone.images[0].rgb);
+    }
+
+    let cpu = Cpu::<f32>::new();
+    let settings = settings(3);
+    let cost = |method: &SeedSelect| {
+        let request = Request { settings: &settings, batch: 1, prompts: &[PROMPT; 9], memory: None };
+        let planned = method.plan(&pipeline, &cpu, &request).unwrap();
+        let (shared, each) = (planned.shared_nfe(), planned.nfe());
+        Nfe { forward: shared.forward + 9 * each.forward, backward: shared.backward + 9 * each.backward }
+    };
+    let alone = SeedSelect { options: Options { bootstrap: None, ..options }, ..method.clone() };
+    let (bootstrapped, apart) = (cost(&method), cost(&alone));
+    // Two branches of three steps; a step back runs it forward once more.
+    assert_eq!(bootstrapped.backward, 6 * (3 + 9 * 2));
+    assert_eq!(bootstrapped.forward, 6 * (2 + 2 * 3 + 1 + 9 * (2 * 2 + 1 + 1)));
+    assert!(bootstrapped.forward < apart.forward && bootstrapped.backward < apart.backward);
+}
+
+/// What an image compares with is the mean over exactly the references of its subset.
+#[test]
+fn subsets_are_compared_with_alone() {
+    let pipeline = pipeline();
+    let options = Options { iterations: 2, starts: 1, ..Options::DEFAULT };
+    let plain = method(&pipeline, options);
+    let bootstrapped = SeedSelect { options: Options { bootstrap: Some(1), ..options }, ..plain.clone() };
+    let found = run(&pipeline, &plain, 3, &[job(0)]).noises.swap_remove(0);
+    let all = plain.references.pictures.len();
+    let seed = (1..).find(|seed| subset(*seed, all).len() == 2).unwrap();
+    let chosen = subset(seed, all);
+    let of = |index: &usize| (plain.references.names[*index].clone(), plain.references.pictures[*index].clone());
+    let (names, pictures) = chosen.iter().map(of).unzip();
+    let two = Arc::new(References { names, pictures, unreadable: vec![] });
+    // A tenth of the image's own noise is in its start.
+    let mut own = vec![0.0; LEN];
+    sampler::normal(seed, 0, &mut own);
+    let start = Job { draws: vec![found.mix(&own, 0.1)], ..job(seed) };
+    let score = |method: &SeedSelect, job: Job| run(&pipeline, method, 3, &[job]).iterations[0].score[0];
+    let expected = score(&SeedSelect { references: two, ..plain.clone() }, start.clone());
+    let with_all = score(&plain, start);
+    let made = run(&pipeline, &bootstrapped, 3, &[job(seed)]);
+    // The noise that is shared is not traced beside an image of another seed.
+    assert_eq!(made.iterations.iter().map(|iteration| iteration.iteration).collect::<Vec<_>>(), [2]);
+    let score = made.iterations[0].score[0];
+    assert!((score - expected).abs() < 1e-5 * expected, "{score}, not {expected}");
+    assert!((score - with_all).abs() > 1e-3 * expected, "{score}, and towards all references {with_all}");
+    let names: Vec<&str> = chosen.iter().map(|index| plain.references.names[*index].as_str()).collect();
+    assert_eq!(bootstrapped.options_of(seed)["bootstrap"]["subset"], serde_json::json!(names));
+}
+
+/// Classes that are the references' own leave nothing to tell apart: the contrast is the logarithm of their number. A class that is
+/// unlike the references is told from them.
+#[test]
+fn contrasts() {
+    let pipeline = pipeline();
+    let plain =
+        method(&pipeline, Options { iterations: 1, starts: 1, contrast: 2.0, semantics: 0.0, ..Options::DEFAULT });
+    let terms = |others: Vec<Arc<References>>| {
+        let method = SeedSelect { others, ..plain.clone() };
+        run(&pipeline, &method, 3, &[job(3)]).iterations.swap_remove(0)
+    };
+    let same = Arc::clone(&plain.references);
+    let two = terms(vec![Arc::clone(&same), same]);
+    for after in 1..=3 {
+        let found = two.terms[&format!("contrast.{after}")][0];
+        assert!((found - 3f64.ln()).abs() < 1e-5, "after {after} steps {found}");
+    }
+    assert!((two.score[0] - 2.0 * 3f64.ln() - two.terms["appearance"][0]).abs() < 1e-4);
+    assert!(!two.terms.contains_key("semantics.3"));
+    let black = Picture { width: 64, height: 64, rgb: vec![0; 3 * 64 * 64], prompt: None };
+    let black = References { names: vec!["black".into()], pictures: vec![black], unreadable: vec![] };
+    let told = terms(vec![Arc::new(black)]);
+    assert!(told.terms["contrast.3"][0] < 2f64.ln(), "{:?}", told.terms);
+    assert!(plain.check(1).unwrap_err().to_string().contains("--other"));
+}
+
 /// References are the engine's own image of a noise; from near that noise the loss falls to a fifth of what it is above that noise's own.
 #[test]
 fn finds_back_to_its_own_image() {
@@ -341,8 +502,7 @@ fn finds_back_to_its_own_image() {
     let options = Options { iterations: 30, starts: 1, lr, semantics: 0.0, patience: None, ..Options::DEFAULT };
     let references = Arc::new(references);
     let scores = |options: Options, from: Vec<f32>| -> Vec<f64> {
-        let method =
-            SeedSelect { options, references: Arc::clone(&references), seed: 0, trace: true, checkpoints: None };
+        let method = SeedSelect { trace: true, ..SeedSelect::new(options, Arc::clone(&references), 0) };
         let made = run(&pipeline, &method, 4, &[Job { draws: vec![from], ..job(7) }]);
         made.iterations.iter().map(|iteration| iteration.score[0]).collect()
     };
@@ -381,13 +541,7 @@ fn mistakes() {
         let request = Request { settings: &settings, batch, prompts: &vec![PROMPT; batch], memory: None };
         method.plan(&pipeline, &cpu, &request).err().unwrap().to_string()
     };
-    let none = SeedSelect {
-        options: FEW,
-        references: Arc::new(References::default()),
-        seed: 0,
-        trace: false,
-        checkpoints: None,
-    };
+    let none = SeedSelect::new(FEW, Arc::new(References::default()), 0);
     assert!(refused(&none, 1).contains("no reference images"));
     let nothing = method(&pipeline, Options { semantics: 0.0, appearance: 0.0, ..FEW });
     assert!(refused(&nothing, 1).contains("nothing of the references"));

@@ -401,7 +401,7 @@ fn the_method_is_the_references() {
             ..SeedOptions::DEFAULT
         };
         let references = Arc::new(References::read(&run.references()).unwrap());
-        let method = SeedSelect { options, references, seed: 0, trace: true, checkpoints: None };
+        let method = SeedSelect { trace: true, ..SeedSelect::new(options, references, 0) };
         let ([height, width], factor) = (run.size(), pipeline.config.vae.factor());
         let settings = generate::Settings {
             width: width * factor,

@@ -8,6 +8,7 @@ use rarebit::pipeline::Pipeline;
 use rarebit::pipeline::generate::{self, Generator, Job};
 use rarebit::pipeline::inversion::Inversion;
 use rarebit::pipeline::networks::{Networks, Tensor};
+use rarebit::plan::Footprint;
 use rarebit::program::DType;
 use rarebit::sampler::{Method, Rng, Schedule, Settings, Step, UPDATE, schedule};
 use rarebit::{Error, assets};
@@ -112,14 +113,14 @@ fn invert(
     latents: &[Vec<f32>],
 ) -> Vec<Vec<f32>> {
     executor.clear();
-    let inversion = Inversion::plan(pipeline, executor, settings, prompts.len(), refinements).unwrap();
+    let inversion = Inversion::plan(pipeline, executor, &settings, prompts.len(), refinements).unwrap();
     let (mut calls, expected) = (0, inversion.nfe() / prompts.len());
     let mut loaded = inversion.load(executor).unwrap();
     let count = &mut |_: rarebit::pipeline::Progress<'_>| {
         calls += 1;
         Ok(())
     };
-    let noises = loaded.run(prompts, latents, count).unwrap();
+    let noises = loaded.run(executor, prompts, latents, count).unwrap();
     assert_eq!(calls, expected, "a UNet call for each that is counted");
     noises
 }
@@ -204,18 +205,54 @@ fn a_batch_gives_the_bits_of_its_images_alone() {
     }
 }
 
+/// An inversion and a run of another batch, number of steps and guidance on one executor leave each other alone.
+#[test]
+fn goes_beside_what_samples() {
+    let pipeline = Golden::open("tiny-sdxl").pipeline();
+    let stored = Golden::open("inversion").tensor("tiny-sdxl/latents").unwrap();
+    let latents = vec![stored.data[..stored.data.len() / 2].to_vec()];
+    let settings = images(&pipeline, 3, DType::F32);
+    let prompts = ["a red star"];
+    let alone = invert(&pipeline, &mut Cpu::<f32>::new(), settings.clone(), 0, &prompts, &latents);
+
+    let sampler = Settings { guidance: 4.0, ..sampler(Method::Ddim, 2) };
+    let sampling = generate::Settings { sampler, ..settings.clone() };
+    let job = |seed: u64| Job { prompt: "a blue ring".into(), negative: None, seed, draws: vec![] };
+    let jobs = [job(1), job(2)];
+    let mut cpu = Cpu::<f32>::new();
+    let plan = |cpu: &Cpu<f32>| Generator::plan(&pipeline, cpu, sampling.clone(), 2).unwrap();
+    let images = plan(&cpu).load(&mut cpu).unwrap().run(&jobs, &mut |_| Ok(())).unwrap();
+
+    cpu.clear();
+    let inversion = Inversion::plan(&pipeline, &cpu, &settings, 1, 0).unwrap();
+    let generator = plan(&cpu);
+    let both = [&inversion.programs()[..], &generator.programs().all()].concat();
+    let (footprint, parts) = (Footprint::of(&both), [inversion.footprint(), generator.footprint()]);
+    assert_eq!(footprint.buffer_bytes, parts[0].buffer_bytes + parts[1].buffer_bytes, "no buffer is shared");
+    assert_eq!(footprint.weight_bytes, parts[1].weight_bytes, "all weights are, and the decoder is not its");
+    assert!(parts[0].weight_bytes < parts[1].weight_bytes);
+    let mut inversion = inversion.load(&mut cpu).unwrap();
+    let mut generator = generator.load(&mut cpu).unwrap();
+    for _ in 0..2 {
+        let noises = inversion.run(generator.executor(), &prompts, &latents, &mut |_| Ok(())).unwrap();
+        assert_eq!(noises, alone);
+        let again = generator.run(&jobs, &mut |_| Ok(())).unwrap();
+        assert!(again.iter().zip(&images).all(|(a, b)| a.latents == b.latents && a.rgb == b.rgb));
+    }
+}
+
 #[test]
 fn what_does_not_fit() {
     let pipeline = Golden::open("tiny-sd1").pipeline();
     let mut cpu = Cpu::<f32>::new();
-    let inversion = Inversion::plan(&pipeline, &cpu, images(&pipeline, 2, DType::F32), 1, 0).unwrap();
+    let inversion = Inversion::plan(&pipeline, &cpu, &images(&pipeline, 2, DType::F32), 1, 0).unwrap();
     let mut loaded = inversion.load(&mut cpu).unwrap();
     let mut refused = |prompts: &[&str], latents: &[Vec<f32>]| {
-        assert!(matches!(loaded.run(prompts, latents, &mut |_| Ok(())), Err(Error::Usage(_))));
+        assert!(matches!(loaded.run(&mut cpu, prompts, latents, &mut |_| Ok(())), Err(Error::Usage(_))));
     };
     refused(&["a star"], &[vec![0.0; 7]]);
     refused(&["a star"], &[]);
     refused(&["a star", "a ring"], &[vec![0.0; 256], vec![0.0; 256]]);
-    let spoilt = loaded.run(&["a star"], &[vec![f32::NAN; 256]], &mut |_| Ok(()));
+    let spoilt = loaded.run(&mut cpu, &["a star"], &[vec![f32::NAN; 256]], &mut |_| Ok(()));
     assert!(matches!(spoilt, Err(Error::NotFinite(_))));
 }

@@ -123,16 +123,16 @@ impl Run<'_> {
 
     /// The images of each method, seed by seed, and their cost. Programs of one method at a time are loaded; the weights stay.
     fn make(&mut self, executor: &mut dyn Executor, parts: Vec<Vec<Part<'_>>>) -> Result<(Vec<Vec<Cell>>, Vec<Cost>)> {
-        let units = |part: &Part<'_>| part.planned.progress_units().saturating_mul(part.batches.len());
-        self.reporter.start("step", parts.iter().flatten().map(units).fold(0, usize::saturating_add));
+        self.reporter.start("step", parts.iter().flatten().map(Part::progress_units).fold(0, usize::saturating_add));
         let (mut columns, mut costs) = (Vec::new(), Vec::new());
         for (method, parts) in self.comparison.methods.iter().zip(parts) {
             let (mut cells, mut cost) = (Vec::new(), Cost::default());
-            for Part { planned, batches } in parts {
+            for part in parts {
                 executor.clear();
-                let Nfe { forward, backward } = planned.nfe();
-                cost.nfe.forward += batches.len() * forward;
-                cost.nfe.backward += batches.len() * backward;
+                let Nfe { forward, backward } = part.nfe();
+                cost.nfe.forward += forward;
+                cost.nfe.backward += backward;
+                let Part { planned, batches } = part;
                 cost.peak_bytes = cost.peak_bytes.max(planned.footprint().total());
                 let mut loaded = planned.load(executor)?;
                 for positions in batches.iter() {

@@ -37,7 +37,7 @@ pub struct Chosen<'t> {
     pub selection: Selection<'t>,
     /// Bytes of the trace that are kept: those of finished images, and of the one that is gone on with.
     pub trace_end: u64,
-    /// That one, and how many lines there are of it.
+    /// That one, and the first iteration that there is no line of.
     pub traced: Option<(usize, usize)>,
     /// Images that say nothing of how they were made and are taken at their names.
     pub unsigned: usize,
@@ -63,13 +63,13 @@ pub fn choose<'t>(
         let noise_file = extras.save_noise.as_ref().map(|path| targets.beside(path, &target));
         token.iter().chain(&noise_file).try_for_each(|path| atomic::check(path))?;
         // Side files cannot be made without the image.
-        let (lines, end) = traced.as_ref().map_or((extras.iterations, 0), |traced| traced.of(target.index));
-        let has_trace = lines >= extras.iterations;
+        let lines = traced.as_ref().map(|traced| traced.of(target.index));
+        let has_trace = lines.is_none_or(|lines| lines.count >= extras.iterations);
         let has_token = token.is_none_or(|token| textual_inversion::read(&token).is_ok());
         let has_noise = noise_file.is_none_or(|path| tensors::is_noise(&path));
         let has_all = has_trace && has_token && has_noise;
         if is_there && resumes && is_made(args, &target, work, noise, &mut chosen.unsigned)? && has_all {
-            chosen.trace_end = chosen.trace_end.max(end);
+            chosen.trace_end = chosen.trace_end.max(lines.map_or(0, |lines| lines.end));
             if extras.keeps_state {
                 // A run that was killed as it had written the image.
                 state::remove(&target)?;
@@ -84,7 +84,7 @@ pub fn choose<'t>(
     if let (Some(traced), true, false) = (&traced, extras.resume, chosen.selection.is_empty()) {
         let first = chosen.selection.targets(0..1).swap_remove(0);
         if state::is_there(&first) {
-            (chosen.traced, chosen.trace_end) = (Some((first.index, traced.of(first.index).0)), traced.end());
+            (chosen.traced, chosen.trace_end) = (Some((first.index, traced.of(first.index).next)), traced.end());
         }
     }
     Ok(chosen)

@@ -16,7 +16,7 @@ pub fn record(flags: &RunFlags, work: &Work<'_>, noise: &Noise, target: &Target)
     Ok(Record {
         version: env!("CARGO_PKG_VERSION").into(),
         method: method.name().into(),
-        options: method.options(),
+        options: method.options_of(target.seed),
         model: flags.model.name(),
         model_hash: pipeline.model.fingerprint()?,
         prompt: target.prompt.to_string(),

@@ -175,8 +175,7 @@ impl Run<'_> {
         let mut executor = flags.device.executor(flags.check_finite)?;
         let parts = self.work.plan(&flags.device, &*executor, selection, flags.batch)?;
         let largest = parts.iter().map(|part| part.planned.footprint().total()).max().unwrap_or_default();
-        let units = parts.iter().map(|part| part.planned.progress_units().saturating_mul(part.batches.len()));
-        let units = units.fold(0, usize::saturating_add);
+        let units = parts.iter().map(Part::progress_units).fold(0, usize::saturating_add);
         // Not before the plan is known to fit: the trace of an earlier run ends here.
         self.trace =
             self.extras.trace.as_ref().map(|path| Trace::open(path, chosen.trace_end, chosen.traced)).transpose()?;

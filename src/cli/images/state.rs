@@ -11,7 +11,7 @@ use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Bytes of a state: five rows an image of the largest batch there is, in f32.
+/// Bytes of a state: six rows an image of the largest batch there is, in f32.
 const MOST_STATE: u64 = 1 << 34;
 
 pub struct StateFiles {

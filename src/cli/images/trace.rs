@@ -18,12 +18,12 @@ const MOST_LINE: u64 = 1 << 28;
 pub struct Trace {
     path: PathBuf,
     file: File,
-    /// An image that is gone on with, and how many of its lines are there.
+    /// An image that is gone on with, and the first iteration that is not there of it.
     there: Option<(usize, usize)>,
 }
 
 impl Trace {
-    /// Begins a trace, or goes on with one after its first `keep` bytes; of an image that is gone on with they hold so many lines.
+    /// Begins a trace, or goes on with one after its first `keep` bytes; of an image that is gone on with they hold the iterations before one.
     pub fn open(path: &Path, keep: u64, there: Option<(usize, usize)>) -> Result<Trace> {
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(Error::io("create", path))?;
         match file.try_lock() {
@@ -39,7 +39,7 @@ impl Trace {
 
     pub fn write(&mut self, targets: &[Target], report: &Iteration) -> Result<()> {
         // A run that goes on repeats what it had traced and not kept.
-        if self.there.is_some_and(|(image, lines)| targets[0].index == image && report.iteration < lines) {
+        if self.there.is_some_and(|(image, next)| targets[0].index == image && report.iteration < next) {
             return Ok(());
         }
         let mut line = json!(report);
@@ -53,12 +53,22 @@ impl Trace {
 /// Which images a trace is of.
 #[derive(Default)]
 pub struct Traced {
-    /// Per image, its lines and where the last of them ends.
-    images: HashMap<usize, (usize, u64)>,
+    images: HashMap<usize, Lines>,
+}
+
+/// The lines of an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lines {
+    pub count: usize,
+    /// The iteration after the last.
+    pub next: usize,
+    /// Where the last ends.
+    pub end: u64,
 }
 
 #[derive(Deserialize)]
 struct Line {
+    iteration: usize,
     images: Vec<usize>,
     seeds: Vec<u64>,
 }
@@ -75,8 +85,8 @@ impl Traced {
                 return Err(Error::Usage(format!("--trace {}: {what}", path.display())));
             }
             for index in line.images {
-                let (lines, _) = traced.images.get(&index).copied().unwrap_or_default();
-                traced.images.insert(index, (lines + 1, end));
+                let Lines { count, .. } = traced.of(index);
+                traced.images.insert(index, Lines { count: count + 1, next: line.iteration + 1, end });
             }
             Ok(true)
         })?;
@@ -85,11 +95,10 @@ impl Traced {
 
     /// Where the last whole line ends.
     pub fn end(&self) -> u64 {
-        self.images.values().map(|(_, end)| *end).max().unwrap_or_default()
+        self.images.values().map(|lines| lines.end).max().unwrap_or_default()
     }
 
-    /// How many lines an image has, and where they end.
-    pub fn of(&self, index: usize) -> (usize, u64) {
+    pub fn of(&self, index: usize) -> Lines {
         self.images.get(&index).copied().unwrap_or_default()
     }
 }
@@ -160,7 +169,8 @@ mod tests {
         for length in two..whole.len() {
             std::fs::write(&path, &whole[..length]).unwrap();
             let traced = Traced::read(&path, &targets).unwrap();
-            assert_eq!((traced.of(0), traced.of(1)), ((2, two as u64), (0, 0)), "{length}");
+            let two_lines = Lines { count: 2, next: 1, end: two as u64 };
+            assert_eq!((traced.of(0), traced.of(1)), (two_lines, Lines::default()), "{length}");
         }
         let mut trace = Trace::open(&path, two as u64, None).unwrap();
         trace.write(&[targets.get(1)], &report()).unwrap();
@@ -179,7 +189,9 @@ mod tests {
             std::fs::write(&path, text).unwrap();
             assert_eq!(check(&path).unwrap_err().exit_code(), 2, "{text}");
         }
-        for text in ["", "{\"gra", "{\"gradient\":[1", "{\"gradient\":[1],\"images\":[0],\"seeds\":[0]}\n{\"gr"] {
+        for text in
+            ["", "{\"gra", "{\"gradient\":[1", "{\"gradient\":[1],\"images\":[0],\"iteration\":0,\"seeds\":[0]}\n{\"gr"]
+        {
             std::fs::write(&path, text).unwrap();
             check(&path).unwrap();
         }

@@ -9,6 +9,7 @@ use crate::cli::progress::Reporter;
 use crate::cli::terminal::shorten;
 use crate::exec::Executor;
 use crate::methods::{ImageMethod, PlannedMethod, Request};
+use crate::optimize::objective::Nfe;
 use crate::pipeline::Pipeline;
 use crate::pipeline::generate::{Job, Settings};
 use crate::text::Position;
@@ -30,6 +31,20 @@ const SHOWN: usize = 200;
 pub struct Part<'a> {
     pub planned: Box<dyn PlannedMethod + 'a>,
     pub batches: Batches,
+}
+
+impl Part<'_> {
+    /// Of all its batches.
+    pub fn progress_units(&self) -> usize {
+        let of_batches = self.planned.progress_units().saturating_mul(self.batches.len());
+        of_batches.saturating_add(self.planned.shared_units())
+    }
+
+    /// UNet calls of all its batches.
+    pub fn nfe(&self) -> Nfe {
+        let (each, shared, batches) = (self.planned.nfe(), self.planned.shared_nfe(), self.batches.len());
+        Nfe { forward: shared.forward + batches * each.forward, backward: shared.backward + batches * each.backward }
+    }
 }
 
 /// Positions in a selection, in batches of one size.

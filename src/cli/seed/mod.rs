@@ -12,7 +12,7 @@ use crate::cli::paths::Paths;
 use crate::cli::progress::Reporter;
 use crate::weights::Component;
 use crate::{Error, Result};
-use flags::SeedFlags;
+use flags::{SeedFlags, Start};
 use interpolation::InterpolationFlags;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -50,23 +50,36 @@ pub fn run(args: Seed) -> Result<()> {
 }
 
 fn optimise(args: &Seed) -> Result<()> {
+    let flags = &args.images.run;
+    if flags.noise.is_some() && (args.method.start != Start::Noise || args.method.bootstrap.is_some()) {
+        let what = "--start nao|lol and --bootstrap make the starting noises themselves; leave it out";
+        return Err(Error::Usage(format!("--noise: {what}")));
+    }
     let mut extras = Extras { save_noise: args.save_noise.clone(), trace: args.trace.clone(), ..Extras::default() };
     let mut paths = Paths::default();
     args.method.references.iter().for_each(|path| paths.input("--references", path));
+    args.method.other.iter().for_each(|path| paths.input("--other", path));
     args.method.clip.iter().for_each(|path| paths.input("--clip", path));
     let targets = Arc::new(run::targets(&args.images, &extras, paths)?);
     let reporter = Reporter::new(args.images.run.json, args.images.run.quiet);
-    let references = args.method.read(args.images.output.strict)?;
-    references.unreadable.iter().for_each(|error| reporter.warn(&format!("--references: left out: {error}")));
+    let read = args.method.read(args.images.output.strict)?;
+    let others = read.1.iter().map(|other| ("--other", other));
+    for (flag, references) in std::iter::once(("--references", &read.0)).chain(others) {
+        references.unreadable.iter().for_each(|error| reporter.warn(&format!("{flag}: left out: {error}")));
+    }
     let mut pipeline = args.images.run.open()?;
     if let Some(clip) = &args.method.clip {
         pipeline.model.add(Component::Clip, clip)?;
     }
-    let mut method = args.method.seed_select(references, args.images.run.sampling.seed(), args.trace.is_some());
+    let mut method = args.method.seed_select(read, args.images.run.sampling.seed());
+    method.trace = args.trace.is_some();
     method.checkpoints = Some(Arc::new(StateFiles { targets: Arc::clone(&targets), resume: args.resume }));
     (extras.keeps_state, extras.resume) = (true, args.resume);
     // A trace is as long as the patience lasts; one line is the least.
-    extras.iterations = method.options.iterations.min(1);
+    extras.iterations = method.options.iterations.max(method.options.bootstrap.unwrap_or(0)).min(1);
+    if flags.batch > 1 && args.method.bootstrap.is_some() {
+        reporter.warn("--bootstrap: every row of a batch finds the noise that all share; --batch 1 costs least");
+    }
     args.method.remarks().iter().for_each(|remark| reporter.warn(remark));
     run::run(&args.images, &pipeline, &method, &extras, &targets)
 }

@@ -25,6 +25,8 @@ pub(super) struct State {
     pub iteration: usize,
     /// All rows.
     pub noise: Vec<f32>,
+    /// What all images share, all rows; empty before it is found, and where nothing is shared.
+    pub shared: Vec<f32>,
     pub seeds: Vec<Seed>,
     pub optimizer: OptimizerState,
 }
@@ -50,6 +52,7 @@ struct SeedNumbers {
 }
 
 const NUMBERS: &str = "numbers";
+const SHARED: &str = "shared";
 
 fn moment(index: usize) -> String {
     format!("moment.{index}")
@@ -64,6 +67,9 @@ impl State {
             ("first".into(), rows(|seed| &seed.first)),
             ("best".into(), rows(|seed| &seed.best.noise)),
         ];
+        if !self.shared.is_empty() {
+            tensors.push((SHARED.into(), self.shared.clone()));
+        }
         let moments = self.optimizer.moments.iter().enumerate();
         tensors.extend(moments.map(|(index, values)| (moment(index), values.clone())));
         let seeds = self.seeds.iter().map(|seed| SeedNumbers {
@@ -109,6 +115,7 @@ impl State {
             Some(numbers.collect::<Vec<f32>>()).filter(|values| values.len() == batch * len)
         };
         let (noise, first, best) = (tensor("noise")?, tensor("first")?, tensor("best")?);
+        let shared = if file.tensor(SHARED).is_ok() { tensor(SHARED)? } else { vec![] };
         let moments = (0..).map_while(|index| tensor(&moment(index))).collect();
         if numbers.seeds.len() != batch {
             return None;
@@ -118,7 +125,7 @@ impl State {
             Seed { first: first.to_vec(), best, patience: seed.patience, stopped: seed.stopped }
         });
         let optimizer = OptimizerState { taken: numbers.taken, moments };
-        let state = State { iteration: numbers.iteration, noise, seeds: seeds.collect(), optimizer };
+        let state = State { iteration: numbers.iteration, noise, shared, seeds: seeds.collect(), optimizer };
         Some((numbers.key, state))
     }
 }
@@ -138,11 +145,12 @@ mod tests {
             stopped: x > 1.0,
         };
         let optimizer = OptimizerState { taken: 7, moments: vec![vec![0.5; 4], vec![1e-30; 4]] };
-        let state =
-            State { iteration: 7, noise: vec![1.0, 2.0, 3.0, 4.0], seeds: vec![seed(1.0), seed(2.0)], optimizer };
+        let (noise, shared) = (vec![1.0, 2.0, 3.0, 4.0], vec![5.0; 4]);
+        let state = State { iteration: 7, noise, shared, seeds: vec![seed(1.0), seed(2.0)], optimizer };
         let bytes = state.to_bytes("k").unwrap();
         let found = State::parse(&bytes, "k", (2, 2)).unwrap();
         assert_eq!((found.iteration, &found.noise, &found.optimizer), (7, &state.noise, &state.optimizer));
+        assert_eq!(found.shared, state.shared);
         for (found, state) in found.seeds.iter().zip(&state.seeds) {
             assert_eq!((&found.first, &found.best.noise), (&state.first, &state.best.noise));
             assert_eq!((found.best.loss, found.best.iteration), (state.best.loss, 2));

@@ -2,7 +2,7 @@
 
 use super::options::{Convention, Options};
 use super::programs::{seen, tower};
-use super::references::{Encoders, References, Targets};
+use super::references::{Encoders, References, Targets, Wanted};
 use crate::exec::{DataMut, Executor};
 use crate::methods::baselines::judge::{Criterion, Judge, PlannedJudge};
 use crate::optimize::objective::references::{appearance, semantics};
@@ -60,13 +60,13 @@ impl Criterion for Likeness {
             loss_scale: 1.0,
             budget: None,
         };
-        let latents = self.appearance != 0.0;
+        let wanted = Wanted { tower: tower.as_ref(), latents: self.appearance != 0.0, means: false };
         let frame = (convention, [settings.width, settings.height]);
         Ok(Box::new(PlannedLikeness {
             pipeline,
             terms: terms.len(),
             objectives: Objectives::plan(&spec, executor, &terms)?,
-            encoders: Encoders::plan(pipeline, executor, settings.dtype, tower.as_ref(), latents, frame)?,
+            encoders: Encoders::plan(pipeline, executor, settings.dtype, wanted, frame)?,
             likeness: self.clone(),
         }))
     }
@@ -93,7 +93,8 @@ impl PlannedJudge for PlannedLikeness<'_> {
 
     fn load(self: Box<Self>, images: &mut generate::Loaded<'_, '_>) -> Result<Box<dyn Judge>> {
         let Likeness { references, seed, .. } = &self.likeness;
-        let targets = self.encoders.encode(self.pipeline, images.executor(), references, *seed)?;
+        let encoders = self.encoders.load(self.pipeline, images.executor())?;
+        let targets = encoders.targets(images.executor(), references, *seed)?;
         let objectives = self.objectives.load(images.executor(), &self.pipeline.model)?;
         Ok(Box::new(LoadedLikeness { objectives, terms: self.terms, targets }))
     }
@@ -111,7 +112,7 @@ impl Judge for LoadedLikeness {
     }
 
     fn score(&mut self, images: &mut generate::Loaded<'_, '_>, jobs: &[Job], _made: &[Image]) -> Result<Vec<f64>> {
-        self.targets.write(images.executor(), jobs.len())?;
+        Targets::write(&vec![&self.targets; jobs.len()], images.executor())?;
         let (mut scores, mut losses) = (vec![0.0; jobs.len()], vec![0.0; jobs.len()]);
         for term in 0..self.terms {
             self.objectives.run(images, term, &vec![0; jobs.len()], 0)?;

@@ -3,8 +3,10 @@
 use super::Loaded;
 use super::checkpoint::Checkpoints;
 use super::options::Options;
-use super::programs::Programs;
+use super::programs::{Programs, Spec};
 use super::references::References;
+use super::start::Start;
+use super::subset::subset;
 use crate::exec::Executor;
 use crate::methods::{ImageMethod, LoadedMethod, PlannedMethod, Request};
 use crate::optimize::objective::Nfe;
@@ -20,6 +22,8 @@ use std::sync::Arc;
 pub struct SeedSelect {
     pub options: Options,
     pub references: Arc<References>,
+    /// Of other classes, a set each; for the contrast.
+    pub others: Vec<Arc<References>>,
     /// Seed of what is drawn for references.
     pub seed: u64,
     /// Report every iteration.
@@ -28,24 +32,60 @@ pub struct SeedSelect {
     pub checkpoints: Option<Arc<dyn Checkpoints>>,
 }
 
+impl SeedSelect {
+    /// Without trace, checkpoints and other classes.
+    pub fn new(options: Options, references: Arc<References>, seed: u64) -> SeedSelect {
+        SeedSelect { options, references, others: vec![], seed, trace: false, checkpoints: None }
+    }
+}
+
 impl ImageMethod for SeedSelect {
     fn name(&self) -> &'static str {
         "seed"
     }
 
     fn title(&self) -> String {
-        "SeedSelect".into()
+        match self.options.start {
+            Start::Noise => "SeedSelect".into(),
+            Start::Nao => "SeedSelect from NAO".into(),
+            Start::Lol => "SeedSelect from LOL".into(),
+        }
     }
 
     fn options(&self) -> Value {
         let mut options = self.options.record();
         options["references"] = json!(self.references.fingerprint());
+        if self.options.contrast != 0.0 {
+            let others: Vec<String> = self.others.iter().map(|other| other.fingerprint()).collect();
+            options["contrast"]["others"] = json!(others);
+        }
+        if let Some(iterations) = self.options.bootstrap {
+            options["bootstrap"] = json!({"iterations": iterations, "seed": self.seed});
+        }
+        options
+    }
+
+    fn options_of(&self, seed: u64) -> Value {
+        let mut options = self.options();
+        if self.options.bootstrap.is_some() {
+            let names = &self.references.names;
+            let subset = subset(seed, names.len());
+            options["bootstrap"]["subset"] = subset.into_iter().map(|index| names[index].as_str()).collect();
+        }
         options
     }
 
     fn check(&self, batch: usize) -> Result<()> {
         if self.references.pictures.is_empty() {
             return Err(Error::Usage("no reference images; name a folder of PNG, JPEG or WebP".into()));
+        }
+        if self.options.start != Start::Noise && self.references.pictures.len() < 2 {
+            let what = "a start among inverted references takes two at least, and one is given";
+            return Err(Error::Usage(format!("--start {}: {what}", self.options.start.name())));
+        }
+        if (self.options.contrast != 0.0) != self.others.iter().any(|other| !other.pictures.is_empty()) {
+            let what = "a contrast takes a weight and reference images of other classes: --contrast and --other";
+            return Err(Error::Usage(what.into()));
         }
         self.options.check(batch)
     }
@@ -56,6 +96,10 @@ impl ImageMethod for SeedSelect {
         if count == 1 {
             remarks
                 .push("one reference image: its background and pose count as the concept too; 3 to 5 are usual".into());
+        }
+        if count == 1 && self.options.bootstrap.is_some() {
+            remarks
+                .push("one reference image: it is every image's subset, and images differ by their noise alone".into());
         }
         if settings.sampler.steps > 50 {
             remarks
@@ -71,7 +115,9 @@ impl ImageMethod for SeedSelect {
         request: &Request<'_>,
     ) -> Result<Box<dyn PlannedMethod + 'p>> {
         self.check(request.batch)?;
-        let programs = Programs::plan(pipeline, executor, &self.options, request)?;
+        let (references, others) = (self.references.pictures.len(), self.others.len());
+        let spec = Spec { options: &self.options, references, others };
+        let programs = Programs::plan(pipeline, executor, &spec, request)?;
         Ok(Box::new(PlannedSeedSelect { programs, method: self.clone() }))
     }
 }
@@ -92,6 +138,14 @@ impl PlannedMethod for PlannedSeedSelect<'_> {
 
     fn nfe(&self) -> Nfe {
         self.programs.nfe()
+    }
+
+    fn shared_units(&self) -> usize {
+        self.programs.shared_units()
+    }
+
+    fn shared_nfe(&self) -> Nfe {
+        self.programs.shared_nfe()
     }
 
     fn load<'e>(self: Box<Self>, executor: &'e mut dyn Executor) -> Result<Box<dyn LoadedMethod + 'e>>

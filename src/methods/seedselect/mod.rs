@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! c = the mean CLIP features of the references, u = their mean latents
-//! z = the best of some starting noises
+//! z = the best of some starting noises, of the image's own or among those that the references are inverted to
 //! for every iteration:
 //!     s_0 = z;  s_i+1 = a sampling step of s_i                           i = 0 .. T-1
 //!     L = 10 Σ w_i (1 - cos(CLIP(decode(s_i)), c)) + mean (s_T - u)²     the last three i, w = 0.05, 0.25, 0.70
@@ -11,6 +11,7 @@
 //! the image of the z of the lowest L
 //! ```
 
+mod bootstrap;
 mod checkpoint;
 mod judge;
 mod method;
@@ -19,6 +20,8 @@ mod options;
 mod programs;
 mod references;
 mod seed;
+mod start;
+mod subset;
 
 pub use checkpoint::Checkpoints;
 pub use judge::Likeness;
@@ -26,23 +29,28 @@ pub use method::SeedSelect;
 pub use options::{Convention, LearningRate, Options, Patience};
 pub use references::{References, Targets};
 pub use seed::Best;
+pub use start::Start;
+pub use subset::subset;
 
 use crate::Result;
-use crate::exec::Executor;
+use crate::exec::{Data, Executor};
 use crate::methods::ImageMethod;
 use crate::optimize::chain;
 use crate::optimize::objective::loss_scale;
+use crate::optimize::objective::references::buffer;
 use crate::optimize::optimizer::LoadedOptimizer;
 use crate::optimize::variable::Entry;
 use crate::pipeline::decode::Decoder;
-use crate::pipeline::generate::{self, Image, Job, to_channels_last};
+use crate::pipeline::generate::{self, Image, Job, to_channels_first, to_channels_last};
+use crate::pipeline::inversion::Inversion;
 use crate::pipeline::{Iteration, Observer, Progress};
 use crate::sampler::{self, Noise, draw};
 use crate::weights::fingerprint;
 use checkpoint::State;
 use programs::{Programs, TermName};
 use seed::Seed;
-use std::collections::BTreeMap;
+use start::Inverter;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 /// SeedSelect on an executor.
@@ -51,6 +59,10 @@ pub struct Loaded<'p, 'e> {
     optimizer: LoadedOptimizer,
     decoder: Decoder,
     targets: Targets,
+    /// The directions of other classes' features, where they count.
+    others: Vec<Vec<f32>>,
+    /// Where starts are among the inverted references.
+    inverter: Option<Inverter<'p>>,
     options: Options,
     images: generate::Settings,
     /// What the losses of the chain are, in their order, and what each was multiplied with.
@@ -60,11 +72,44 @@ pub struct Loaded<'p, 'e> {
     channels: usize,
     /// Report every iteration.
     trace: bool,
+    /// How many references there are.
+    references: usize,
+    /// Of noises that images share.
+    seed: u64,
+    /// Those of the last batch, `[h, w, C]`.
+    found: HashMap<Conditions, Vec<f32>>,
     checkpoints: Option<Arc<dyn Checkpoints>>,
     /// Everything but the jobs that decides the images, where there are checkpoints.
     settings: String,
     /// Of the last batch.
     best: Vec<Best>,
+}
+
+/// Prompt and negative prompt: what a noise that images share depends on besides its seed.
+type Conditions = (String, Option<String>);
+
+/// A stretch of iterations.
+struct Phase<'a> {
+    /// The batch, whose state is kept.
+    batch: &'a [Job],
+    /// What its rows are optimised as.
+    jobs: &'a [Job],
+    iterations: usize,
+    lr: LearningRate,
+    /// Iterations of the phase before, which the trace counts first.
+    before: usize,
+    /// What the phase before found, all rows; empty where there was none.
+    shared: &'a [f32],
+    /// Report every iteration.
+    trace: bool,
+}
+
+impl<'a> Phase<'a> {
+    /// The whole of a run.
+    fn new(jobs: &'a [Job], options: &Options, trace: bool) -> Phase<'a> {
+        let Options { iterations, lr, .. } = *options;
+        Phase { batch: jobs, jobs, iterations, lr, before: 0, shared: &[], trace }
+    }
 }
 
 /// The losses of one evaluation, per image.
@@ -76,8 +121,19 @@ struct Losses {
 impl<'p, 'e> Loaded<'p, 'e> {
     /// Loads weights and programs, and encodes the references.
     fn new(programs: Programs<'p>, executor: &'e mut dyn Executor, method: &SeedSelect) -> Result<Loaded<'p, 'e>> {
-        let Programs { pipeline, options, images, terms, chain, optimizer, decode, encoders, channels, len } = programs;
-        let targets = encoders.encode(pipeline, executor, &method.references, method.seed)?;
+        let Programs { pipeline, options, images, terms, chain, optimizer, decode, encoders, .. } = programs;
+        let (channels, len) = (programs.channels, programs.len);
+        let encoders = encoders.load(pipeline, executor)?;
+        let targets = encoders.targets(executor, &method.references, method.seed)?;
+        let classes = method.others.iter().map(|other| encoders.centroid(executor, other));
+        let others = classes.collect::<Result<_>>()?;
+        let inverter = |inversion: Inversion<'p>| -> Result<Inverter<'p>> {
+            let means = encoders.means(executor, &method.references)?;
+            let latents = means.iter().map(|mean| to_channels_first(mean, channels)).collect();
+            let inversion = inversion.load(executor)?;
+            Ok(Inverter { inversion, start: options.start, latents, inverted: HashMap::new() })
+        };
+        let inverter = programs.inversion.map(inverter).transpose()?;
         let mut chain = chain.load::<f32>(executor)?;
         let optimizer = optimizer.load(chain.executor(), &pipeline.model)?;
         let decoder = Decoder::load(pipeline, chain.executor(), decode)?;
@@ -90,12 +146,17 @@ impl<'p, 'e> Loaded<'p, 'e> {
             optimizer,
             decoder,
             targets,
+            others,
+            inverter,
             options,
             images,
             terms,
             len,
             channels,
             trace: method.trace,
+            references: method.references.pictures.len(),
+            seed: method.seed,
+            found: HashMap::new(),
             checkpoints: method.checkpoints.clone(),
             settings,
             best: vec![],
@@ -106,46 +167,68 @@ impl<'p, 'e> Loaded<'p, 'e> {
 impl Loaded<'_, '_> {
     /// Makes one full batch of images.
     pub fn run(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
-        self.condition(jobs)?;
-        let (mut seeds, begun) = match self.resume(jobs)? {
-            Some(State { seeds, iteration, .. }) => (seeds, iteration),
+        let seeds = match self.options.bootstrap {
+            Some(iterations) => self.bootstrapped(jobs, iterations, observe)?,
+            None => self.alone(jobs, observe)?,
+        };
+        self.best = seeds.into_iter().map(|seed| seed.best).collect();
+        self.render(jobs, observe)
+    }
+
+    /// Every image optimised for itself, towards all references.
+    fn alone(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Seed>> {
+        self.condition_on_all(jobs)?;
+        let from = match self.kept(jobs)? {
+            Some(state) => self.restore(jobs, state)?,
             None => (self.start(jobs, observe)?, 0),
         };
-        for iteration in begun..self.options.iterations {
+        self.optimise(&Phase::new(jobs, &self.options, self.trace), from, observe)
+    }
+
+    /// Iterates from some seeds on, which have so many iterations behind them.
+    fn optimise(
+        &mut self,
+        phase: &Phase<'_>,
+        (mut seeds, begun): (Vec<Seed>, usize),
+        observe: &mut Observer<'_>,
+    ) -> Result<Vec<Seed>> {
+        for iteration in begun..phase.iterations {
             if seeds.iter().all(|seed| seed.stopped) {
                 break;
             }
             let noise = self.chain.noise()?;
             let losses = self.gradient(observe)?;
-            self.keep((&mut seeds, jobs), &noise, &losses.total, iteration, observe)?;
-            let report = self.trace.then(|| self.report(&seeds, &noise, losses, iteration)).transpose()?;
-            let lr = self.options.lr.at(iteration);
-            self.optimizer.step(self.chain.executor(), lr)?;
+            self.keep((&mut seeds, phase.jobs), &noise, &losses.total, iteration, observe)?;
+            let report = phase.trace.then(|| self.report(&seeds, &noise, losses, (phase, iteration))).transpose()?;
+            self.optimizer.step(self.chain.executor(), phase.lr.at(iteration))?;
             if self.options.renormalise {
                 self.renormalise(&seeds)?;
             }
             observe(Progress::Iteration(report.as_ref()))?;
-            seeds = self.checkpoint(jobs, seeds, iteration + 1)?;
+            seeds = self.checkpoint(phase, seeds, iteration + 1)?;
         }
         if self.options.convention == Convention::Default && !seeds.iter().all(|seed| seed.stopped) {
             let noise = self.chain.noise()?;
             let losses = self.loss(observe)?;
-            self.keep((&mut seeds, jobs), &noise, &losses.total, self.options.iterations, observe)?;
+            self.keep((&mut seeds, phase.jobs), &noise, &losses.total, phase.iterations, observe)?;
         }
-        self.best = seeds.into_iter().map(|seed| seed.best).collect();
-        self.render(jobs, observe)
+        Ok(seeds)
     }
 
-    /// Goes on where an earlier run of the jobs was cut short.
-    fn resume(&mut self, jobs: &[Job]) -> Result<Option<State>> {
+    /// What is kept of an earlier run of the jobs that was cut short.
+    fn kept(&self, jobs: &[Job]) -> Result<Option<State>> {
         let Some(checkpoints) = &self.checkpoints else { return Ok(None) };
-        let Some(bytes) = checkpoints.read(jobs)? else { return Ok(None) };
-        let state = State::parse(&bytes, &self.key(jobs), (jobs.len(), self.len))?;
+        let bytes = checkpoints.read(jobs)?;
+        bytes.map(|bytes| State::parse(&bytes, &self.key(jobs), (jobs.len(), self.len))).transpose()
+    }
+
+    /// Goes on there: the seeds, and how many iterations they have behind them.
+    fn restore(&mut self, jobs: &[Job], state: State) -> Result<(Vec<Seed>, usize)> {
         // Draws of the sampler are those of the jobs.
         self.draw(jobs)?;
         self.chain.set_noise(&state.noise)?;
         self.optimizer.restore(self.chain.executor(), &state.optimizer)?;
-        Ok(Some(state))
+        Ok((state.seeds, state.iteration))
     }
 
     /// Of everything that decides the images of these jobs.
@@ -154,11 +237,11 @@ impl Loaded<'_, '_> {
     }
 
     /// Keeps where the run is, before `iteration`.
-    fn checkpoint(&mut self, jobs: &[Job], seeds: Vec<Seed>, iteration: usize) -> Result<Vec<Seed>> {
+    fn checkpoint(&mut self, phase: &Phase<'_>, seeds: Vec<Seed>, iteration: usize) -> Result<Vec<Seed>> {
         let Some(checkpoints) = self.checkpoints.clone() else { return Ok(seeds) };
         let (noise, optimizer) = (self.chain.noise()?, self.optimizer.state(self.chain.executor())?);
-        let state = State { iteration, noise, seeds, optimizer };
-        checkpoints.write(jobs, &state.to_bytes(&self.key(jobs))?)?;
+        let state = State { iteration, noise, shared: phase.shared.to_vec(), seeds, optimizer };
+        checkpoints.write(phase.batch, &state.to_bytes(&self.key(phase.batch))?)?;
         Ok(state.seeds)
     }
 
@@ -167,35 +250,49 @@ impl Loaded<'_, '_> {
         &self.best
     }
 
-    /// The prompts, and what the loss compares with, a row per image.
-    fn condition(&mut self, jobs: &[Job]) -> Result<()> {
+    /// The prompts, and what the loss compares with, of each row.
+    fn condition(&mut self, jobs: &[Job], targets: &[&Targets]) -> Result<()> {
         self.chain.jobs(jobs)?;
-        self.targets.write(self.chain.executor(), jobs.len())
+        for (class, centroid) in self.others.iter().enumerate() {
+            self.chain.write(&buffer::other(class), Data::F32(&centroid.repeat(jobs.len())))?;
+        }
+        Targets::write(targets, self.chain.executor())
     }
 
-    /// The best of some starting noises of each image: its own, and others under its seed.
+    /// The same where all rows compare with all references.
+    fn condition_on_all(&mut self, jobs: &[Job]) -> Result<()> {
+        let all = self.targets.clone();
+        self.condition(jobs, &vec![&all; jobs.len()])
+    }
+
+    /// The best of some starting noises of each image.
     fn start(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Seed>> {
         let own = self.draw(jobs)?;
-        let mut seeds: Vec<Seed> = own.into_iter().map(Seed::new).collect();
+        if let Some(inverter) = &mut self.inverter {
+            inverter.prepare(self.chain.executor(), jobs, observe)?;
+        }
+        let mut seeds: Vec<Seed> = self.candidate(jobs, &own, 0)?.into_iter().map(Seed::new).collect();
         if self.options.starts > 1 {
             for index in 0..self.options.starts {
-                let noise = match index {
-                    0 => seeds.iter().flat_map(|seed| seed.first.clone()).collect(),
-                    index => self.other(jobs, index),
-                };
-                self.chain.set_noise(&noise)?;
+                let noises = self.candidate(jobs, &own, index)?;
+                self.chain.set_noise(&noises.concat())?;
                 let losses = self.loss(observe)?;
-                for ((seed, noise), loss) in seeds.iter_mut().zip(noise.chunks(self.len)).zip(losses.total) {
+                for ((seed, noise), loss) in seeds.iter_mut().zip(&noises).zip(losses.total) {
                     seed.take(noise, loss, 0);
                 }
             }
             seeds.iter().zip(jobs).try_for_each(|(seed, job)| seed.check(job.seed))?;
             seeds.iter_mut().for_each(Seed::begin_at_best);
         }
+        self.begin(&seeds)?;
+        Ok(seeds)
+    }
+
+    /// At the seeds' first noises, with an optimizer that has made no step.
+    fn begin(&mut self, seeds: &[Seed]) -> Result<()> {
         let noise: Vec<f32> = seeds.iter().flat_map(|seed| seed.first.iter()).copied().collect();
         self.chain.set_noise(&noise)?;
-        self.optimizer.reset(self.chain.executor())?;
-        Ok(seeds)
+        self.optimizer.reset(self.chain.executor())
     }
 
     /// Every image's own noise, and where the sampler adds noise, its draws.
@@ -214,15 +311,21 @@ impl Loaded<'_, '_> {
         Ok(draws.concat().chunks(self.len).map(<[f32]>::to_vec).collect())
     }
 
-    /// Starting noise `index`, from 1, of every image besides its own.
-    fn other(&self, jobs: &[Job], index: usize) -> Vec<f32> {
-        let mut unit = vec![0.0; self.len];
-        let mut all = Vec::with_capacity(jobs.len() * self.len);
-        for job in jobs {
-            sampler::normal(job.seed, draw::SEARCH + index as u64, &mut unit);
-            all.extend(to_channels_last(&unit, self.channels));
-        }
-        all
+    /// Starting noise `index` of every image, `[h, w, C]`: its own and others under its seed, or those among the inverted references.
+    fn candidate(&self, jobs: &[Job], own: &[Vec<f32>], index: usize) -> Result<Vec<Vec<f32>>> {
+        let noise = |(job, own): (&Job, &Vec<f32>)| {
+            let noise = match (&self.inverter, index) {
+                (Some(inverter), _) => inverter.draw(job, index)?,
+                (None, 0) => return Ok(own.clone()),
+                (None, _) => {
+                    let mut unit = vec![0.0; self.len];
+                    sampler::normal(job.seed, draw::SEARCH + index as u64, &mut unit);
+                    unit
+                }
+            };
+            Ok(to_channels_last(&noise, self.channels))
+        };
+        jobs.iter().zip(own).map(noise).collect()
     }
 
     /// Loss and gradient of the noise as it is.
@@ -301,7 +404,13 @@ impl Loaded<'_, '_> {
         self.chain.set_noise(&noise)
     }
 
-    fn report(&self, seeds: &[Seed], noise: &[f32], losses: Losses, iteration: usize) -> Result<Iteration> {
+    fn report(
+        &self,
+        seeds: &[Seed],
+        noise: &[f32],
+        losses: Losses,
+        (phase, iteration): (&Phase<'_>, usize),
+    ) -> Result<Iteration> {
         let gradient = self.chain.read_gradient(Entry::Latents)?;
         let scale = self.loss_scale();
         let rows = || noise.chunks(self.len);
@@ -313,8 +422,8 @@ impl Loaded<'_, '_> {
         Ok(Iteration {
             at: None,
             objective: "seedselect",
-            iteration,
-            lr: self.options.lr.at(iteration),
+            iteration: phase.before + iteration,
+            lr: phase.lr.at(iteration),
             score: losses.total,
             terms,
             gradient: gradient.chunks(self.len).map(|row| length(row) / scale).collect(),

@@ -1,5 +1,6 @@
 //! What SeedSelect is asked for: the terms of its loss, how long and how hard it is minimized, and which iterate is returned.
 
+use super::start::Start;
 use crate::optimize::optimizer::{Clip, Optimizer, Rule};
 use crate::{Error, Result};
 use serde_json::{Value, json};
@@ -40,8 +41,17 @@ pub struct Options {
     pub semantics: f64,
     pub appearance: f64,
     pub norm_prior: f64,
+    /// Of the distance to other classes; an extension.
+    pub contrast: f64,
     /// Starting noises that are tried; the one of the lowest loss is optimised.
     pub starts: usize,
+    /// What they are drawn from.
+    pub start: Start,
+    /// Steps of the inversion of a reference, where starts take one.
+    pub inversion_steps: usize,
+    /// One noise is optimised for all images of a prompt, and every image goes on from near it for so many iterations at the later
+    /// learning rate, towards a subset of the references.
+    pub bootstrap: Option<usize>,
     /// Stop once the loss has risen more often than this one after the other.
     pub patience: Option<usize>,
     /// Bounds on the gradient. That of DOODL (Wallace et al. 2023) is 1e-3 on every number.
@@ -52,6 +62,10 @@ pub struct Options {
 
 /// Weights of the loss at the states after the last steps, the last one last (the released code's SeedOpt, line 139).
 const STATES: [f64; 3] = [0.05, 0.25, 0.70];
+
+/// τ of the contrast, that of supervised contrastive learning (Khosla et al. 2020, arXiv 2004.11362). Ours: that of the paper is not
+/// known.
+pub(super) const TEMPERATURE: f64 = 0.1;
 
 impl Options {
     /// The released code's settings (main.py, lines 85 to 90, 105 and 153): AdamW with torch's decay, a tenth of the rate from the fourth
@@ -64,7 +78,11 @@ impl Options {
         semantics: 10.0,
         appearance: 1.0,
         norm_prior: 0.0,
+        contrast: 0.0,
         starts: 1,
+        start: Start::Noise,
+        inversion_steps: 50,
+        bootstrap: None,
         patience: None,
         clip: None,
         renormalise: false,
@@ -85,7 +103,7 @@ impl Options {
         if self.starts == 0 {
             return wrong("the best of 0 starting noises: must be 1 or more");
         }
-        if self.semantics == 0.0 && self.appearance == 0.0 {
+        if self.semantics == 0.0 && self.appearance == 0.0 && self.contrast == 0.0 {
             return wrong(
                 "nothing of the references is minimized: the weights of semantics and of appearance are both 0",
             );
@@ -94,6 +112,11 @@ impl Options {
             return wrong("a bound on the length of the gradient is on that of a whole batch; choose --batch 1");
         }
         Ok(())
+    }
+
+    /// Whether a term looks through a CLIP.
+    pub(super) fn has_features(&self) -> bool {
+        self.semantics != 0.0 || self.contrast != 0.0
     }
 
     pub(super) fn optimizer(&self) -> Optimizer {
@@ -116,12 +139,19 @@ impl Options {
             Some(Clip::Value(bound)) => json!({"value": bound}),
             Some(Clip::GlobalNorm(bound)) => json!({"norm": bound}),
         };
-        json!({
+        let mut record = json!({
             "released": self.convention == Convention::Released, "iterations": self.iterations, "lr": self.lr.first,
             "lr_from": self.lr.from, "lr_later": self.lr.later, "weight_decay": self.weight_decay, "semantics": self.semantics,
             "appearance": self.appearance, "norm_prior": self.norm_prior, "starts": self.starts, "patience": self.patience,
             "clip": clip, "renormalise": self.renormalise
-        })
+        });
+        if self.contrast != 0.0 {
+            record["contrast"] = json!({"weight": self.contrast, "temperature": TEMPERATURE});
+        }
+        if self.start != Start::Noise {
+            record["start"] = json!({"from": self.start.name(), "inversion_steps": self.inversion_steps});
+        }
+        record
     }
 }
 

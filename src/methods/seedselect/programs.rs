@@ -1,21 +1,25 @@
-//! The programs of SeedSelect: the run as a function of its noise with the terms of the loss, the optimizer, the decoder, the encoders.
+//! The programs of SeedSelect: the run as a function of its noise with the terms of the loss, the optimizer, the decoder, the encoders,
+//! the inversion.
 
-use super::options::{Convention, Options};
-use super::references::Encoders;
+use super::options::{Convention, Options, TEMPERATURE};
+use super::references::{Encoders, Wanted};
+use super::start::{self, Start};
 use crate::exec::Executor;
 use crate::methods::Request;
 use crate::models::detect;
 use crate::optimize::chain::{self, Chain, Storage, Term};
-use crate::optimize::objective::references::{Tower, appearance, norm_prior, semantics};
+use crate::optimize::objective::references::{Tower, appearance, contrast, norm_prior, semantics};
 use crate::optimize::objective::{Nfe, loss_scale};
 use crate::optimize::optimizer::PlannedOptimizer;
 use crate::optimize::variable::Entry;
+use crate::pipeline::inversion::Inversion;
 use crate::pipeline::programs::{self, Sizes};
 use crate::pipeline::{Pipeline, generate};
 use crate::plan::{Footprint, Planned, plan};
 use crate::sampler;
 use crate::weights::Component;
 use crate::{Error, Result};
+use std::collections::HashSet;
 use std::fmt;
 
 /// A term of the loss, as the trace calls it.
@@ -23,6 +27,9 @@ use std::fmt;
 pub enum TermName {
     /// At the state after so many steps.
     Semantics {
+        after: usize,
+    },
+    Contrast {
         after: usize,
     },
     Appearance,
@@ -33,10 +40,20 @@ impl fmt::Display for TermName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             TermName::Semantics { after } => write!(f, "semantics.{after}"),
+            TermName::Contrast { after } => write!(f, "contrast.{after}"),
             TermName::Appearance => f.write_str("appearance"),
             TermName::NormPrior => f.write_str("norm_prior"),
         }
     }
+}
+
+/// What is planned.
+pub struct Spec<'a> {
+    pub options: &'a Options,
+    /// How many there are.
+    pub references: usize,
+    /// Other classes.
+    pub others: usize,
 }
 
 /// SeedSelect, planned but not loaded.
@@ -49,6 +66,9 @@ pub struct Programs<'p> {
     pub(super) optimizer: PlannedOptimizer,
     pub(super) decode: Planned,
     pub(super) encoders: Encoders,
+    pub(super) inversion: Option<Inversion<'p>>,
+    references: usize,
+    fresh: Fresh,
     pub(super) channels: usize,
     pub(super) len: usize,
 }
@@ -58,14 +78,14 @@ impl<'p> Programs<'p> {
     pub fn plan(
         pipeline: &'p Pipeline,
         executor: &dyn Executor,
-        options: &Options,
+        spec: &Spec<'_>,
         request: &Request<'_>,
     ) -> Result<Programs<'p>> {
-        let frugal = Programs::within(pipeline, executor, options, request, None)?;
+        let frugal = Programs::within(pipeline, executor, spec, request, None)?;
         let footprint = frugal.footprint();
         let rest = footprint.total() - footprint.arena_bytes;
         match request.memory.and_then(|memory| memory.checked_sub(rest)) {
-            Some(budget) => Ok(Programs::within(pipeline, executor, options, request, Some(budget)).unwrap_or(frugal)),
+            Some(budget) => Ok(Programs::within(pipeline, executor, spec, request, Some(budget)).unwrap_or(frugal)),
             None => Ok(frugal),
         }
     }
@@ -73,7 +93,7 @@ impl<'p> Programs<'p> {
     fn within(
         pipeline: &'p Pipeline,
         executor: &dyn Executor,
-        options: &Options,
+        &Spec { options, references, others }: &Spec<'_>,
         request: &Request<'_>,
         budget: Option<usize>,
     ) -> Result<Programs<'p>> {
@@ -81,10 +101,10 @@ impl<'p> Programs<'p> {
         let (height, width) = pipeline.latent_size(images.width, images.height)?;
         programs::check_pixels(images.width, images.height, batch)?;
         let sizes = Sizes { batch, height, width, tokens: pipeline.tokens() };
-        let tower = (options.semantics != 0.0).then(|| tower(pipeline)).transpose()?;
+        let tower = options.has_features().then(|| tower(pipeline)).transpose()?;
         let seen = tower.clone().map(|tower| seen(tower, options.convention));
         let scale = sampler::schedule(&pipeline.config.scheduler, &images.sampler)?.initial_scale;
-        let (names, terms) = terms(options, images, seen.as_ref(), scale).into_iter().unzip();
+        let (names, terms) = terms((options, others), images, seen.as_ref(), scale).into_iter().unzip();
         let chain_options = chain::Options {
             width: images.width,
             height: images.height,
@@ -97,9 +117,11 @@ impl<'p> Programs<'p> {
         let chain = Chain::plan(pipeline, executor, &chain_options, &[Entry::Latents], terms)?;
         let parameter = chain.noise_parameter();
         let channels = pipeline.config.unet.in_channels;
+        let inverts = options.start != Start::Noise;
+        let wanted = Wanted { tower: tower.as_ref(), latents: options.appearance != 0.0, means: inverts };
         let how = (options.convention, [images.width, images.height]);
-        let encoders =
-            Encoders::plan(pipeline, executor, images.dtype, tower.as_ref(), options.appearance != 0.0, how)?;
+        let encoders = Encoders::plan(pipeline, executor, images.dtype, wanted, how)?;
+        let inversion = || start::plan(pipeline, executor, images, options.inversion_steps);
         Ok(Programs {
             pipeline,
             options: *options,
@@ -111,6 +133,9 @@ impl<'p> Programs<'p> {
                 executor.workspace(program, node)
             }),
             encoders,
+            inversion: inverts.then(inversion).transpose()?,
+            references,
+            fresh: Fresh::of(request),
             channels,
             len: channels * height * width,
         })
@@ -121,6 +146,7 @@ impl<'p> Programs<'p> {
         all.extend(self.optimizer.all());
         all.push(&self.decode);
         all.extend(self.encoders.programs());
+        all.extend(self.inversion.iter().flat_map(Inversion::programs));
         all
     }
 
@@ -128,23 +154,95 @@ impl<'p> Programs<'p> {
         Footprint::of(&self.all())
     }
 
-    /// Runs of the sampler from start to end without a gradient: trying starts, the last iterate, the image.
-    fn plain_runs(&self) -> usize {
+    /// Of a batch.
+    fn runs(&self) -> Runs {
+        let image = 1;
+        match self.options.bootstrap {
+            None => Runs { plain: self.optimisation().plain + image, ..self.optimisation() },
+            Some(iterations) => Runs { there_and_back: iterations, plain: self.last_look() + image },
+        }
+    }
+
+    /// Of what is shared: the noise of bootstrapped images, for every batch with a prompt that the batch before has not.
+    fn shared_runs(&self) -> Runs {
+        let Runs { there_and_back, plain } = self.optimisation();
+        let batches = if self.options.bootstrap.is_some() { self.fresh.batches } else { 0 };
+        Runs { there_and_back: batches * there_and_back, plain: batches * plain }
+    }
+
+    /// From the starting noises to the last iterate.
+    fn optimisation(&self) -> Runs {
         let starts = if self.options.starts > 1 { self.options.starts } else { 0 };
-        starts + usize::from(self.options.convention == Convention::Default) + 1
+        Runs { there_and_back: self.options.iterations, plain: starts + self.last_look() }
+    }
+
+    /// Whether the last iterate is looked at.
+    fn last_look(&self) -> usize {
+        usize::from(self.options.convention == Convention::Default)
+    }
+
+    /// Of all batches, each reference under each prompt.
+    fn inversions(&self) -> usize {
+        self.references * self.fresh.prompts
     }
 
     pub fn progress_units(&self) -> usize {
-        let Options { iterations, .. } = self.options;
-        iterations * (1 + 2 * self.images.sampler.steps) + self.plain_runs() * self.images.sampler.steps
+        self.runs().progress_units(self.images.sampler.steps)
+    }
+
+    pub fn shared_units(&self) -> usize {
+        let inversion = self.inversion.as_ref().map_or(0, Inversion::calls);
+        self.inversions() * inversion + self.shared_runs().progress_units(self.images.sampler.steps)
+    }
+
+    pub fn nfe(&self) -> Nfe {
+        self.runs().nfe(&self.chain)
+    }
+
+    pub fn shared_nfe(&self) -> Nfe {
+        let inversion = self.inversion.as_ref().map_or(0, Inversion::nfe);
+        let Nfe { forward, backward } = self.shared_runs().nfe(&self.chain);
+        Nfe { forward: self.inversions() * inversion + forward, backward }
+    }
+}
+
+/// Runs of the sampler from start to end.
+struct Runs {
+    there_and_back: usize,
+    /// Without a gradient: trying starts, the last iterate, the image.
+    plain: usize,
+}
+
+impl Runs {
+    fn progress_units(&self, steps: usize) -> usize {
+        self.there_and_back * (1 + 2 * steps) + self.plain * steps
     }
 
     /// Where each step is computed again on the way back, that is a forward too.
-    pub fn nfe(&self) -> Nfe {
-        let calls = self.chain.calls();
-        let again = usize::from(matches!(self.chain.storage(), Storage::Latents(_)));
-        let Options { iterations, .. } = self.options;
-        Nfe { forward: calls * (self.plain_runs() + iterations * (1 + again)), backward: calls * iterations }
+    fn nfe(&self, chain: &Chain<'_>) -> Nfe {
+        let (calls, again) = (chain.calls(), usize::from(matches!(chain.storage(), Storage::Latents(_))));
+        Nfe { forward: calls * (self.plain + self.there_and_back * (1 + again)), backward: calls * self.there_and_back }
+    }
+}
+
+/// What batches have that the one before has not.
+struct Fresh {
+    prompts: usize,
+    /// Batches with such a prompt.
+    batches: usize,
+}
+
+impl Fresh {
+    fn of(request: &Request<'_>) -> Fresh {
+        let (mut fresh, mut before) = (Fresh { prompts: 0, batches: 0 }, HashSet::new());
+        for batch in request.prompts.chunks(request.batch.max(1)) {
+            let prompts: HashSet<&str> = batch.iter().copied().collect();
+            let new = prompts.difference(&before).count();
+            fresh.prompts += new;
+            fresh.batches += usize::from(new > 0);
+            before = prompts;
+        }
+        fresh
     }
 }
 
@@ -166,9 +264,10 @@ pub(super) fn seen(tower: Tower, convention: Convention) -> Tower {
     }
 }
 
-/// The terms that count, each with its name and what it is multiplied with; `scale` is that of the noise a run starts from.
+/// The terms that count, each with its name and what it is multiplied with, with so many other classes; `scale` is that of the noise a
+/// run starts from.
 fn terms<'a>(
-    options: &Options,
+    (options, others): (&Options, usize),
     images: &generate::Settings,
     tower: Option<&'a Tower>,
     scale: f64,
@@ -178,9 +277,15 @@ fn terms<'a>(
     let mut terms = Vec::new();
     if let Some(tower) = tower {
         for (after, fraction) in Options::states(steps) {
-            let weight = options.semantics * fraction;
-            let term = Term::after(after, semantics(tower, loss_scale * weight));
-            terms.push(((TermName::Semantics { after }, weight), term));
+            let [weight, apart] = [options.semantics, options.contrast].map(|weight| weight * fraction);
+            if weight != 0.0 {
+                let term = Term::after(after, semantics(tower, loss_scale * weight));
+                terms.push(((TermName::Semantics { after }, weight), term));
+            }
+            if apart != 0.0 {
+                let term = Term::after(after, contrast(tower, others, TEMPERATURE, loss_scale * apart));
+                terms.push(((TermName::Contrast { after }, apart), term));
+            }
         }
     }
     if options.appearance != 0.0 {

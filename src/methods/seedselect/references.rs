@@ -82,13 +82,20 @@ impl Targets {
         mean.iter().map(|x| (x / length) as f32).collect()
     }
 
-    /// Writes them where the loss reads them, a row for each of so many images; of a term that counts nothing there is none.
-    pub(super) fn write(&self, executor: &mut dyn Executor, images: usize) -> Result<()> {
-        if !self.features.is_empty() {
-            executor.write(buffer::CENTROID, Data::F32(&self.centroid().repeat(images)))?;
+    /// Those of some references alone, by their indices.
+    pub fn of(&self, subset: &[usize]) -> Targets {
+        let chosen = |rows: &[Vec<f32>]| subset.iter().filter_map(|index| rows.get(*index).cloned()).collect();
+        Targets { features: chosen(&self.features), latents: chosen(&self.latents) }
+    }
+
+    /// Writes those of each image where the loss reads them; of a term that counts nothing there is none.
+    pub(super) fn write(images: &[&Targets], executor: &mut dyn Executor) -> Result<()> {
+        let all = |row: fn(&Targets) -> Vec<f32>| images.iter().flat_map(|targets| row(targets)).collect::<Vec<f32>>();
+        if images.iter().all(|targets| !targets.features.is_empty()) {
+            executor.write(buffer::CENTROID, Data::F32(&all(Targets::centroid)))?;
         }
-        if !self.latents.is_empty() {
-            executor.write(buffer::LATENTS, Data::F32(&self.mean_latents().repeat(images)))?;
+        if images.iter().all(|targets| !targets.latents.is_empty()) {
+            executor.write(buffer::LATENTS, Data::F32(&all(Targets::mean_latents)))?;
         }
         Ok(())
     }
@@ -112,10 +119,22 @@ const FEATURES: &str = "references.features";
 const IMAGE: &str = "references.image";
 const MOMENTS: &str = "references.moments";
 
-/// The programs that make targets of pictures, one at a time; those of terms that count nothing are left out.
+/// What is made of pictures.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Wanted<'a> {
+    /// Features of this CLIP, with the preprocessing of references.
+    pub tower: Option<&'a Tower>,
+    /// Latents to compare with.
+    pub latents: bool,
+    /// Latents to invert.
+    pub means: bool,
+}
+
+/// The programs that make it, one picture at a time; those that nobody wants are left out.
 pub(super) struct Encoders {
     tower: Option<(Tower, Planned)>,
     vae: Option<Planned>,
+    latents: bool,
     frame: Frame,
 }
 
@@ -128,13 +147,12 @@ struct Frame {
 }
 
 impl Encoders {
-    /// `tower` for features, with the preprocessing of references; `latents` for images of `[width, height]`.
+    /// For images of `[width, height]`.
     pub fn plan(
         pipeline: &Pipeline,
         executor: &dyn Executor,
         dtype: DType,
-        tower: Option<&Tower>,
-        latents: bool,
+        wanted: Wanted<'_>,
         (convention, [width, height]): (Convention, [usize; 2]),
     ) -> Result<Encoders> {
         let plan = |program: Program| plan(program, |program, node| executor.workspace(program, node));
@@ -157,8 +175,9 @@ impl Encoders {
             Ok(plan(b.finish()?))
         };
         Ok(Encoders {
-            tower: tower.map(planned_tower).transpose()?,
-            vae: latents.then(planned_vae).transpose()?,
+            tower: wanted.tower.map(planned_tower).transpose()?,
+            vae: (wanted.latents || wanted.means).then(planned_vae).transpose()?,
+            latents: wanted.latents,
             frame: Frame { convention, width, height },
         })
     }
@@ -167,33 +186,72 @@ impl Encoders {
         self.tower.iter().map(|(_, planned)| planned).chain(&self.vae).collect()
     }
 
-    /// Loads the programs and encodes the references.
-    pub fn encode(
-        self,
-        pipeline: &Pipeline,
+    pub fn load<'p>(self, pipeline: &'p Pipeline, executor: &mut dyn Executor) -> Result<LoadedEncoders<'p>> {
+        let Encoders { tower, vae, latents, frame } = self;
+        let mut load = |planned: Planned| executor.load(planned, &pipeline.model);
+        let tower = tower.map(|(tower, planned)| Ok((tower, load(planned)?))).transpose()?;
+        Ok(LoadedEncoders { pipeline, tower, vae: vae.map(load).transpose()?, latents, frame })
+    }
+}
+
+/// Encoders with their programs on an executor.
+pub(super) struct LoadedEncoders<'p> {
+    pipeline: &'p Pipeline,
+    tower: Option<(Tower, ProgramId)>,
+    vae: Option<ProgramId>,
+    latents: bool,
+    frame: Frame,
+}
+
+impl LoadedEncoders<'_> {
+    /// What the loss compares with; `seed` is of what is drawn for it.
+    pub fn targets(&self, executor: &mut dyn Executor, references: &References, seed: u64) -> Result<Targets> {
+        let mut targets = Targets { features: self.features(executor, references)?, latents: vec![] };
+        if self.latents {
+            let draw = |index: u64| (self.frame.convention == Convention::Released).then_some((seed, index));
+            targets.latents = self.encode(executor, references, draw)?;
+        }
+        finite(targets.features.iter().chain(&targets.latents))?;
+        Ok(targets)
+    }
+
+    /// The direction of the features of a class.
+    pub fn centroid(&self, executor: &mut dyn Executor, class: &References) -> Result<Vec<f32>> {
+        let targets = Targets { features: self.features(executor, class)?, latents: vec![] };
+        finite(targets.features.iter())?;
+        Ok(targets.centroid())
+    }
+
+    fn features(&self, executor: &mut dyn Executor, references: &References) -> Result<Vec<Vec<f32>>> {
+        let Some((tower, program)) = &self.tower else { return Ok(vec![]) };
+        references.pictures.iter().map(|picture| features(executor, *program, tower, picture)).collect()
+    }
+
+    /// The means of the posteriors, `[h, w, C]` at the UNet's scale.
+    pub fn means(&self, executor: &mut dyn Executor, references: &References) -> Result<Vec<Vec<f32>>> {
+        let means = self.encode(executor, references, |_| None)?;
+        finite(means.iter())?;
+        Ok(means)
+    }
+
+    fn encode(
+        &self,
         executor: &mut dyn Executor,
         references: &References,
-        seed: u64,
-    ) -> Result<Targets> {
-        let mut targets = Targets::default();
-        if let Some((tower, planned)) = self.tower {
-            let program = executor.load(planned, &pipeline.model)?;
-            for picture in &references.pictures {
-                targets.features.push(features(executor, program, &tower, picture)?);
-            }
-        }
-        if let Some(planned) = self.vae {
-            let program = executor.load(planned, &pipeline.model)?;
-            for (index, picture) in references.pictures.iter().enumerate() {
-                let draw = (self.frame.convention == Convention::Released).then_some((seed, index as u64));
-                targets.latents.push(latents(pipeline, executor, program, self.frame, picture, draw)?);
-            }
-        }
-        let mut all = targets.features.iter().chain(&targets.latents).flatten();
-        match all.all(|x| x.is_finite()) {
-            true => Ok(targets),
-            false => Err(Error::NotFinite("what is made of the reference images".into())),
-        }
+        draw: impl Fn(u64) -> Option<(u64, u64)>,
+    ) -> Result<Vec<Vec<f32>>> {
+        let Some(program) = self.vae else { return Ok(vec![]) };
+        let encode = |(index, picture): (usize, &Picture)| {
+            latents(self.pipeline, executor, program, self.frame, picture, draw(index as u64))
+        };
+        references.pictures.iter().enumerate().map(encode).collect()
+    }
+}
+
+fn finite<'x>(mut all: impl Iterator<Item = &'x Vec<f32>>) -> Result<()> {
+    match all.all(|values| values.iter().all(|x| x.is_finite())) {
+        true => Ok(()),
+        false => Err(Error::NotFinite("what is made of the reference images".into())),
     }
 }
 
@@ -263,6 +321,9 @@ mod tests {
         // The longer one counts more.
         assert_eq!(targets.centroid(), [0.6, 0.8]);
         assert_eq!(targets.mean_latents(), [2.5]);
+        let second = targets.of(&[1]);
+        assert_eq!((second.centroid(), second.mean_latents()), (vec![0.0, 1.0], vec![4.0]));
+        assert_eq!(targets.of(&[0, 1]).centroid(), targets.centroid());
     }
 
     #[test]
