@@ -2,7 +2,7 @@
 //! like a few reference images of a rare concept. The model stays as it is.
 //!
 //! ```text
-//! c = the mean CLIP features of the references, u = their mean latents
+//! c = the mean CLIP features of the references, u = their mean latents, p = the features of the prompt
 //! z = the best of some starting noises, of the image's own or among those that the references are inverted to
 //! for every iteration:
 //!     s_0 = z;  s_i+1 = a sampling step of s_i                           i = 0 .. T-1
@@ -18,6 +18,7 @@ mod method;
 pub mod nao;
 mod options;
 mod programs;
+mod prompt;
 mod references;
 mod seed;
 mod start;
@@ -48,6 +49,7 @@ use crate::sampler::{self, Noise, draw};
 use crate::weights::fingerprint;
 use checkpoint::State;
 use programs::{Programs, TermName};
+use prompt::LoadedPrompt;
 use seed::Seed;
 use start::Inverter;
 use std::collections::{BTreeMap, HashMap};
@@ -59,6 +61,7 @@ pub struct Loaded<'p, 'e> {
     optimizer: LoadedOptimizer,
     decoder: Decoder,
     targets: Targets,
+    prompt: Option<LoadedPrompt>,
     /// The directions of other classes' features, where they count.
     others: Vec<Vec<f32>>,
     /// Where starts are among the inverted references.
@@ -125,6 +128,7 @@ impl<'p, 'e> Loaded<'p, 'e> {
         let (channels, len) = (programs.channels, programs.len);
         let encoders = encoders.load(pipeline, executor)?;
         let targets = encoders.targets(executor, &method.references, method.seed)?;
+        let prompt = programs.prompt.map(|prompt| prompt.load(pipeline, executor)).transpose()?;
         let classes = method.others.iter().map(|other| encoders.centroid(executor, other));
         let others = classes.collect::<Result<_>>()?;
         let inverter = |inversion: Inversion<'p>| -> Result<Inverter<'p>> {
@@ -146,6 +150,7 @@ impl<'p, 'e> Loaded<'p, 'e> {
             optimizer,
             decoder,
             targets,
+            prompt,
             others,
             inverter,
             options,
@@ -256,6 +261,7 @@ impl Loaded<'_, '_> {
         for (class, centroid) in self.others.iter().enumerate() {
             self.chain.write(&buffer::other(class), Data::F32(&centroid.repeat(jobs.len())))?;
         }
+        self.prompt.iter().try_for_each(|prompt| prompt.write(self.chain.executor(), jobs))?;
         Targets::write(targets, self.chain.executor())
     }
 
@@ -330,7 +336,7 @@ impl Loaded<'_, '_> {
 
     /// Loss and gradient of the noise as it is.
     fn gradient(&mut self, observe: &mut Observer<'_>) -> Result<Losses> {
-        let (mut done, steps) = (0, 2 * self.images.sampler.steps);
+        let (mut done, steps) = (0, 2 * self.chain.steps());
         let losses = self.chain.gradient_observed(&mut || {
             done += 1;
             observe(Progress::Step { done, steps })
@@ -340,7 +346,7 @@ impl Loaded<'_, '_> {
 
     /// Loss alone.
     fn loss(&mut self, observe: &mut Observer<'_>) -> Result<Losses> {
-        let (mut done, steps) = (0, self.images.sampler.steps);
+        let (mut done, steps) = (0, self.chain.steps());
         let losses = self.chain.loss_observed(&mut || {
             done += 1;
             observe(Progress::Step { done, steps })
@@ -435,7 +441,11 @@ impl Loaded<'_, '_> {
     fn render(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
         let noise: Vec<f32> = self.best.iter().flat_map(|best| best.noise.iter()).copied().collect();
         self.chain.set_noise(&noise)?;
-        self.loss(observe)?;
+        let (mut done, steps) = (0, self.images.sampler.steps);
+        self.chain.sample(&mut || {
+            done += 1;
+            observe(Progress::Step { done, steps })
+        })?;
         self.decoder.finish(self.chain.executor(), jobs, observe)
     }
 }
