@@ -34,7 +34,7 @@ pub struct Iteration {
     pub lr: f64,
     /// What the objective reports before the update.
     pub score: Vec<f64>,
-    /// What it is a sum of, unweighted, by name.
+    /// What it is a sum of, unweighted, and what was measured beside it, by name.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub terms: BTreeMap<String, Vec<f64>>,
     /// Length of the gradient of what is optimised.

@@ -12,8 +12,20 @@ use std::time::Instant;
 use tempfile::TempDir;
 
 /// What every path flag is for; a new one has to be entered here.
-const INPUTS: [&str; 11] =
-    ["model", "unet", "token", "noise", "prompts", "init_token", "baseline", "images", "path", "references", "clip"];
+const INPUTS: [&str; 12] = [
+    "model",
+    "unet",
+    "token",
+    "noise",
+    "prompts",
+    "init_token",
+    "baseline",
+    "images",
+    "path",
+    "references",
+    "clip",
+    "judge",
+];
 const OUTPUTS: [&str; 7] = ["out", "latents_out", "trace", "save_token", "save_noise", "compare", "sheet"];
 
 fn commands() -> Vec<Command> {

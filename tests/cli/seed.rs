@@ -1,6 +1,7 @@
 //! `rarebit seed` as a user meets it: references to an image, its trace and its noise, images between noises, one line for every mistake.
 
 use crate::common::command::{fails, files, path, rarebit, succeeds, text};
+use crate::common::golden::data_folder;
 use crate::common::sheet::{lines, named, pixels};
 use serde_json::Value;
 use std::fs;
@@ -148,6 +149,35 @@ fn broken_references_are_named() {
     fs::remove_file(&image).unwrap();
     fails(&[&args[..], &["--strict"]].concat(), 1, &["broken.png"]);
     assert!(fs::metadata(&image).is_err());
+}
+
+/// Who judges stands in every line of the trace, and decides nothing.
+#[test]
+fn a_judge_is_held_out() {
+    let out = TempDir::new().unwrap();
+    let references = references(&out);
+    let [image, trace] = ["i.png", "t.jsonl"].map(|name| path(&out, name));
+    let args = [&["seed", PROMPT, "--references", &references, "--out", &image, "--trace", &trace][..], &FAST].concat();
+    succeeds(&args);
+    let plain = fs::read(&image).unwrap();
+    for judge in ["shapes", &data_folder("tiny-clip-h").display().to_string()] {
+        succeeds(&[&args[..], &["--judge", judge]].concat());
+        assert!(fs::read(&image).unwrap() == plain, "{judge}");
+        for line in fs::read_to_string(&trace).unwrap().lines() {
+            let line: Value = serde_json::from_str(line).unwrap();
+            let score = line["terms"]["held_out"][0].as_f64().unwrap();
+            assert!((-1.0..=1.0).contains(&score) && line["terms"]["log_density"][0].as_f64() < Some(0.0), "{line}");
+        }
+    }
+    let same = data_folder("tiny-clip-l").display().to_string();
+    let said = text(&rarebit(&[&args[..], &["--judge", &same, "--clip", &same]].concat()).stderr);
+    assert!(said.contains("--judge") && said.contains("no judgement"), "{said}");
+    let refused = |flags: &[&str], code: i32, words: &[&str]| fails(&[&args[..], flags].concat(), code, words);
+    refused(&["--judge", "nowhere"], 1, &["nowhere"]);
+    refused(&["--judge", "shapes", "--size", "32x32"], 2, &["`shapes` world", "64x64"]);
+    let other = ["seed", "a lighthouse", "--references", &references, "--out", &image, "--judge", "shapes"];
+    fails(&other, 2, &["--judge", "--trace"]);
+    fails(&[&other[..], &["--trace", &trace]].concat(), 2, &["--judge shapes", "a lighthouse"]);
 }
 
 /// A step into nowhere is said, and what was best before is made.

@@ -1,12 +1,14 @@
 //! SeedSelect: gradients through CLIP, decoder and all steps, the algebra of its loss, what is returned, and that nothing but a job decides its image.
 
-use crate::common::golden::Golden;
+use crate::common::golden::{Golden, data_folder};
 use crate::common::inputs;
 use rarebit::data::images::Picture;
 use rarebit::exec::Data;
 use rarebit::exec::cpu::Cpu;
-use rarebit::methods::seedselect::{LearningRate, Options, References, SeedSelect};
+use rarebit::methods::seedselect::nao::chi::Chi;
+use rarebit::methods::seedselect::{HeldOut, LearningRate, Options, References, SeedSelect, Watch};
 use rarebit::methods::{ImageMethod, Request};
+use rarebit::metrics::shapes::World;
 use rarebit::models::detect;
 use rarebit::optimize::chain::{self, Chain, Term};
 use rarebit::optimize::objective::references::{Tower, appearance, buffer, contrast, norm_prior, semantics};
@@ -14,6 +16,7 @@ use rarebit::optimize::variable::Entry;
 use rarebit::pipeline::generate::{self, Generator, Image, Job};
 use rarebit::pipeline::{Iteration, Pipeline, Progress};
 use rarebit::program::DType;
+use rarebit::rewards::{Attributes, Scorer};
 use rarebit::sampler::{self, Method, Rng};
 use rarebit::weights::Component;
 use std::sync::Arc;
@@ -63,30 +66,37 @@ struct Made {
     images: Vec<Image>,
     noises: Vec<Vec<f32>>,
     iterations: Vec<Iteration>,
+    /// What was said of images.
+    remarks: Vec<(usize, String)>,
     steps: usize,
 }
 
 fn run(pipeline: &Pipeline, method: &SeedSelect, steps: usize, jobs: &[Job]) -> Made {
+    run_within(None, pipeline, method, steps, jobs)
+}
+
+fn run_within(memory: Option<usize>, pipeline: &Pipeline, method: &SeedSelect, steps: usize, jobs: &[Job]) -> Made {
     let mut cpu = Cpu::<f32>::new();
     let (settings, prompts) = (settings(steps), vec![PROMPT; jobs.len()]);
-    let request = Request { settings: &settings, batch: jobs.len(), prompts: &prompts, memory: None };
+    let request = Request { settings: &settings, batch: jobs.len(), prompts: &prompts, memory };
     let planned = method.plan(pipeline, &cpu, &request).unwrap();
     let units = planned.progress_units();
     let mut loaded = planned.load(&mut cpu).unwrap();
-    let (mut iterations, mut done) = (vec![], 0);
+    let (mut iterations, mut remarks, mut done) = (vec![], vec![], 0);
     let images = loaded
         .run(jobs, &mut |progress| {
             match progress {
                 Progress::Iteration(report) => iterations.push(report.unwrap().clone()),
                 Progress::Step { .. } => done += 1,
-                Progress::Image { .. } | Progress::Remark { .. } | Progress::Again => {}
+                Progress::Remark { index, text } => remarks.push((index, text.to_string())),
+                Progress::Image { .. } | Progress::Again => {}
             }
             Ok(())
         })
         .unwrap();
     assert!(done + iterations.len() <= units, "{done} steps and {} iterations of {units}", iterations.len());
     let noises = (0..jobs.len()).map(|index| loaded.noise(index).unwrap()).collect();
-    Made { images, noises, iterations, steps: done }
+    Made { images, noises, iterations, remarks, steps: done }
 }
 
 fn method(pipeline: &Pipeline, options: Options) -> SeedSelect {
@@ -96,6 +106,7 @@ fn method(pipeline: &Pipeline, options: Options) -> SeedSelect {
         seed: 0,
         trace: true,
         checkpoints: None,
+        watch: Watch::default(),
     }
 }
 
@@ -274,6 +285,7 @@ fn any_model_and_sampler_make_the_image_again() {
         seed: 0,
         trace: false,
         checkpoints: None,
+        watch: Watch::default(),
     };
     for (pipeline, settings) in cases {
         let mut cpu = Cpu::<f32>::new();
@@ -340,8 +352,14 @@ fn finds_back_to_its_own_image() {
     let options = Options { iterations: 30, starts: 1, lr, semantics: 0.0, patience: None, ..Options::DEFAULT };
     let references = Arc::new(references);
     let scores = |options: Options, from: Vec<f32>| -> Vec<f64> {
-        let method =
-            SeedSelect { options, references: Arc::clone(&references), seed: 0, trace: true, checkpoints: None };
+        let method = SeedSelect {
+            options,
+            references: Arc::clone(&references),
+            seed: 0,
+            trace: true,
+            checkpoints: None,
+            watch: Watch::default(),
+        };
         let made = run(&pipeline, &method, 4, &[Job { draws: vec![from], ..job(7) }]);
         made.iterations.iter().map(|iteration| iteration.score[0]).collect()
     };
@@ -350,6 +368,74 @@ fn finds_back_to_its_own_image() {
     let scores = scores(options, near);
     let least = scores.iter().copied().fold(f64::INFINITY, f64::min);
     assert!(least - own < (scores[0] - own) / 5.0, "{scores:?} and at the image's own noise {own}");
+}
+
+/// Every iteration has the length of its noise and how likely that is; of a length that no noise has it is said once an image.
+#[test]
+fn unlikely_lengths_are_said() {
+    let pipeline = pipeline();
+    let chi = Chi::new(LEN).unwrap();
+    for (lr, expected) in [(0.01, 0), (0.6, 2)] {
+        let lr = LearningRate { first: lr, from: 9, later: lr };
+        let options = Options { iterations: 3, starts: 1, lr, patience: None, ..Options::DEFAULT };
+        let made = run(&pipeline, &method(&pipeline, options), 3, &[job(3), job(4)]);
+        for iteration in &made.iterations {
+            let [lengths, densities] = ["norm", "log_density"].map(|name| &iteration.terms[name]);
+            assert!(lengths.iter().zip(densities).all(|(r, f)| chi.log_density(*r) == *f));
+        }
+        let last = &made.iterations[2].terms;
+        let far = last["norm"].iter().filter(|r| (**r - chi.mode()).abs() > 5.0).count();
+        assert_eq!((far, made.remarks.len()), (expected, expected), "{last:?}");
+        for (image, (index, text)) in made.remarks.iter().enumerate() {
+            assert!(*index == image && text.contains(&format!("seed {}", image + 3)) && text.contains("--norm-prior"));
+        }
+    }
+}
+
+/// A judge sees every iteration and changes nothing, however the run is stored: not a bit of the images, noises and losses.
+#[test]
+fn judged_by_what_is_held_out() {
+    let mut pipeline = pipeline();
+    pipeline.model.add(Component::HeldOutClip, &data_folder("tiny-clip-h")).unwrap();
+    pipeline.model.take(Component::Reader, rarebit::assets::shapes_reader().unwrap()).unwrap();
+    let options = Options { iterations: 2, starts: 1, ..Options::DEFAULT };
+    // The image of the first iteration of seed 3 is the one reference.
+    let plain = SeedSelect { references: Arc::new(references(&pipeline, &[3])), ..method(&pipeline, options) };
+    let jobs = [job(3), job(4)];
+    let without = run(&pipeline, &plain, 8, &jobs);
+    let image = &plain.references.pictures[0].rgb;
+    let world = World::embedded().unwrap();
+    let parse = move |prompt: &str| world.parse(prompt).map_err(rarebit::Error::Usage);
+    let attributes = Attributes::new(&pipeline.model, parse).unwrap();
+    let mut cpu = Cpu::<f32>::new();
+    let scorer = Scorer::plan(&attributes, &cpu, DType::F32, 1, [64, 64]).unwrap();
+    let probability =
+        scorer.load(&mut cpu, &pipeline.model).unwrap().score(&mut cpu, &[image], &[PROMPT]).unwrap()[0].exp();
+    for (judge, expected) in [(HeldOut::Clip, 1.0), (HeldOut::Shapes, probability)] {
+        let judged = SeedSelect { watch: Watch { judge: Some(judge) }, ..plain.clone() };
+        let mut found = vec![];
+        for memory in [None, Some(8 << 30)] {
+            let made = run_within(memory, &pipeline, &judged, 8, &jobs);
+            for ((made, without), index) in made.images.iter().zip(&without.images).zip(0..) {
+                assert!(made.rgb == without.rgb && made.latents == without.latents, "{judge:?} {memory:?} {index}");
+            }
+            assert!(made.noises == without.noises);
+            let scores = |made: &Made| made.iterations.iter().map(|line| line.score.clone()).collect::<Vec<_>>();
+            assert_eq!(scores(&made), scores(&without));
+            found.push(made.iterations.iter().map(|line| line.terms["held_out"].clone()).collect::<Vec<_>>());
+        }
+        assert_eq!(found[0], found[1], "{judge:?}");
+        let [first, other] = found[0][0][..] else { panic!("{found:?}") };
+        // The judge sees pixels before they are rounded to bytes.
+        assert!((first - expected).abs() < 5e-3 && first != other, "{judge:?}: {first}, {other} and {expected}");
+        assert!(found[0][1] != found[0][0] && found[0].iter().flatten().all(|x| (-1.0..=1.0).contains(x)), "{found:?}");
+    }
+    let none = Pipeline::open(rarebit::assets::shapes().unwrap(), None).unwrap();
+    let judged = SeedSelect { watch: Watch { judge: Some(HeldOut::Clip) }, ..plain };
+    let settings = settings(4);
+    let request = Request { settings: &settings, batch: 1, prompts: &[PROMPT], memory: None };
+    let error = judged.plan(&none, &cpu, &request).err().unwrap().to_string();
+    assert!(error.contains("--judge"), "{error}");
 }
 
 /// Where the memory is said, every step is kept if that fits; the bits are the same. More steps take more room for their states alone.
@@ -386,6 +472,7 @@ fn mistakes() {
         seed: 0,
         trace: false,
         checkpoints: None,
+        watch: Watch::default(),
     };
     assert!(refused(&none, 1).contains("no reference images"));
     let nothing = method(&pipeline, Options { semantics: 0.0, appearance: 0.0, ..FEW });

@@ -6,7 +6,7 @@ use crate::common::seedselect::{Found, Run};
 use rarebit::data::{images, resample};
 use rarebit::exec::cpu::{Cpu, Real};
 use rarebit::exec::{Data, DataMut, Executor, HostFloat};
-use rarebit::methods::seedselect::{LearningRate, Options as SeedOptions, References, SeedSelect};
+use rarebit::methods::seedselect::{LearningRate, Options as SeedOptions, References, SeedSelect, Watch};
 use rarebit::methods::{ImageMethod, Request};
 use rarebit::models::clip_image;
 use rarebit::optimize::chain::{Chain, Options, Term};
@@ -400,7 +400,8 @@ fn the_method_is_the_references() {
             ..SeedOptions::DEFAULT
         };
         let references = Arc::new(References::read(&run.references()).unwrap());
-        let method = SeedSelect { options, references, seed: 0, trace: true, checkpoints: None };
+        let method =
+            SeedSelect { options, references, seed: 0, trace: true, checkpoints: None, watch: Watch::default() };
         let ([height, width], factor) = (run.size(), pipeline.config.vae.factor());
         let settings = generate::Settings {
             width: width * factor,

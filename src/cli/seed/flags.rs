@@ -6,7 +6,7 @@ use crate::cli::flags::references::ReferenceFlags;
 use crate::cli::flags::values;
 use crate::cli::paths::Paths;
 use crate::methods::ImageMethod;
-use crate::methods::seedselect::{LearningRate, Options, References, SeedSelect};
+use crate::methods::seedselect::{LearningRate, Options, References, SeedSelect, Watch};
 use crate::optimize::optimizer::Clip;
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
@@ -130,7 +130,14 @@ impl SeedFlags {
 
     /// The method on references that were read.
     pub fn seed_select(&self, references: References, seed: u64, trace: bool) -> SeedSelect {
-        SeedSelect { options: self.options(), references: Arc::new(references), seed, trace, checkpoints: None }
+        SeedSelect {
+            options: self.options(),
+            references: Arc::new(references),
+            seed,
+            trace,
+            checkpoints: None,
+            watch: Watch::default(),
+        }
     }
 
     /// What the user may not expect of the options.
@@ -165,6 +172,13 @@ impl MethodFlags for ComparedSeedFlags {
     fn method(&self, context: &Context<'_>) -> Result<Box<dyn ImageMethod>> {
         let references = self.references.read("--methods seed")?;
         let options = Options { iterations: self.seed_iterations, ..Options::DEFAULT };
-        Ok(Box::new(SeedSelect { options, references, seed: context.seed, trace: false, checkpoints: None }))
+        Ok(Box::new(SeedSelect {
+            options,
+            references,
+            seed: context.seed,
+            trace: false,
+            checkpoints: None,
+            watch: Watch::default(),
+        }))
     }
 }

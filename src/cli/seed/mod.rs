@@ -3,6 +3,7 @@
 
 pub mod flags;
 mod interpolation;
+mod watch;
 
 use crate::cli::flags::images::ImageFlags;
 use crate::cli::images::finished::Extras;
@@ -16,11 +17,13 @@ use flags::SeedFlags;
 use interpolation::InterpolationFlags;
 use std::path::PathBuf;
 use std::sync::Arc;
+use watch::WatchFlags;
 
 #[derive(clap::Args)]
 #[command(
     mut_arg("steps", |flag| flag.default_value("20")),
-    mut_group("SeedFlags", |group| group.conflicts_with("interpolate"))
+    mut_group("SeedFlags", |group| group.conflicts_with("interpolate")),
+    mut_group("WatchFlags", |group| group.conflicts_with("interpolate"))
 )]
 pub struct Seed {
     #[command(flatten)]
@@ -32,13 +35,12 @@ pub struct Seed {
     /// Write the optimised noise, for `generate --noise`: safetensors; several images get names of their own
     #[arg(long, value_name = "FILE", conflicts_with = "interpolate", help_heading = "Optimisation")]
     save_noise: Option<PathBuf>,
-    /// Write a JSON line per iteration: loss and its terms, length of noise and gradient, distance moved
-    #[arg(long, value_name = "FILE", conflicts_with = "interpolate", help_heading = "Optimisation")]
-    trace: Option<PathBuf>,
     /// Go on where a run of the same command was cut short: after every iteration its state is kept beside the image, until that is
     /// finished
     #[arg(long, conflicts_with = "interpolate", help_heading = "Optimisation")]
     resume: bool,
+    #[command(flatten)]
+    watch: WatchFlags,
 }
 
 pub fn run(args: Seed) -> Result<()> {
@@ -50,11 +52,14 @@ pub fn run(args: Seed) -> Result<()> {
 }
 
 fn optimise(args: &Seed) -> Result<()> {
-    let mut extras = Extras { save_noise: args.save_noise.clone(), trace: args.trace.clone(), ..Extras::default() };
+    let mut extras =
+        Extras { save_noise: args.save_noise.clone(), trace: args.watch.trace.clone(), ..Extras::default() };
     let mut paths = Paths::default();
     args.method.references.iter().for_each(|path| paths.input("--references", path));
     args.method.clip.iter().for_each(|path| paths.input("--clip", path));
+    args.watch.inputs(&mut paths);
     let targets = Arc::new(run::targets(&args.images, &extras, paths)?);
+    args.watch.check()?;
     let reporter = Reporter::new(args.images.run.json, args.images.run.quiet);
     let references = args.method.read(args.images.output.strict)?;
     references.unreadable.iter().for_each(|error| reporter.warn(&format!("--references: left out: {error}")));
@@ -62,12 +67,14 @@ fn optimise(args: &Seed) -> Result<()> {
     if let Some(clip) = &args.method.clip {
         pipeline.model.add(Component::Clip, clip)?;
     }
-    let mut method = args.method.seed_select(references, args.images.run.sampling.seed(), args.trace.is_some());
+    let mut method = args.method.seed_select(references, args.images.run.sampling.seed(), args.watch.trace.is_some());
+    method.watch = args.watch.watch(&mut pipeline, &targets)?;
     method.checkpoints = Some(Arc::new(StateFiles { targets: Arc::clone(&targets), resume: args.resume }));
     (extras.keeps_state, extras.resume) = (true, args.resume);
     // A trace is as long as the patience lasts; one line is the least.
     extras.iterations = method.options.iterations.min(1);
-    args.method.remarks().iter().for_each(|remark| reporter.warn(remark));
+    let remarks = [args.method.remarks(), args.watch.remarks(args.method.clip.as_deref())];
+    remarks.iter().flatten().for_each(|remark| reporter.warn(remark));
     run::run(&args.images, &pipeline, &method, &extras, &targets)
 }
 

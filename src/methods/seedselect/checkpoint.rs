@@ -115,7 +115,7 @@ impl State {
         }
         let seeds = numbers.seeds.iter().zip(first.chunks(len)).zip(best.chunks(len)).map(|((seed, first), best)| {
             let best = Best { noise: best.to_vec(), loss: f64::from_bits(seed.loss), iteration: seed.iteration };
-            Seed { first: first.to_vec(), best, patience: seed.patience, stopped: seed.stopped }
+            Seed { first: first.to_vec(), best, patience: seed.patience, stopped: seed.stopped, is_unlikely: false }
         });
         let optimizer = OptimizerState { taken: numbers.taken, moments };
         let state = State { iteration: numbers.iteration, noise, seeds: seeds.collect(), optimizer };
@@ -136,6 +136,7 @@ mod tests {
             best: Best { noise: vec![-x, 0.1], loss: f64::from(x) / 3.0, iteration: 2 },
             patience,
             stopped: x > 1.0,
+            is_unlikely: false,
         };
         let optimizer = OptimizerState { taken: 7, moments: vec![vec![0.5; 4], vec![1e-30; 4]] };
         let state =

@@ -2,6 +2,7 @@
 
 use super::Loaded;
 use super::checkpoint::Checkpoints;
+use super::held_out::HeldOut;
 use super::options::Options;
 use super::programs::Programs;
 use super::references::References;
@@ -26,6 +27,14 @@ pub struct SeedSelect {
     pub trace: bool,
     /// Where runs are kept between iterations.
     pub checkpoints: Option<Arc<dyn Checkpoints>>,
+    pub watch: Watch,
+}
+
+/// What is done beside a run; nothing of it changes a pixel.
+#[derive(Clone, Default)]
+pub struct Watch {
+    /// Scores the image of every iteration.
+    pub judge: Option<HeldOut>,
 }
 
 impl ImageMethod for SeedSelect {
@@ -71,7 +80,7 @@ impl ImageMethod for SeedSelect {
         request: &Request<'_>,
     ) -> Result<Box<dyn PlannedMethod + 'p>> {
         self.check(request.batch)?;
-        let programs = Programs::plan(pipeline, executor, &self.options, request)?;
+        let programs = Programs::plan(pipeline, executor, &self.options, self.watch.judge, request)?;
         Ok(Box::new(PlannedSeedSelect { programs, method: self.clone() }))
     }
 }

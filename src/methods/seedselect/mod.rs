@@ -12,6 +12,7 @@
 //! ```
 
 mod checkpoint;
+mod held_out;
 mod judge;
 mod method;
 pub mod nao;
@@ -21,8 +22,9 @@ mod references;
 mod seed;
 
 pub use checkpoint::Checkpoints;
+pub use held_out::HeldOut;
 pub use judge::Likeness;
-pub use method::SeedSelect;
+pub use method::{SeedSelect, Watch};
 pub use options::{Convention, LearningRate, Options, Patience};
 pub use references::{References, Targets};
 pub use seed::Best;
@@ -40,10 +42,15 @@ use crate::pipeline::{Iteration, Observer, Progress};
 use crate::sampler::{self, Noise, draw};
 use crate::weights::fingerprint;
 use checkpoint::State;
+use held_out::LoadedHeldOut;
+use nao::chi::Chi;
 use programs::{Programs, TermName};
 use seed::Seed;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+
+/// Log-density of a noise's length below which a user is told: 5 from the likeliest length, whatever the dimensions.
+const UNLIKELY: f64 = -25.0;
 
 /// SeedSelect on an executor.
 pub struct Loaded<'p, 'e> {
@@ -51,6 +58,7 @@ pub struct Loaded<'p, 'e> {
     optimizer: LoadedOptimizer,
     decoder: Decoder,
     targets: Targets,
+    judge: Option<LoadedHeldOut>,
     options: Options,
     images: generate::Settings,
     /// What the losses of the chain are, in their order, and what each was multiplied with.
@@ -58,6 +66,8 @@ pub struct Loaded<'p, 'e> {
     /// Numbers of a starting noise `[h, w, C]`, and its channels.
     len: usize,
     channels: usize,
+    /// How likely the length of a noise is.
+    chi: Chi,
     /// Report every iteration.
     trace: bool,
     checkpoints: Option<Arc<dyn Checkpoints>>,
@@ -76,8 +86,10 @@ struct Losses {
 impl<'p, 'e> Loaded<'p, 'e> {
     /// Loads weights and programs, and encodes the references.
     fn new(programs: Programs<'p>, executor: &'e mut dyn Executor, method: &SeedSelect) -> Result<Loaded<'p, 'e>> {
-        let Programs { pipeline, options, images, terms, chain, optimizer, decode, encoders, channels, len } = programs;
+        let Programs { pipeline, options, images, terms, chain, optimizer, decode, encoders, judge, channels, len } =
+            programs;
         let targets = encoders.encode(pipeline, executor, &method.references, method.seed)?;
+        let judge = judge.map(|judge| judge.load(pipeline, executor, &method.references)).transpose()?;
         let mut chain = chain.load::<f32>(executor)?;
         let optimizer = optimizer.load(chain.executor(), &pipeline.model)?;
         let decoder = Decoder::load(pipeline, chain.executor(), decode)?;
@@ -90,11 +102,13 @@ impl<'p, 'e> Loaded<'p, 'e> {
             optimizer,
             decoder,
             targets,
+            judge,
             options,
             images,
             terms,
             len,
             channels,
+            chi: Chi::new(len)?,
             trace: method.trace,
             checkpoints: method.checkpoints.clone(),
             settings,
@@ -170,6 +184,9 @@ impl Loaded<'_, '_> {
     /// The prompts, and what the loss compares with, a row per image.
     fn condition(&mut self, jobs: &[Job]) -> Result<()> {
         self.chain.jobs(jobs)?;
+        if let Some(judge) = &self.judge {
+            judge.write(self.chain.executor(), jobs)?;
+        }
         self.targets.write(self.chain.executor(), jobs.len())
     }
 
@@ -250,6 +267,10 @@ impl Loaded<'_, '_> {
         let mut terms = BTreeMap::new();
         let scale = self.loss_scale();
         for ((term, weight), losses) in self.terms.iter().zip(losses) {
+            if let TermName::HeldOut(judge) = term {
+                terms.insert(term.to_string(), losses.iter().map(|loss| judge.score((*loss).into())).collect());
+                continue;
+            }
             total.iter_mut().zip(losses).for_each(|(total, loss)| *total += f64::from(*loss) / scale);
             terms.insert(term.to_string(), losses.iter().map(|loss| f64::from(*loss) / (weight * scale)).collect());
         }
@@ -287,8 +308,22 @@ impl Loaded<'_, '_> {
                 Convention::Released => seed.best = Best { noise: noise.to_vec(), loss: *loss, iteration },
             }
             seed.stopped = seed.patience.stops(*loss, self.options.patience);
+            if !seed.is_unlikely && self.chi.log_density(length(noise)) < UNLIKELY {
+                seed.is_unlikely = true;
+                let text = self.unlikely(jobs[index].seed, length(noise), iteration);
+                observe(Progress::Remark { index, text: &text })?;
+            }
         }
         Ok(())
+    }
+
+    /// That a noise has a length that those of a model do not have.
+    fn unlikely(&self, seed: u64, length: f64, iteration: usize) -> String {
+        let likeliest = self.chi.mode();
+        format!(
+            "seed {seed}: after {iteration} iterations the noise is {length:.1} long, the model's are {likeliest:.1}: its images \
+             may be flat or garish; --norm-prior 0.01 holds the length"
+        )
     }
 
     /// Brings every noise back to the length it began with.
@@ -310,6 +345,7 @@ impl Loaded<'_, '_> {
         };
         let mut terms = losses.terms;
         terms.insert("norm".into(), rows().map(length).collect());
+        terms.insert("log_density".into(), rows().map(|row| self.chi.log_density(length(row))).collect());
         Ok(Iteration {
             at: None,
             objective: "seedselect",

@@ -1,10 +1,11 @@
 //! The programs of SeedSelect: the run as a function of its noise with the terms of the loss, the optimizer, the decoder, the encoders.
 
+use super::held_out::{HeldOut, PlannedHeldOut};
 use super::options::{Convention, Options};
-use super::references::Encoders;
+use super::references::{Encoders, tower};
+use crate::Result;
 use crate::exec::Executor;
 use crate::methods::Request;
-use crate::models::detect;
 use crate::optimize::chain::{self, Chain, Storage, Term};
 use crate::optimize::objective::references::{Tower, appearance, norm_prior, semantics};
 use crate::optimize::objective::{Nfe, loss_scale};
@@ -15,7 +16,6 @@ use crate::pipeline::{Pipeline, generate};
 use crate::plan::{Footprint, Planned, plan};
 use crate::sampler;
 use crate::weights::Component;
-use crate::{Error, Result};
 use std::fmt;
 
 /// A term of the loss, as the trace calls it.
@@ -27,6 +27,8 @@ pub enum TermName {
     },
     Appearance,
     NormPrior,
+    /// No part of the loss.
+    HeldOut(HeldOut),
 }
 
 impl fmt::Display for TermName {
@@ -35,6 +37,7 @@ impl fmt::Display for TermName {
             TermName::Semantics { after } => write!(f, "semantics.{after}"),
             TermName::Appearance => f.write_str("appearance"),
             TermName::NormPrior => f.write_str("norm_prior"),
+            TermName::HeldOut(_) => f.write_str("held_out"),
         }
     }
 }
@@ -49,6 +52,7 @@ pub struct Programs<'p> {
     pub(super) optimizer: PlannedOptimizer,
     pub(super) decode: Planned,
     pub(super) encoders: Encoders,
+    pub(super) judge: Option<PlannedHeldOut>,
     pub(super) channels: usize,
     pub(super) len: usize,
 }
@@ -59,13 +63,15 @@ impl<'p> Programs<'p> {
         pipeline: &'p Pipeline,
         executor: &dyn Executor,
         options: &Options,
+        judge: Option<HeldOut>,
         request: &Request<'_>,
     ) -> Result<Programs<'p>> {
-        let frugal = Programs::within(pipeline, executor, options, request, None)?;
+        let within = |budget| Programs::within(pipeline, executor, (options, judge), request, budget);
+        let frugal = within(None)?;
         let footprint = frugal.footprint();
         let rest = footprint.total() - footprint.arena_bytes;
         match request.memory.and_then(|memory| memory.checked_sub(rest)) {
-            Some(budget) => Ok(Programs::within(pipeline, executor, options, request, Some(budget)).unwrap_or(frugal)),
+            Some(budget) => Ok(within(Some(budget)).unwrap_or(frugal)),
             None => Ok(frugal),
         }
     }
@@ -73,7 +79,7 @@ impl<'p> Programs<'p> {
     fn within(
         pipeline: &'p Pipeline,
         executor: &dyn Executor,
-        options: &Options,
+        (options, judge): (&Options, Option<HeldOut>),
         request: &Request<'_>,
         budget: Option<usize>,
     ) -> Result<Programs<'p>> {
@@ -81,10 +87,13 @@ impl<'p> Programs<'p> {
         let (height, width) = pipeline.latent_size(images.width, images.height)?;
         programs::check_pixels(images.width, images.height, batch)?;
         let sizes = Sizes { batch, height, width, tokens: pipeline.tokens() };
-        let tower = (options.semantics != 0.0).then(|| tower(pipeline)).transpose()?;
+        let tower = (options.semantics != 0.0).then(|| tower(pipeline, Component::Clip)).transpose()?;
         let seen = tower.clone().map(|tower| seen(tower, options.convention));
         let scale = sampler::schedule(&pipeline.config.scheduler, &images.sampler)?.initial_scale;
-        let (names, terms) = terms(options, images, seen.as_ref(), scale).into_iter().unzip();
+        let judge = judge.map(|judge| judge.plan(pipeline, executor, images)).transpose()?;
+        let mut terms = terms(options, images, seen.as_ref(), scale);
+        terms.extend(judge.iter().map(|judge| ((TermName::HeldOut(judge.kind()), 1.0), judge.term())));
+        let (names, terms) = terms.into_iter().unzip();
         let chain_options = chain::Options {
             width: images.width,
             height: images.height,
@@ -110,6 +119,7 @@ impl<'p> Programs<'p> {
                 executor.workspace(program, node)
             }),
             encoders,
+            judge,
             channels,
             len: channels * height * width,
         })
@@ -120,6 +130,7 @@ impl<'p> Programs<'p> {
         all.extend(self.optimizer.all());
         all.push(&self.decode);
         all.extend(self.encoders.programs());
+        all.extend(self.judge.iter().flat_map(PlannedHeldOut::programs));
         all
     }
 
@@ -147,17 +158,7 @@ impl<'p> Programs<'p> {
     }
 }
 
-/// The model's CLIP, as references see it.
-pub(super) fn tower(pipeline: &Pipeline) -> Result<Tower> {
-    if !pipeline.model.has(Component::Clip) {
-        let what = "this model has no CLIP to see references by; name one with --clip, or leave the semantic term out";
-        return Err(Error::Usage(what.into()));
-    }
-    let config = detect::clip_config(&pipeline.model, Component::Clip)?;
-    Ok(Tower { config: config.image, component: Component::Clip, preprocess: config.preprocess })
-}
-
-/// The same as generated images are seen by it.
+/// A tower as generated images are seen by it.
 pub(super) fn seen(tower: Tower, convention: Convention) -> Tower {
     match convention {
         Convention::Default => tower,

@@ -5,13 +5,13 @@ use crate::data::images::{self, Picture};
 use crate::data::resample;
 use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::models::preprocess::{Fit, Preprocess};
-use crate::models::{clip_image, vae};
+use crate::models::{clip_image, detect, vae};
 use crate::optimize::objective::references::{Tower, buffer};
 use crate::pipeline::Pipeline;
 use crate::plan::{Planned, plan};
 use crate::program::{Builder, DType, Program};
 use crate::sampler::{self, draw};
-use crate::weights::fingerprint;
+use crate::weights::{Component, fingerprint};
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 
@@ -107,10 +107,28 @@ fn mean(rows: &[Vec<f32>]) -> Vec<f64> {
     sum.iter().map(|sum| sum / rows.len() as f64).collect()
 }
 
-const TOWER_IMAGE: &str = "references.tower_image";
-const FEATURES: &str = "references.features";
+const SEEN: &str = "image";
+const FEATURES: &str = "features";
 const IMAGE: &str = "references.image";
 const MOMENTS: &str = "references.moments";
+
+/// A model's CLIP, as references see it.
+pub(super) fn tower(pipeline: &Pipeline, component: Component) -> Result<Tower> {
+    if !pipeline.model.has(component) {
+        let what = match component {
+            Component::HeldOutClip => "this model has no CLIP besides that of the loss; name one with --judge",
+            _ => "this model has no CLIP to see references by; name one with --clip, or leave the semantic term out",
+        };
+        return Err(Error::Usage(what.into()));
+    }
+    let config = detect::clip_config(&pipeline.model, component)?;
+    Ok(Tower { config: config.image, component, preprocess: config.preprocess })
+}
+
+/// The buffer of an input or output `what` of a tower.
+fn of_tower(tower: &Tower, what: &str) -> String {
+    format!("references.{}.{what}", tower.component.name())
+}
 
 /// The programs that make targets of pictures, one at a time; those of terms that count nothing are left out.
 pub(super) struct Encoders {
@@ -141,11 +159,11 @@ impl Encoders {
         let planned_tower = |tower: &Tower| -> Result<(Tower, Planned)> {
             let side = tower.preprocess.side;
             let mut b = Builder::new("reference features", dtype);
-            let image = b.accumulator_input(TOWER_IMAGE, &[1, side, side, 3]);
+            let image = b.accumulator_input(of_tower(tower, SEEN), &[1, side, side, 3]);
             // Resized and cropped before, on the host: pictures come in all sizes.
             let image = Preprocess { fit: Fit::Squash, ..tower.preprocess }.append(&mut b, image);
             let features = clip_image::features(&mut b, &tower.config, tower.component, image);
-            b.output(FEATURES, features);
+            b.output(of_tower(tower, FEATURES), features);
             Ok((tower.clone(), plan(b.finish()?)))
         };
         let planned_vae = || -> Result<Planned> {
@@ -203,10 +221,10 @@ fn features(executor: &mut dyn Executor, program: ProgramId, tower: &Tower, pict
         Fit::Squash => resample::squash(picture, side, side),
         Fit::Crop { short_side } => middle(&resample::cover(picture, short_side, short_side), short_side, side),
     };
-    executor.write(TOWER_IMAGE, Data::F32(&image))?;
+    executor.write(&of_tower(tower, SEEN), Data::F32(&image))?;
     executor.run(program)?;
     let mut features = vec![0.0; tower.config.projection];
-    executor.read(FEATURES, DataMut::F32(&mut features))?;
+    executor.read(&of_tower(tower, FEATURES), DataMut::F32(&mut features))?;
     Ok(features)
 }
 
