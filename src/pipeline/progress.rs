@@ -11,6 +11,8 @@ pub enum Progress<'a> {
     Step { done: usize, steps: usize },
     /// The image of job `index` is finished.
     Image { index: usize, image: &'a Image },
+    /// What the image of job `index` would be if its optimisation ended now.
+    Preview { index: usize, image: &'a Image },
     /// An iteration of an optimiser is finished; with what came of it where a trace is kept.
     Iteration(Option<&'a Iteration>),
     /// Something the user may not expect of the image of job `index`.

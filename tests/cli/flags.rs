@@ -26,7 +26,8 @@ const INPUTS: [&str; 12] = [
     "clip",
     "judge",
 ];
-const OUTPUTS: [&str; 7] = ["out", "latents_out", "trace", "save_token", "save_noise", "compare", "sheet"];
+const OUTPUTS: [&str; 9] =
+    ["out", "latents_out", "trace", "save_token", "save_noise", "compare", "sheet", "report", "cache"];
 
 fn commands() -> Vec<Command> {
     let mut all = rarebit::cli::command();

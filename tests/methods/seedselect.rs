@@ -6,7 +6,7 @@ use rarebit::data::images::Picture;
 use rarebit::exec::Data;
 use rarebit::exec::cpu::Cpu;
 use rarebit::methods::seedselect::nao::chi::Chi;
-use rarebit::methods::seedselect::{HeldOut, LearningRate, Options, References, SeedSelect, Watch};
+use rarebit::methods::seedselect::{HeldOut, LearningRate, Options, ReferenceCache, References, SeedSelect, Watch};
 use rarebit::methods::{ImageMethod, Request};
 use rarebit::metrics::shapes::World;
 use rarebit::models::detect;
@@ -19,7 +19,10 @@ use rarebit::program::DType;
 use rarebit::rewards::{Attributes, Scorer};
 use rarebit::sampler::{self, Method, Rng};
 use rarebit::weights::Component;
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 const PROMPT: &str = "a red star on a dark blue background";
 /// Numbers of a starting noise of the embedded model.
@@ -68,6 +71,7 @@ struct Made {
     iterations: Vec<Iteration>,
     /// What was said of images.
     remarks: Vec<(usize, String)>,
+    previews: Vec<Image>,
     steps: usize,
 }
 
@@ -82,13 +86,14 @@ fn run_within(memory: Option<usize>, pipeline: &Pipeline, method: &SeedSelect, s
     let planned = method.plan(pipeline, &cpu, &request).unwrap();
     let units = planned.progress_units();
     let mut loaded = planned.load(&mut cpu).unwrap();
-    let (mut iterations, mut remarks, mut done) = (vec![], vec![], 0);
+    let (mut iterations, mut remarks, mut previews, mut done) = (vec![], vec![], vec![], 0);
     let images = loaded
         .run(jobs, &mut |progress| {
             match progress {
                 Progress::Iteration(report) => iterations.push(report.unwrap().clone()),
                 Progress::Step { .. } => done += 1,
                 Progress::Remark { index, text } => remarks.push((index, text.to_string())),
+                Progress::Preview { image, .. } => previews.push(image.clone()),
                 Progress::Image { .. } | Progress::Again => {}
             }
             Ok(())
@@ -96,7 +101,7 @@ fn run_within(memory: Option<usize>, pipeline: &Pipeline, method: &SeedSelect, s
         .unwrap();
     assert!(done + iterations.len() <= units, "{done} steps and {} iterations of {units}", iterations.len());
     let noises = (0..jobs.len()).map(|index| loaded.noise(index).unwrap()).collect();
-    Made { images, noises, iterations, remarks, steps: done }
+    Made { images, noises, iterations, remarks, previews, steps: done }
 }
 
 fn method(pipeline: &Pipeline, options: Options) -> SeedSelect {
@@ -377,17 +382,23 @@ fn unlikely_lengths_are_said() {
     let chi = Chi::new(LEN).unwrap();
     for (lr, expected) in [(0.01, 0), (0.6, 2)] {
         let lr = LearningRate { first: lr, from: 9, later: lr };
-        let options = Options { iterations: 3, starts: 1, lr, patience: None, ..Options::DEFAULT };
-        let made = run(&pipeline, &method(&pipeline, options), 3, &[job(3), job(4)]);
+        let made = run(
+            &pipeline,
+            &method(&pipeline, Options { iterations: 3, lr, ..Options::RELEASED }),
+            3,
+            &[job(3), job(4)],
+        );
         for iteration in &made.iterations {
             let [lengths, densities] = ["norm", "log_density"].map(|name| &iteration.terms[name]);
             assert!(lengths.iter().zip(densities).all(|(r, f)| chi.log_density(*r) == *f));
         }
-        let last = &made.iterations[2].terms;
-        let far = last["norm"].iter().filter(|r| (**r - chi.mode()).abs() > 5.0).count();
-        assert_eq!((far, made.remarks.len()), (expected, expected), "{last:?}");
-        for (image, (index, text)) in made.remarks.iter().enumerate() {
-            assert!(*index == image && text.contains(&format!("seed {}", image + 3)) && text.contains("--norm-prior"));
+        let is_far = |image: usize| made.iterations.iter().any(|it| (it.terms["norm"][image] - chi.mode()).abs() > 5.0);
+        assert_eq!(
+            ([0, 1].into_iter().filter(|image| is_far(*image)).count(), made.remarks.len()),
+            (expected, expected)
+        );
+        for (index, text) in &made.remarks {
+            assert!(text.contains(&format!("seed {}", index + 3)) && text.contains("--norm-prior"), "{text}");
         }
     }
 }
@@ -412,7 +423,7 @@ fn judged_by_what_is_held_out() {
     let probability =
         scorer.load(&mut cpu, &pipeline.model).unwrap().score(&mut cpu, &[image], &[PROMPT]).unwrap()[0].exp();
     for (judge, expected) in [(HeldOut::Clip, 1.0), (HeldOut::Shapes, probability)] {
-        let judged = SeedSelect { watch: Watch { judge: Some(judge) }, ..plain.clone() };
+        let judged = SeedSelect { watch: Watch { judge: Some(judge), ..Watch::default() }, ..plain.clone() };
         let mut found = vec![];
         for memory in [None, Some(8 << 30)] {
             let made = run_within(memory, &pipeline, &judged, 8, &jobs);
@@ -431,11 +442,81 @@ fn judged_by_what_is_held_out() {
         assert!(found[0][1] != found[0][0] && found[0].iter().flatten().all(|x| (-1.0..=1.0).contains(x)), "{found:?}");
     }
     let none = Pipeline::open(rarebit::assets::shapes().unwrap(), None).unwrap();
-    let judged = SeedSelect { watch: Watch { judge: Some(HeldOut::Clip) }, ..plain };
+    let judged = SeedSelect { watch: Watch { judge: Some(HeldOut::Clip), ..Watch::default() }, ..plain };
     let settings = settings(4);
     let request = Request { settings: &settings, batch: 1, prompts: &[PROMPT], memory: None };
     let error = judged.plan(&none, &cpu, &request).err().unwrap().to_string();
     assert!(error.contains("--judge"), "{error}");
+}
+
+/// A preview is the image of a run that ends there, and changes nothing.
+#[test]
+fn previews_change_nothing() {
+    let pipeline = pipeline();
+    let of = |iterations: usize| method(&pipeline, Options { iterations, ..Options::RELEASED });
+    let shown = SeedSelect { watch: Watch { preview: NonZeroUsize::new(3), ..Watch::default() }, ..of(4) };
+    let jobs = [job(3), job(4)];
+    let [without, with, three] = [&of(4), &shown, &of(3)].map(|method| run(&pipeline, method, 3, &jobs));
+    let pixels = |images: &[Image]| images.iter().map(|image| image.rgb.clone()).collect::<Vec<_>>();
+    assert!(with.noises == without.noises && pixels(&with.images) == pixels(&without.images));
+    assert_eq!((with.steps, without.previews.len()), (without.steps + 3, 0));
+    assert!(pixels(&with.previews) == pixels(&three.images) && pixels(&three.images) != pixels(&with.images));
+}
+
+/// Rows of a test.
+#[derive(Default)]
+struct Rows {
+    rows: Mutex<HashMap<String, Vec<f32>>>,
+    written: AtomicUsize,
+}
+
+impl ReferenceCache for Rows {
+    fn read(&self, key: &str, len: usize) -> Option<Vec<f32>> {
+        self.rows.lock().unwrap().get(key).filter(|row| row.len() == len).cloned()
+    }
+
+    fn write(&self, key: &str, row: &[f32]) -> rarebit::Result<()> {
+        self.written.fetch_add(1, Ordering::Relaxed);
+        self.rows.lock().unwrap().insert(key.to_string(), row.to_vec());
+        Ok(())
+    }
+}
+
+/// What is kept of references gives the same bits, is told apart by all that decides it, and by nothing else.
+#[test]
+fn references_are_kept() {
+    let pipeline = pipeline();
+    let rows = Arc::new(Rows::default());
+    let options = Options { iterations: 1, starts: 1, ..Options::DEFAULT };
+    let plain = method(&pipeline, options);
+    let watch = Watch { cache: Some(rows.clone()), ..Watch::default() };
+    let kept = SeedSelect { watch, ..plain.clone() };
+    let noises = |method: &SeedSelect| run(&pipeline, method, 2, &[job(3)]).noises;
+    let written = |method: &SeedSelect| {
+        let before = rows.written.load(Ordering::Relaxed);
+        let noises = noises(method);
+        (rows.written.load(Ordering::Relaxed) - before, noises)
+    };
+    let expected = noises(&plain);
+    assert_eq!(written(&kept), (6, expected.clone()));
+    assert_eq!(written(&kept), (0, expected.clone()));
+    let changed = |change: &dyn Fn(&mut Picture)| {
+        let mut all = references(&pipeline, &[100, 101, 102]);
+        change(&mut all.pictures[1]);
+        SeedSelect { references: Arc::new(all), ..kept.clone() }
+    };
+    // Names do not count; a pixel does, for the row of its picture.
+    assert_eq!(written(&changed(&|picture| picture.prompt = Some("x".into()))), (0, expected.clone()));
+    let (count, noise) = written(&changed(&|picture| picture.rgb[5] ^= 128));
+    assert!(count == 2 && noise != expected);
+    // Samples in place of means, other features in place of these.
+    let released = SeedSelect { options: Options { iterations: 2, ..Options::RELEASED }, ..kept.clone() };
+    assert_eq!(written(&released).0, 3, "latents; the features are the same");
+    let mut other = Pipeline::open(rarebit::assets::shapes().unwrap(), None).unwrap();
+    other.model.add(Component::Clip, &data_folder("tiny-clip-l")).unwrap();
+    let before = rows.written.load(Ordering::Relaxed);
+    run(&other, &kept, 2, &[job(3)]);
+    assert_eq!(rows.written.load(Ordering::Relaxed) - before, 3);
 }
 
 /// Where the memory is said, every step is kept if that fits; the bits are the same. More steps take more room for their states alone.

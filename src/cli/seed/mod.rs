@@ -1,18 +1,23 @@
 //! `rarebit seed`: images of a prompt like a few reference images, by optimising the starting noise (SeedSelect); and images between two
 //! starting noises.
 
+mod cache;
+mod equal_compute;
 pub mod flags;
 mod interpolation;
 mod watch;
 
+use crate::cli::atomic;
 use crate::cli::flags::images::ImageFlags;
 use crate::cli::images::finished::Extras;
 use crate::cli::images::run;
 use crate::cli::images::state::StateFiles;
 use crate::cli::paths::Paths;
 use crate::cli::progress::Reporter;
+use crate::methods::ImageMethod;
 use crate::weights::Component;
 use crate::{Error, Result};
+use equal_compute::Again;
 use flags::SeedFlags;
 use interpolation::InterpolationFlags;
 use std::path::PathBuf;
@@ -58,8 +63,13 @@ fn optimise(args: &Seed) -> Result<()> {
     args.method.references.iter().for_each(|path| paths.input("--references", path));
     args.method.clip.iter().for_each(|path| paths.input("--clip", path));
     args.watch.inputs(&mut paths);
+    args.watch.outputs(&mut paths)?;
+    (extras.previews, extras.report) = (args.watch.previews(), args.watch.report.clone());
     let targets = Arc::new(run::targets(&args.images, &extras, paths)?);
     args.watch.check()?;
+    if args.watch.equal_compute && args.images.run.noise.is_some() {
+        return Err(Error::Usage("--equal-compute: draws other noises than --noise has; leave one of them out".into()));
+    }
     let reporter = Reporter::new(args.images.run.json, args.images.run.quiet);
     let references = args.method.read(args.images.output.strict)?;
     references.unreadable.iter().for_each(|error| reporter.warn(&format!("--references: left out: {error}")));
@@ -67,15 +77,29 @@ fn optimise(args: &Seed) -> Result<()> {
     if let Some(clip) = &args.method.clip {
         pipeline.model.add(Component::Clip, clip)?;
     }
-    let mut method = args.method.seed_select(references, args.images.run.sampling.seed(), args.watch.trace.is_some());
-    method.watch = args.watch.watch(&mut pipeline, &targets)?;
+    let mut method = args.method.seed_select(references, args.images.run.sampling.seed(), args.watch.traces());
+    method.watch = args.watch.watch(&mut pipeline, &targets, &args.images.run.device)?;
     method.checkpoints = Some(Arc::new(StateFiles { targets: Arc::clone(&targets), resume: args.resume }));
     (extras.keeps_state, extras.resume) = (true, args.resume);
     // A trace is as long as the patience lasts; one line is the least.
     extras.iterations = method.options.iterations.min(1);
-    let remarks = [args.method.remarks(), args.watch.remarks(args.method.clip.as_deref())];
+    let remarks = [args.method.remarks(), args.watch.remarks(args.method.clip.as_deref(), method.options.iterations)];
     remarks.iter().flatten().for_each(|remark| reporter.warn(remark));
-    run::run(&args.images, &pipeline, &method, &extras, &targets)
+    let (account, done) = run::run_accounted(&args.images, &pipeline, &method, &extras, &targets);
+    let Some(path) = &args.watch.report else { return done };
+    if !matches!(done, Ok(()) | Err(Error::Incomplete(_) | Error::Interrupted)) {
+        return done;
+    }
+    let mut report = account.json();
+    report["options"] = method.options();
+    if args.watch.equal_compute && done.is_ok() {
+        let again =
+            Again { args: &args.images, pipeline: &pipeline, method: &method, targets: &targets, account: &account };
+        report["equal_compute"] = again.run()?;
+    }
+    let text = serde_json::to_string_pretty(&report).map_err(|error| Error::file(path, error.to_string()))?;
+    atomic::write(path, |out| out.write_all((text + "\n").as_bytes()))?;
+    done
 }
 
 fn interpolate(mut args: Seed) -> Result<()> {

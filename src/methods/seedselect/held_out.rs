@@ -1,5 +1,6 @@
 //! What images are worth by a network that is not in the loss: whether they get better, or the CLIP of the loss has been fooled.
 
+use super::cache::ReferenceCache;
 use super::options::Convention;
 use super::references::{Encoders, References, tower};
 use crate::exec::{Data, Executor};
@@ -100,10 +101,11 @@ impl PlannedHeldOut {
         pipeline: &Pipeline,
         executor: &mut dyn Executor,
         references: &References,
+        cache: Option<&dyn ReferenceCache>,
     ) -> Result<LoadedHeldOut> {
         Ok(match self {
             PlannedHeldOut::Clip { encoders, .. } => {
-                LoadedHeldOut::Clip(encoders.encode(pipeline, executor, references, 0)?.centroid())
+                LoadedHeldOut::Clip(encoders.encode(pipeline, executor, references, 0, cache)?.centroid())
             }
             PlannedHeldOut::Shapes(attributes) => LoadedHeldOut::Shapes(attributes),
         })

@@ -94,7 +94,7 @@ impl PlannedJudge for PlannedLikeness<'_> {
 
     fn load(self: Box<Self>, images: &mut generate::Loaded<'_, '_>) -> Result<Box<dyn Judge>> {
         let Likeness { references, seed, .. } = &self.likeness;
-        let targets = self.encoders.encode(self.pipeline, images.executor(), references, *seed)?;
+        let targets = self.encoders.encode(self.pipeline, images.executor(), references, *seed, None)?;
         let objectives = self.objectives.load(images.executor(), &self.pipeline.model)?;
         Ok(Box::new(LoadedLikeness { objectives, terms: self.terms, targets }))
     }

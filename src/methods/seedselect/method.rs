@@ -2,10 +2,10 @@
 
 use super::Loaded;
 use super::checkpoint::Checkpoints;
-use super::held_out::HeldOut;
 use super::options::Options;
 use super::programs::Programs;
 use super::references::References;
+use super::watch::Watch;
 use crate::exec::Executor;
 use crate::methods::{ImageMethod, LoadedMethod, PlannedMethod, Request};
 use crate::optimize::objective::Nfe;
@@ -28,13 +28,6 @@ pub struct SeedSelect {
     /// Where runs are kept between iterations.
     pub checkpoints: Option<Arc<dyn Checkpoints>>,
     pub watch: Watch,
-}
-
-/// What is done beside a run; nothing of it changes a pixel.
-#[derive(Clone, Default)]
-pub struct Watch {
-    /// Scores the image of every iteration.
-    pub judge: Option<HeldOut>,
 }
 
 impl ImageMethod for SeedSelect {
@@ -80,7 +73,7 @@ impl ImageMethod for SeedSelect {
         request: &Request<'_>,
     ) -> Result<Box<dyn PlannedMethod + 'p>> {
         self.check(request.batch)?;
-        let programs = Programs::plan(pipeline, executor, &self.options, self.watch.judge, request)?;
+        let programs = Programs::plan(pipeline, executor, &self.options, &self.watch, request)?;
         Ok(Box::new(PlannedSeedSelect { programs, method: self.clone() }))
     }
 }

@@ -11,6 +11,7 @@
 //! the image of the z of the lowest L
 //! ```
 
+mod cache;
 mod checkpoint;
 mod held_out;
 mod judge;
@@ -20,14 +21,17 @@ mod options;
 mod programs;
 mod references;
 mod seed;
+mod watch;
 
+pub use cache::ReferenceCache;
 pub use checkpoint::Checkpoints;
 pub use held_out::HeldOut;
 pub use judge::Likeness;
-pub use method::{SeedSelect, Watch};
+pub use method::SeedSelect;
 pub use options::{Convention, LearningRate, Options, Patience};
 pub use references::{References, Targets};
 pub use seed::Best;
+pub use watch::Watch;
 
 use crate::Result;
 use crate::exec::Executor;
@@ -70,6 +74,7 @@ pub struct Loaded<'p, 'e> {
     chi: Chi,
     /// Report every iteration.
     trace: bool,
+    watch: Watch,
     checkpoints: Option<Arc<dyn Checkpoints>>,
     /// Everything but the jobs that decides the images, where there are checkpoints.
     settings: String,
@@ -86,10 +91,11 @@ struct Losses {
 impl<'p, 'e> Loaded<'p, 'e> {
     /// Loads weights and programs, and encodes the references.
     fn new(programs: Programs<'p>, executor: &'e mut dyn Executor, method: &SeedSelect) -> Result<Loaded<'p, 'e>> {
-        let Programs { pipeline, options, images, terms, chain, optimizer, decode, encoders, judge, channels, len } =
-            programs;
-        let targets = encoders.encode(pipeline, executor, &method.references, method.seed)?;
-        let judge = judge.map(|judge| judge.load(pipeline, executor, &method.references)).transpose()?;
+        let Programs { pipeline, options, images, terms, chain, optimizer, decode, encoders, judge, .. } = programs;
+        let (channels, len) = (programs.channels, programs.len);
+        let cache = method.watch.cache.as_deref();
+        let targets = encoders.encode(pipeline, executor, &method.references, method.seed, cache)?;
+        let judge = judge.map(|judge| judge.load(pipeline, executor, &method.references, cache)).transpose()?;
         let mut chain = chain.load::<f32>(executor)?;
         let optimizer = optimizer.load(chain.executor(), &pipeline.model)?;
         let decoder = Decoder::load(pipeline, chain.executor(), decode)?;
@@ -110,6 +116,7 @@ impl<'p, 'e> Loaded<'p, 'e> {
             channels,
             chi: Chi::new(len)?,
             trace: method.trace,
+            watch: method.watch.clone(),
             checkpoints: method.checkpoints.clone(),
             settings,
             best: vec![],
@@ -139,6 +146,9 @@ impl Loaded<'_, '_> {
                 self.renormalise(&seeds)?;
             }
             observe(Progress::Iteration(report.as_ref()))?;
+            if self.watch.shows(iteration) {
+                self.preview(&seeds, jobs, observe)?;
+            }
             seeds = self.checkpoint(jobs, seeds, iteration + 1)?;
         }
         if self.options.convention == Convention::Default && !seeds.iter().all(|seed| seed.stopped) {
@@ -147,7 +157,19 @@ impl Loaded<'_, '_> {
             self.keep((&mut seeds, jobs), &noise, &losses.total, self.options.iterations, observe)?;
         }
         self.best = seeds.into_iter().map(|seed| seed.best).collect();
-        self.render(jobs, observe)
+        let noise: Vec<f32> = self.best.iter().flat_map(|best| best.noise.iter()).copied().collect();
+        self.render(&noise, jobs, observe)
+    }
+
+    /// Shows what the images would be by now. The next evaluation begins from the noises as they are.
+    fn preview(&mut self, seeds: &[Seed], jobs: &[Job], observe: &mut Observer<'_>) -> Result<()> {
+        let noise: Vec<f32> = seeds.iter().flat_map(|seed| seed.best.noise.iter()).copied().collect();
+        self.chain.put_noise_aside()?;
+        self.render(&noise, jobs, &mut |progress| match progress {
+            Progress::Image { index, image } => observe(Progress::Preview { index, image }),
+            other => observe(other),
+        })?;
+        self.chain.take_noise_back()
     }
 
     /// Goes on where an earlier run of the jobs was cut short.
@@ -358,10 +380,9 @@ impl Loaded<'_, '_> {
         })
     }
 
-    /// The images of the noises that are returned.
-    fn render(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
-        let noise: Vec<f32> = self.best.iter().flat_map(|best| best.noise.iter()).copied().collect();
-        self.chain.set_noise(&noise)?;
+    /// The images of these noises.
+    fn render(&mut self, noise: &[f32], jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
+        self.chain.set_noise(noise)?;
         self.loss(observe)?;
         self.decoder.finish(self.chain.executor(), jobs, observe)
     }

@@ -3,6 +3,7 @@
 use super::held_out::{HeldOut, PlannedHeldOut};
 use super::options::{Convention, Options};
 use super::references::{Encoders, tower};
+use super::watch::Watch;
 use crate::Result;
 use crate::exec::Executor;
 use crate::methods::Request;
@@ -53,6 +54,7 @@ pub struct Programs<'p> {
     pub(super) decode: Planned,
     pub(super) encoders: Encoders,
     pub(super) judge: Option<PlannedHeldOut>,
+    previews: usize,
     pub(super) channels: usize,
     pub(super) len: usize,
 }
@@ -63,10 +65,10 @@ impl<'p> Programs<'p> {
         pipeline: &'p Pipeline,
         executor: &dyn Executor,
         options: &Options,
-        judge: Option<HeldOut>,
+        watch: &Watch,
         request: &Request<'_>,
     ) -> Result<Programs<'p>> {
-        let within = |budget| Programs::within(pipeline, executor, (options, judge), request, budget);
+        let within = |budget| Programs::within(pipeline, executor, (options, watch), request, budget);
         let frugal = within(None)?;
         let footprint = frugal.footprint();
         let rest = footprint.total() - footprint.arena_bytes;
@@ -79,7 +81,7 @@ impl<'p> Programs<'p> {
     fn within(
         pipeline: &'p Pipeline,
         executor: &dyn Executor,
-        (options, judge): (&Options, Option<HeldOut>),
+        (options, watch): (&Options, &Watch),
         request: &Request<'_>,
         budget: Option<usize>,
     ) -> Result<Programs<'p>> {
@@ -90,7 +92,7 @@ impl<'p> Programs<'p> {
         let tower = (options.semantics != 0.0).then(|| tower(pipeline, Component::Clip)).transpose()?;
         let seen = tower.clone().map(|tower| seen(tower, options.convention));
         let scale = sampler::schedule(&pipeline.config.scheduler, &images.sampler)?.initial_scale;
-        let judge = judge.map(|judge| judge.plan(pipeline, executor, images)).transpose()?;
+        let judge = watch.judge.map(|judge| judge.plan(pipeline, executor, images)).transpose()?;
         let mut terms = terms(options, images, seen.as_ref(), scale);
         terms.extend(judge.iter().map(|judge| ((TermName::HeldOut(judge.kind()), 1.0), judge.term())));
         let (names, terms) = terms.into_iter().unzip();
@@ -120,6 +122,7 @@ impl<'p> Programs<'p> {
             }),
             encoders,
             judge,
+            previews: watch.previews(options.iterations),
             channels,
             len: channels * height * width,
         })
@@ -138,10 +141,10 @@ impl<'p> Programs<'p> {
         Footprint::of(&self.all())
     }
 
-    /// Runs of the sampler from start to end without a gradient: trying starts, the last iterate, the image.
+    /// Runs of the sampler from start to end without a gradient: trying starts, previews, the last iterate, the image.
     fn plain_runs(&self) -> usize {
         let starts = if self.options.starts > 1 { self.options.starts } else { 0 };
-        starts + usize::from(self.options.convention == Convention::Default) + 1
+        starts + self.previews + usize::from(self.options.convention == Convention::Default) + 1
     }
 
     pub fn progress_units(&self) -> usize {

@@ -1,5 +1,6 @@
 //! Reference images and what the loss compares with: their features by a CLIP and their latents, and the means of those.
 
+use super::cache::{Encoder, ReferenceCache};
 use super::options::Convention;
 use crate::data::images::{self, Picture};
 use crate::data::resample;
@@ -138,11 +139,19 @@ pub(super) struct Encoders {
 }
 
 /// The size of what is generated, and how references are brought to it.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Frame {
     convention: Convention,
     width: usize,
     height: usize,
+}
+
+impl Frame {
+    /// Numbers of its latents.
+    fn latents(self, pipeline: &Pipeline) -> usize {
+        let config = &pipeline.config.vae;
+        config.latent_channels * (self.height / config.factor()) * (self.width / config.factor())
+    }
 }
 
 impl Encoders {
@@ -192,26 +201,27 @@ impl Encoders {
         executor: &mut dyn Executor,
         references: &References,
         seed: u64,
+        cache: Option<&dyn ReferenceCache>,
     ) -> Result<Targets> {
+        let (model, pictures, frame) = (&pipeline.model, &references.pictures, self.frame);
         let mut targets = Targets::default();
         if let Some((tower, planned)) = self.tower {
-            let program = executor.load(planned, &pipeline.model)?;
-            for picture in &references.pictures {
-                targets.features.push(features(executor, program, &tower, picture)?);
-            }
+            let how = format!("{:?}", tower.preprocess);
+            let encoder = Encoder::new(cache, model, (tower.component, planned), &how)?;
+            let make = |executor: &mut dyn Executor, program, index: usize| {
+                features(executor, program, &tower, &pictures[index])
+            };
+            targets.features = encoder.rows(executor, pictures, tower.config.projection, |_| None, make)?;
         }
         if let Some(planned) = self.vae {
-            let program = executor.load(planned, &pipeline.model)?;
-            for (index, picture) in references.pictures.iter().enumerate() {
-                let draw = (self.frame.convention == Convention::Released).then_some((seed, index as u64));
-                targets.latents.push(latents(pipeline, executor, program, self.frame, picture, draw)?);
-            }
+            let encoder = Encoder::new(cache, model, (Component::Vae, planned), &format!("{frame:?}"))?;
+            let draw = |index: usize| (frame.convention == Convention::Released).then_some((seed, index as u64));
+            let make = |executor: &mut dyn Executor, program, index: usize| {
+                latents(pipeline, executor, program, frame, &pictures[index], draw(index))
+            };
+            targets.latents = encoder.rows(executor, pictures, frame.latents(pipeline), draw, make)?;
         }
-        let mut all = targets.features.iter().chain(&targets.latents).flatten();
-        match all.all(|x| x.is_finite()) {
-            true => Ok(targets),
-            false => Err(Error::NotFinite("what is made of the reference images".into())),
-        }
+        Ok(targets)
     }
 }
 
