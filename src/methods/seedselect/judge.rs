@@ -1,8 +1,8 @@
 //! The loss of SeedSelect at the end of a run as what gradient-free searches choose by.
 
 use super::options::{Convention, Options};
-use super::programs::{seen, tower};
-use super::references::{Encoders, References, Targets, Wanted};
+use super::programs::seen;
+use super::references::{Encoders, References, Targets, Wanted, tower};
 use crate::exec::{DataMut, Executor};
 use crate::methods::baselines::judge::{Criterion, Judge, PlannedJudge};
 use crate::optimize::objective::references::{appearance, semantics};
@@ -10,6 +10,7 @@ use crate::optimize::objective::{self, Objective, ObjectiveSpec, Objectives, rep
 use crate::pipeline::Pipeline;
 use crate::pipeline::generate::{self, Generator, Image, Job};
 use crate::plan::Planned;
+use crate::weights::Component;
 use crate::{Error, Result};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -46,7 +47,7 @@ impl Criterion for Likeness {
         settings: &generate::Settings,
     ) -> Result<Box<dyn PlannedJudge + 'p>> {
         let convention = Convention::Default;
-        let tower = (self.semantics != 0.0).then(|| tower(pipeline)).transpose()?;
+        let tower = (self.semantics != 0.0).then(|| tower(pipeline, Component::Clip)).transpose()?;
         let seen = tower.clone().map(|tower| seen(tower, convention));
         let mut terms: Vec<Objective<'_>> = seen.iter().map(|tower| semantics(tower, self.semantics)).collect();
         terms.extend((self.appearance != 0.0).then(|| appearance(self.appearance)));
@@ -93,7 +94,7 @@ impl PlannedJudge for PlannedLikeness<'_> {
 
     fn load(self: Box<Self>, images: &mut generate::Loaded<'_, '_>) -> Result<Box<dyn Judge>> {
         let Likeness { references, seed, .. } = &self.likeness;
-        let encoders = self.encoders.load(self.pipeline, images.executor())?;
+        let mut encoders = self.encoders.load(self.pipeline, None)?;
         let targets = encoders.targets(images.executor(), references, *seed)?;
         let objectives = self.objectives.load(images.executor(), &self.pipeline.model)?;
         Ok(Box::new(LoadedLikeness { objectives, terms: self.terms, targets }))

@@ -214,6 +214,16 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
         self.executor.write(NOISE, F::data(noise))
     }
 
+    /// Keeps the starting noise in the place of its gradient, which is lost; the next gradient is written there too.
+    pub fn put_noise_aside(&mut self) -> Result<()> {
+        self.executor.copy((NOISE, 0), (&gradient_of(NOISE), 0), self.latents_len())
+    }
+
+    /// Takes it back, bit for bit.
+    pub fn take_noise_back(&mut self) -> Result<()> {
+        self.executor.copy((&gradient_of(NOISE), 0), (NOISE, 0), self.latents_len())
+    }
+
     /// The starting noise as it is now.
     pub fn noise(&self) -> Result<Vec<F>> {
         self.read(NOISE, self.latents_len())

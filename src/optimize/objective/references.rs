@@ -10,6 +10,8 @@ use crate::weights::Component;
 pub mod buffer {
     /// Image features of length 1, `[B, projection]`.
     pub const CENTROID: &str = "references.centroid";
+    /// The same in the features of a held-out CLIP.
+    pub const HELD_OUT_CENTROID: &str = "references.centroid.held_out";
     /// Clean latents at the UNet's scale, `[B, h, w, C]`.
     pub const LATENTS: &str = "references.latents";
 
@@ -28,6 +30,11 @@ pub struct Tower {
 }
 
 impl Tower {
+    /// The buffer of what its features are compared with.
+    fn centroid(&self) -> &'static str {
+        if self.component == Component::HeldOutClip { buffer::HELD_OUT_CENTROID } else { buffer::CENTROID }
+    }
+
     /// Features of length 1, `[B, projection]`, of the image that the latents decode to.
     fn features(&self, s: &mut StepContext<'_>) -> ValueId {
         let image = s.decode(s.latents);
@@ -41,7 +48,7 @@ pub fn semantics(tower: &Tower, weight: f64) -> Objective<'_> {
     Objective::new("semantics", move |s: &mut StepContext<'_>| {
         let features = tower.features(s);
         let shape = s.b.shape(features);
-        let centroid = s.b.accumulator_input(buffer::CENTROID, &shape);
+        let centroid = s.b.accumulator_input(tower.centroid(), &shape);
         let cosine = s.b.dot(features, centroid);
         s.b.affine(cosine, -weight, weight)
     })
