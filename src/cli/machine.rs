@@ -143,6 +143,13 @@ pub fn catch_interrupt() -> Result<Arc<AtomicBool>> {
     Ok(raised)
 }
 
+/// The most memory this process has held, where the system says.
+pub fn peak_bytes() -> Option<u64> {
+    let status = read("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
 /// By the mask in `/proc/self/status`: 16 hex digits, signal 1 the lowest bit.
 fn is_ignored(status: &str, signal: i32) -> bool {
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

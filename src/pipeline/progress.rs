@@ -11,6 +11,8 @@ pub enum Progress<'a> {
     Step { done: usize, steps: usize },
     /// The image of job `index` is finished.
     Image { index: usize, image: &'a Image },
+    /// What the image of job `index` would be if its optimisation ended now.
+    Preview { index: usize, image: &'a Image },
     /// An iteration of an optimiser is finished; with what came of it where a trace is kept.
     Iteration(Option<&'a Iteration>),
     /// Something the user may not expect of the image of job `index`.
@@ -34,7 +36,7 @@ pub struct Iteration {
     pub lr: f64,
     /// What the objective reports before the update.
     pub score: Vec<f64>,
-    /// What it is a sum of, unweighted, by name.
+    /// What it is a sum of, unweighted, and what was measured beside it, by name.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub terms: BTreeMap<String, Vec<f64>>,
     /// Length of the gradient of what is optimised.

@@ -27,6 +27,20 @@ impl Model {
         Ok(self.fingerprint.get_or_init(|| found).clone())
     }
 
+    /// 16 hex digits of one network in the same way: the files that hold it, and its configurations.
+    pub fn fingerprint_of(&self, c: Component) -> Result<String> {
+        let mut found = String::new();
+        for (number, file) in self.files.iter().enumerate() {
+            if self.tensors[c as usize].values().any(|tensor| tensor.file == number) {
+                write!(found, "{:016x} ", file.digest()?).unwrap_or_default();
+            }
+        }
+        for (name, (_, json)) in self.configs.iter().filter(|(name, _)| c.owns(name)) {
+            write!(found, "{name} {json} ").unwrap_or_default();
+        }
+        Ok(format!("{:016x}", XxHash3_64::oneshot(found.as_bytes())))
+    }
+
     /// A line per file that makes images: its role and its content or a hash of that.
     fn manifest(&self) -> Result<String> {
         let mut lines = String::new();

@@ -12,7 +12,7 @@ use std::time::Instant;
 use tempfile::TempDir;
 
 /// What every path flag is for; a new one has to be entered here.
-const INPUTS: [&str; 12] = [
+const INPUTS: [&str; 13] = [
     "model",
     "unet",
     "token",
@@ -25,8 +25,10 @@ const INPUTS: [&str; 12] = [
     "references",
     "other",
     "clip",
+    "judge",
 ];
-const OUTPUTS: [&str; 7] = ["out", "latents_out", "trace", "save_token", "save_noise", "compare", "sheet"];
+const OUTPUTS: [&str; 9] =
+    ["out", "latents_out", "trace", "save_token", "save_noise", "compare", "sheet", "report", "cache"];
 
 fn commands() -> Vec<Command> {
     let mut all = rarebit::cli::command();

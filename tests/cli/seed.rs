@@ -1,6 +1,7 @@
 //! `rarebit seed` as a user meets it: references to an image, its trace and its noise, images between noises, one line for every mistake.
 
 use crate::common::command::{fails, files, path, rarebit, succeeds, text};
+use crate::common::golden::data_folder;
 use crate::common::sheet::{lines, named, pixels};
 use crate::methods::record;
 use serde_json::Value;
@@ -236,6 +237,141 @@ fn broken_references_are_named() {
     fs::remove_file(&image).unwrap();
     fails(&[&args[..], &["--strict"]].concat(), 1, &["broken.png"]);
     assert!(fs::metadata(&image).is_err());
+}
+
+/// Who judges stands in every line of the trace, and decides nothing.
+#[test]
+fn a_judge_is_held_out() {
+    let out = TempDir::new().unwrap();
+    let references = references(&out);
+    let [image, trace] = ["i.png", "t.jsonl"].map(|name| path(&out, name));
+    let args = [&["seed", PROMPT, "--references", &references, "--out", &image, "--trace", &trace][..], &FAST].concat();
+    succeeds(&args);
+    let plain = fs::read(&image).unwrap();
+    for judge in ["shapes", &data_folder("tiny-clip-h").display().to_string()] {
+        succeeds(&[&args[..], &["--judge", judge]].concat());
+        assert!(fs::read(&image).unwrap() == plain, "{judge}");
+        for line in fs::read_to_string(&trace).unwrap().lines() {
+            let line: Value = serde_json::from_str(line).unwrap();
+            let score = line["terms"]["held_out"][0].as_f64().unwrap();
+            assert!((-1.0..=1.0).contains(&score) && line["terms"]["log_density"][0].as_f64() < Some(0.0), "{line}");
+        }
+    }
+    let same = data_folder("tiny-clip-l").display().to_string();
+    let said = text(&rarebit(&[&args[..], &["--judge", &same, "--clip", &same]].concat()).stderr);
+    assert!(said.contains("--judge") && said.contains("no judgement"), "{said}");
+    let refused = |flags: &[&str], code: i32, words: &[&str]| fails(&[&args[..], flags].concat(), code, words);
+    refused(&["--judge", "nowhere"], 1, &["nowhere"]);
+    refused(&["--judge", "shapes", "--size", "32x32"], 2, &["`shapes` world", "64x64"]);
+    let other = ["seed", "a lighthouse", "--references", &references, "--out", &image, "--judge", "shapes"];
+    fails(&other, 2, &["--judge", "--trace"]);
+    fails(&[&other[..], &["--trace", &trace]].concat(), 2, &["--judge shapes", "a lighthouse"]);
+}
+
+/// A preview is there while the image is not, whole, and is no finished image; it changes nothing.
+#[test]
+fn a_preview_is_there_until_the_image_is() {
+    let out = TempDir::new().unwrap();
+    let references = references(&out);
+    let [image, preview] = ["i.png", "i.preview.png"].map(|name| path(&out, name));
+    let own = ["--steps", "4", "--iterations", "12", "--patience", "none", "--lr", "0.02", "--quiet"];
+    let args = [&["seed", PROMPT, "--references", &references, "--out", &image][..], &own].concat();
+    succeeds(&args);
+    let expected = fs::read(&image).unwrap();
+    fs::remove_file(&image).unwrap();
+    let shown = [&args[..], &["--preview", "1", "--resume"]].concat();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_rarebit")).args(&shown).stdout(Stdio::null()).spawn().unwrap();
+    while fs::metadata(&preview).is_err() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(pixels(&preview).0, 64);
+    succeeds(&shown);
+    assert!(fs::read(&image).unwrap() == expected);
+    assert_eq!(files(out.path()), ["i.png", "references"]);
+    fails(&[&args[..], &["--preview", "0"]].concat(), 2, &["--preview"]);
+    fails(&[&args[..], &["--trace", &preview, "--preview", "2"]].concat(), 2, &["--preview", "--trace"]);
+    let said = text(&rarebit(&[&args[..], &["--preview", "13"]].concat()).stderr);
+    assert!(said.contains("--preview 13") && said.contains("12 iterations"), "{said}");
+}
+
+/// What is made of references is read again, whatever happened to it meanwhile.
+#[test]
+fn references_are_read_once() {
+    let out = TempDir::new().unwrap();
+    let references = references(&out);
+    let [image, cache] = ["i.png", "cache"].map(|name| path(&out, name));
+    let args = [&["seed", PROMPT, "--references", &references, "--out", &image][..], &FAST].concat();
+    succeeds(&args);
+    let expected = fs::read(&image).unwrap();
+    let kept = [&args[..], &["--cache", &cache]].concat();
+    let rows = || -> Vec<(String, Vec<u8>)> {
+        let named = |name: String| (name.clone(), fs::read(format!("{cache}/{name}")).unwrap());
+        files(cache.as_ref()).into_iter().map(named).collect()
+    };
+    succeeds(&kept);
+    let first = rows();
+    assert!(first.len() == 6 && fs::read(&image).unwrap() == expected);
+    for kept_bytes in [0, 20] {
+        for (name, bytes) in &first[..2] {
+            fs::write(format!("{cache}/{name}"), &bytes[..kept_bytes]).unwrap();
+        }
+        succeeds(&kept);
+        assert!(rows() == first && fs::read(&image).unwrap() == expected);
+    }
+    let file = format!("{references}/image-50.png");
+    succeeds(&["generate", PROMPT, "--steps", "4", "--seed", "60", "--out", &file, "--quiet"]);
+    succeeds(&kept);
+    assert!(rows().len() == 8 && fs::read(&image).unwrap() != expected);
+    fails(&[&args[..], &["--cache", &file]].concat(), 2, &["--cache", "--references"]);
+}
+
+/// Time by stage, counted UNet calls, every iteration, and what as many seeds as cost the same would have found.
+#[test]
+fn a_report_of_a_run() {
+    let out = TempDir::new().unwrap();
+    let references = references(&out);
+    let [image, file] = ["i.png", "r.json"].map(|name| path(&out, name));
+    let own = ["--steps", "4", "--iterations", "1", "--starts", "1", "--lr", "0", "--quiet", "--judge", "shapes"];
+    let args = [&["seed", PROMPT, "--references", &references, "--out", &image][..], &own].concat();
+    succeeds(&[&args[..], &["--report", &file, "--equal-compute"]].concat());
+    let report: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+    // Two branches of four steps: an iteration there, again and back; the last noise; the image.
+    let calls = &report["unet_calls"];
+    assert_eq!((&calls["forwards"], &calls["backwards"]), (&32.into(), &8.into()), "{report}");
+    let seconds = |stage: &str| report["stages"][stage]["seconds"].as_f64().unwrap();
+    let stages = [
+        "unet_forward",
+        "unet_recompute_and_backward",
+        "decoder_and_clip",
+        "decode",
+        "optimizer",
+        "references",
+        "other",
+    ];
+    let sum: f64 = stages.iter().map(|stage| seconds(stage)).sum();
+    let total = report["seconds"].as_f64().unwrap() + report["load_seconds"].as_f64().unwrap();
+    assert!(stages.iter().all(|stage| seconds(stage) > 0.0) && sum <= total, "{sum} of {total}: {report}");
+    assert!(report["planned_bytes"].as_u64() > Some(1 << 20) && report["peak_bytes"].as_u64() > Some(1 << 20));
+    let line = &report["images"][0]["iterations"][0]["terms"];
+    let of = |name: &str| line[name].as_f64().unwrap();
+    assert!(of("norm") > 0.0 && of("held_out") <= 1.0);
+    let equal = &report["equal_compute"];
+    // An image is 8 forwards; a backward counts as two.
+    assert_eq!((&equal["n"], &equal["forwards_per_image"]), (&6.into(), &48.into()), "{equal}");
+    let loss = |arm: &str| equal["images"][0][arm]["loss"].as_f64().unwrap();
+    let own = 10.0 * of("semantics.4") + of("appearance");
+    assert!((loss("optimised") - own).abs() < 1e-5 * own, "{} and {own}", loss("optimised"));
+    assert!(equal["mean_loss"]["best_of"].as_f64() == Some(loss("best_of")));
+    fails(&[&args[..], &["--equal-compute", "--trace", &file]].concat(), 2, &["--equal-compute", "--report"]);
+    let contrast = ["--equal-compute", "--report", &file, "--other", &references, "--contrast", "1"];
+    fails(&[&args[..], &contrast].concat(), 2, &["--equal-compute", "--contrast"]);
+    // Three references in two calls each, without guidance, and that much more by count.
+    succeeds(&[&args[..], &["--start", "nao", "--inversion-steps", "2", "--report", &file]].concat());
+    let report: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+    assert_eq!(report["unet_calls"]["forwards"], 32 + 3 * 2);
+    fails(&[&args[..], &["--report", &image]].concat(), 2, &["--report", "--out"]);
 }
 
 /// A step into nowhere is said, and what was best before is made.

@@ -44,7 +44,11 @@ pub fn optimise(pipeline: &Pipeline, executor: &mut dyn Executor, dtype: DType, 
     // An error that is not this one comes again below.
     let _ = loaded.run(jobs, &seeds, &mut |progress| match progress {
         Progress::Iteration(_) => Err(Error::Usage("one iteration is enough".into())),
-        Progress::Step { .. } | Progress::Image { .. } | Progress::Remark { .. } | Progress::Again => Ok(()),
+        Progress::Step { .. }
+        | Progress::Image { .. }
+        | Progress::Preview { .. }
+        | Progress::Remark { .. }
+        | Progress::Again => Ok(()),
     });
     let gradient = loaded.gradient()?;
     let mut scores = vec![];

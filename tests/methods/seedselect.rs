@@ -1,12 +1,16 @@
 //! SeedSelect: gradients through CLIP, decoder and all steps, the algebra of its loss, what is returned, and that nothing but a job decides its image.
 
-use crate::common::golden::Golden;
+use crate::common::golden::{Golden, data_folder};
 use crate::common::inputs;
 use rarebit::data::images::Picture;
 use rarebit::exec::Data;
 use rarebit::exec::cpu::Cpu;
-use rarebit::methods::seedselect::{LearningRate, Options, References, SeedSelect, Start, subset};
+use rarebit::methods::seedselect::nao::chi::Chi;
+use rarebit::methods::seedselect::{
+    HeldOut, LearningRate, Options, ReferenceCache, References, SeedSelect, Start, Watch, subset,
+};
 use rarebit::methods::{ImageMethod, LoadedMethod, Request};
+use rarebit::metrics::shapes::World;
 use rarebit::models::detect;
 use rarebit::optimize::chain::{self, Chain, Term};
 use rarebit::optimize::objective::Nfe;
@@ -16,9 +20,13 @@ use rarebit::optimize::variable::Entry;
 use rarebit::pipeline::generate::{self, Generator, Image, Job};
 use rarebit::pipeline::{Iteration, Pipeline, Progress};
 use rarebit::program::DType;
+use rarebit::rewards::{Attributes, Scorer};
 use rarebit::sampler::{self, Method, Rng};
 use rarebit::weights::Component;
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 const PROMPT: &str = "a red star on a dark blue background";
 /// Numbers of a starting noise of the embedded model.
@@ -65,19 +73,32 @@ struct Made {
     images: Vec<Image>,
     noises: Vec<Vec<f32>>,
     iterations: Vec<Iteration>,
+    /// What was said of images.
+    remarks: Vec<(usize, String)>,
+    previews: Vec<Image>,
     steps: usize,
 }
 
 fn run(pipeline: &Pipeline, method: &SeedSelect, steps: usize, jobs: &[Job]) -> Made {
-    run_batches(pipeline, method, steps, &[jobs]).swap_remove(0)
+    run_within(None, pipeline, method, steps, jobs)
+}
+
+fn run_within(memory: Option<usize>, pipeline: &Pipeline, method: &SeedSelect, steps: usize, jobs: &[Job]) -> Made {
+    run_batches(memory, pipeline, method, steps, &[jobs]).swap_remove(0)
 }
 
 /// Batches of one size one after the other. What is counted for all of them is at least what they did.
-fn run_batches(pipeline: &Pipeline, method: &SeedSelect, steps: usize, batches: &[&[Job]]) -> Vec<Made> {
+fn run_batches(
+    memory: Option<usize>,
+    pipeline: &Pipeline,
+    method: &SeedSelect,
+    steps: usize,
+    batches: &[&[Job]],
+) -> Vec<Made> {
     let mut cpu = Cpu::<f32>::new();
     let (settings, batch) = (settings(steps), batches[0].len());
     let prompts: Vec<&str> = batches.iter().flat_map(|jobs| jobs.iter().map(|job| job.prompt.as_str())).collect();
-    let request = Request { settings: &settings, batch, prompts: &prompts, memory: None };
+    let request = Request { settings: &settings, batch, prompts: &prompts, memory };
     let planned = method.plan(pipeline, &cpu, &request).unwrap();
     let units = planned.shared_units() + batches.len() * planned.progress_units();
     let mut loaded = planned.load(&mut cpu).unwrap();
@@ -88,19 +109,21 @@ fn run_batches(pipeline: &Pipeline, method: &SeedSelect, steps: usize, batches: 
 }
 
 fn run_batch(loaded: &mut dyn LoadedMethod, jobs: &[Job]) -> Made {
-    let (mut iterations, mut done) = (vec![], 0);
+    let (mut iterations, mut remarks, mut previews, mut done) = (vec![], vec![], vec![], 0);
     let images = loaded
         .run(jobs, &mut |progress| {
             match progress {
                 Progress::Iteration(report) => iterations.push(report.unwrap().clone()),
                 Progress::Step { .. } => done += 1,
-                Progress::Image { .. } | Progress::Remark { .. } | Progress::Again => {}
+                Progress::Remark { index, text } => remarks.push((index, text.to_string())),
+                Progress::Preview { image, .. } => previews.push(image.clone()),
+                Progress::Image { .. } | Progress::Again => {}
             }
             Ok(())
         })
         .unwrap();
     let noises = (0..jobs.len()).map(|index| loaded.noise(index).unwrap()).collect();
-    Made { images, noises, iterations, steps: done }
+    Made { images, noises, iterations, remarks, previews, steps: done }
 }
 
 fn method(pipeline: &Pipeline, options: Options) -> SeedSelect {
@@ -335,7 +358,7 @@ fn starts_among_the_inverted_references() {
         let options = Options { start, inversion_steps: 5, iterations: 0, starts: 1, ..Options::DEFAULT };
         let method = method(&pipeline, options);
         let jobs = [job(3), job(4), job(5), Job { prompt: "a blue ring".into(), ..job(3) }];
-        let made = run_batches(&pipeline, &method, 4, &[&jobs[..2], &jobs[2..]]);
+        let made = run_batches(None, &pipeline, &method, 4, &[&jobs[..2], &jobs[2..]]);
         // Of each batch the loss of its noises and the images. The second has a prompt more, under which all is inverted again.
         assert_eq!(made.iter().map(|made| made.steps).collect::<Vec<_>>(), [3 * 5 + 2 * 4; 2]);
         let noises: Vec<&Vec<f32>> = made.iter().flat_map(|made| &made.noises).collect();
@@ -398,7 +421,7 @@ fn bootstrapped_images() {
     let options = Options { bootstrap: Some(2), iterations: 3, starts: 2, ..Options::DEFAULT };
     let method = method(&pipeline, options);
     let jobs: Vec<Job> = (0..9).map(job).collect();
-    let made = run_batches(&pipeline, &method, 3, &jobs.chunks(1).collect::<Vec<_>>());
+    let made = run_batches(None, &pipeline, &method, 3, &jobs.chunks(1).collect::<Vec<_>>());
     // Two starts, three iterations there and back and the last noise for all; for each two iterations, the last noise, the image.
     let (shared, own) = (3 * (2 + 2 * 3 + 1), 3 * (2 * 2 + 1 + 1));
     assert_eq!(made[0].steps, shared + own);
@@ -438,9 +461,8 @@ fn subsets_are_compared_with_alone() {
     let all = plain.references.pictures.len();
     let seed = (1..).find(|seed| subset(*seed, all).len() == 2).unwrap();
     let chosen = subset(seed, all);
-    let of = |index: &usize| (plain.references.names[*index].clone(), plain.references.pictures[*index].clone());
-    let (names, pictures) = chosen.iter().map(of).unzip();
-    let two = Arc::new(References { names, pictures, unreadable: vec![] });
+    let seeds: Vec<u64> = chosen.iter().map(|index| 100 + *index as u64).collect();
+    let two = Arc::new(references(&pipeline, &seeds));
     // A tenth of the image's own noise is in its start.
     let mut own = vec![0.0; LEN];
     sampler::normal(seed, 0, &mut own);
@@ -512,6 +534,177 @@ fn finds_back_to_its_own_image() {
     let scores = scores(options, near);
     let least = scores.iter().copied().fold(f64::INFINITY, f64::min);
     assert!(least - own < (scores[0] - own) / 5.0, "{scores:?} and at the image's own noise {own}");
+}
+
+/// Every iteration has the length of its noise and how likely that is; of a length that no noise has it is said once an image.
+#[test]
+fn unlikely_lengths_are_said() {
+    let pipeline = pipeline();
+    let chi = Chi::new(LEN).unwrap();
+    for (lr, expected) in [(0.01, 0), (0.6, 2)] {
+        let lr = LearningRate { first: lr, from: 9, later: lr };
+        let made = run(
+            &pipeline,
+            &method(&pipeline, Options { iterations: 3, lr, ..Options::RELEASED }),
+            3,
+            &[job(3), job(4)],
+        );
+        for iteration in &made.iterations {
+            let [lengths, densities] = ["norm", "log_density"].map(|name| &iteration.terms[name]);
+            assert!(lengths.iter().zip(densities).all(|(r, f)| chi.log_density(*r) == *f));
+        }
+        let is_far = |image: usize| made.iterations.iter().any(|it| (it.terms["norm"][image] - chi.mode()).abs() > 5.0);
+        assert_eq!(
+            ([0, 1].into_iter().filter(|image| is_far(*image)).count(), made.remarks.len()),
+            (expected, expected)
+        );
+        for (index, text) in &made.remarks {
+            assert!(text.contains(&format!("seed {}", index + 3)) && text.contains("--norm-prior"), "{text}");
+        }
+    }
+}
+
+/// A judge sees every iteration and changes nothing, however the run is stored: not a bit of the images, noises and losses.
+#[test]
+fn judged_by_what_is_held_out() {
+    let mut pipeline = pipeline();
+    pipeline.model.add(Component::HeldOutClip, &data_folder("tiny-clip-h")).unwrap();
+    pipeline.model.take(Component::Reader, rarebit::assets::shapes_reader().unwrap()).unwrap();
+    let options = Options { iterations: 2, starts: 1, ..Options::DEFAULT };
+    // The image of the first iteration of seed 3 is the one reference.
+    let plain = SeedSelect { references: Arc::new(references(&pipeline, &[3])), ..method(&pipeline, options) };
+    let jobs = [job(3), job(4)];
+    let without = run(&pipeline, &plain, 8, &jobs);
+    let image = &plain.references.pictures[0].rgb;
+    let world = World::embedded().unwrap();
+    let parse = move |prompt: &str| world.parse(prompt).map_err(rarebit::Error::Usage);
+    let attributes = Attributes::new(&pipeline.model, parse).unwrap();
+    let mut cpu = Cpu::<f32>::new();
+    let scorer = Scorer::plan(&attributes, &cpu, DType::F32, 1, [64, 64]).unwrap();
+    let probability =
+        scorer.load(&mut cpu, &pipeline.model).unwrap().score(&mut cpu, &[image], &[PROMPT]).unwrap()[0].exp();
+    for (judge, expected) in [(HeldOut::Clip, 1.0), (HeldOut::Shapes, probability)] {
+        let judged = SeedSelect { watch: Watch { judge: Some(judge), ..Watch::default() }, ..plain.clone() };
+        let mut found = vec![];
+        for memory in [None, Some(8 << 30)] {
+            let made = run_within(memory, &pipeline, &judged, 8, &jobs);
+            for ((made, without), index) in made.images.iter().zip(&without.images).zip(0..) {
+                assert!(made.rgb == without.rgb && made.latents == without.latents, "{judge:?} {memory:?} {index}");
+            }
+            assert!(made.noises == without.noises);
+            let scores = |made: &Made| made.iterations.iter().map(|line| line.score.clone()).collect::<Vec<_>>();
+            assert_eq!(scores(&made), scores(&without));
+            found.push(made.iterations.iter().map(|line| line.terms["held_out"].clone()).collect::<Vec<_>>());
+        }
+        assert_eq!(found[0], found[1], "{judge:?}");
+        let [first, other] = found[0][0][..] else { panic!("{found:?}") };
+        // The judge sees pixels before they are rounded to bytes.
+        assert!((first - expected).abs() < 5e-3 && first != other, "{judge:?}: {first}, {other} and {expected}");
+        assert!(found[0][1] != found[0][0] && found[0].iter().flatten().all(|x| (-1.0..=1.0).contains(x)), "{found:?}");
+    }
+    let none = Pipeline::open(rarebit::assets::shapes().unwrap(), None).unwrap();
+    let judged = SeedSelect { watch: Watch { judge: Some(HeldOut::Clip), ..Watch::default() }, ..plain };
+    let settings = settings(4);
+    let request = Request { settings: &settings, batch: 1, prompts: &[PROMPT], memory: None };
+    let error = judged.plan(&none, &cpu, &request).err().unwrap().to_string();
+    assert!(error.contains("--judge"), "{error}");
+}
+
+/// A preview is the image of a run that ends there, and changes nothing.
+#[test]
+fn previews_change_nothing() {
+    let pipeline = pipeline();
+    let of = |iterations: usize| method(&pipeline, Options { iterations, ..Options::RELEASED });
+    let shown = SeedSelect { watch: Watch { preview: NonZeroUsize::new(3), ..Watch::default() }, ..of(4) };
+    let jobs = [job(3), job(4)];
+    let [without, with, three] = [&of(4), &shown, &of(3)].map(|method| run(&pipeline, method, 3, &jobs));
+    let pixels = |images: &[Image]| images.iter().map(|image| image.rgb.clone()).collect::<Vec<_>>();
+    assert!(with.noises == without.noises && pixels(&with.images) == pixels(&without.images));
+    assert_eq!((with.steps, without.previews.len()), (without.steps + 3, 0));
+    assert!(pixels(&with.previews) == pixels(&three.images) && pixels(&three.images) != pixels(&with.images));
+}
+
+/// The noise that bootstrapped images share is previewed and judged as they are themselves, and nothing of them changes.
+#[test]
+fn bootstrapped_images_are_watched() {
+    let mut pipeline = pipeline();
+    pipeline.model.take(Component::Reader, rarebit::assets::shapes_reader().unwrap()).unwrap();
+    let plain = method(&pipeline, Options { bootstrap: Some(2), iterations: 3, starts: 1, ..Options::RELEASED });
+    let watch = Watch { judge: Some(HeldOut::Shapes), preview: NonZeroUsize::new(2), cache: None };
+    let watched = SeedSelect { watch, ..plain.clone() };
+    let jobs = [job(0), job(1)];
+    let batches: Vec<&[Job]> = jobs.chunks(1).collect();
+    let [without, with] = [&plain, &watched].map(|method| run_batches(None, &pipeline, method, 3, &batches));
+    for (with, without) in with.iter().zip(&without) {
+        assert!(with.noises == without.noises && with.images[0].rgb == without.images[0].rgb);
+        assert!(with.iterations.iter().all(|line| line.terms["held_out"].len() == 1));
+        assert_eq!(with.steps, without.steps + 3 * with.previews.len());
+    }
+    // After the second iteration for both, after the fourth for each.
+    assert_eq!(with.iter().map(|made| made.previews.len()).collect::<Vec<_>>(), [2, 1]);
+    assert_eq!(with.iter().map(|made| made.iterations.len()).collect::<Vec<_>>(), [5, 2]);
+}
+
+/// Rows of a test.
+#[derive(Default)]
+struct Rows {
+    rows: Mutex<HashMap<String, Vec<f32>>>,
+    written: AtomicUsize,
+}
+
+impl ReferenceCache for Rows {
+    fn read(&self, key: &str, len: usize) -> Option<Vec<f32>> {
+        self.rows.lock().unwrap().get(key).filter(|row| row.len() == len).cloned()
+    }
+
+    fn write(&self, key: &str, row: &[f32]) -> rarebit::Result<()> {
+        self.written.fetch_add(1, Ordering::Relaxed);
+        self.rows.lock().unwrap().insert(key.to_string(), row.to_vec());
+        Ok(())
+    }
+}
+
+/// What is kept of references gives the same bits, is told apart by all that decides it, and by nothing else.
+#[test]
+fn references_are_kept() {
+    let pipeline = pipeline();
+    let rows = Arc::new(Rows::default());
+    let options = Options { iterations: 1, starts: 1, ..Options::DEFAULT };
+    let plain = method(&pipeline, options);
+    let watch = Watch { cache: Some(rows.clone()), ..Watch::default() };
+    let kept = SeedSelect { watch, ..plain.clone() };
+    let noises = |method: &SeedSelect| run(&pipeline, method, 2, &[job(3)]).noises;
+    let written = |method: &SeedSelect| {
+        let before = rows.written.load(Ordering::Relaxed);
+        let noises = noises(method);
+        (rows.written.load(Ordering::Relaxed) - before, noises)
+    };
+    let expected = noises(&plain);
+    assert_eq!(written(&kept), (6, expected.clone()));
+    assert_eq!(written(&kept), (0, expected.clone()));
+    let changed = |change: &dyn Fn(&mut Picture)| {
+        let mut all = references(&pipeline, &[100, 101, 102]);
+        change(&mut all.pictures[1]);
+        SeedSelect { references: Arc::new(all), ..kept.clone() }
+    };
+    // Names do not count; a pixel does, for the row of its picture.
+    assert_eq!(written(&changed(&|picture| picture.prompt = Some("x".into()))), (0, expected.clone()));
+    let (count, noise) = written(&changed(&|picture| picture.rgb[5] ^= 128));
+    assert!(count == 2 && noise != expected);
+    // Samples in place of means, other features in place of these.
+    let released = SeedSelect { options: Options { iterations: 2, ..Options::RELEASED }, ..kept.clone() };
+    assert_eq!(written(&released).0, 3, "latents; the features are the same");
+    // What is inverted are the latents that the loss compares with.
+    let inverted = SeedSelect { options: Options { start: Start::Nao, inversion_steps: 2, ..options }, ..kept.clone() };
+    assert_eq!(written(&inverted).0, 0);
+    let class = Arc::new(references(&pipeline, &[100, 103]));
+    let contrasted = SeedSelect { options: Options { contrast: 1.0, ..options }, others: vec![class], ..kept.clone() };
+    assert_eq!(written(&contrasted).0, 1, "of another class the features");
+    let mut other = Pipeline::open(rarebit::assets::shapes().unwrap(), None).unwrap();
+    other.model.add(Component::Clip, &data_folder("tiny-clip-l")).unwrap();
+    let before = rows.written.load(Ordering::Relaxed);
+    run(&other, &kept, 2, &[job(3)]);
+    assert_eq!(rows.written.load(Ordering::Relaxed) - before, 3);
 }
 
 /// Where the memory is said, every step is kept if that fits; the bits are the same. More steps take more room for their states alone.

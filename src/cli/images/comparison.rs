@@ -164,7 +164,7 @@ impl Run<'_> {
             match progress {
                 Progress::Step { .. } | Progress::Iteration(_) => self.reporter.step(),
                 Progress::Remark { text, .. } => self.reporter.warn(text),
-                Progress::Image { .. } | Progress::Again => {}
+                Progress::Image { .. } | Progress::Preview { .. } | Progress::Again => {}
             }
             if self.interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
         })

@@ -1,6 +1,7 @@
 //! Which images of a command are made already: whole, made as asked, and with everything that was asked for beside them.
 
 use crate::cli::flags::images::{ImageFlags, Noise};
+use crate::cli::images::preview;
 use crate::cli::images::record::record;
 use crate::cli::images::state;
 use crate::cli::images::targets::{Selection, Target, Targets};
@@ -26,8 +27,12 @@ pub struct Extras {
     /// A run is kept between its iterations ([`state`]), and where that is asked for, gone on with.
     pub keeps_state: bool,
     pub resume: bool,
+    /// Images are shown while they are optimised ([`preview`]).
+    pub previews: bool,
     /// JSON lines, one per iteration.
     pub trace: Option<PathBuf>,
+    /// What all took and what came of it, JSON; whoever asks for it writes it.
+    pub report: Option<PathBuf>,
     /// Of an optimiser, per image: lines of the trace.
     pub iterations: usize,
 }
@@ -73,6 +78,9 @@ pub fn choose<'t>(
             if extras.keeps_state {
                 // A run that was killed as it had written the image.
                 state::remove(&target)?;
+            }
+            if extras.previews && extras.resume {
+                preview::remove(&target)?;
             }
             continue;
         }

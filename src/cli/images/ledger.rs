@@ -8,7 +8,7 @@ use crate::plan::show_bytes;
 use serde_json::{Value, json};
 
 /// Forwards that a backward counts as: the usual count, of one that also computes gradients to weights. Ours compute none.
-const BACKWARD: usize = 2;
+pub const BACKWARD: usize = 2;
 
 /// One method's.
 pub struct Ledger {

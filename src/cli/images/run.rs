@@ -1,10 +1,13 @@
 //! Making images from prompts by any method, and the files that `generate` and `minority` write.
 
 use crate::cli::flags::images::{ImageFlags, Noise};
+use crate::cli::images::account::Account;
 use crate::cli::images::failures::Failures;
 use crate::cli::images::finished::{self, Chosen, Extras, Found};
+use crate::cli::images::preview;
 use crate::cli::images::record::record;
 use crate::cli::images::state;
+use crate::cli::images::stopwatch::Stopwatch;
 use crate::cli::images::targets::{Target, Targets};
 use crate::cli::images::trace::{self, Trace};
 use crate::cli::images::work::{self, Part, Work, job};
@@ -20,6 +23,7 @@ use crate::plan::show_bytes;
 use crate::weights::Component;
 use crate::{Error, Result};
 use serde_json::json;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -52,8 +56,9 @@ pub fn targets(args: &ImageFlags, extras: &Extras, mut paths: Paths) -> Result<T
     let named = named.clone();
     paths.output("--out", &named)?;
     let beside = [("--save-token", &extras.save_token), ("--save-noise", &extras.save_noise)];
-    let others = [("--latents-out", &args.output.latents_out), ("--trace", &extras.trace)].into_iter().chain(beside);
-    for (flag, path) in others {
+    let single =
+        [("--latents-out", &args.output.latents_out), ("--trace", &extras.trace), ("--report", &extras.report)];
+    for (flag, path) in single.into_iter().chain(beside) {
         path.iter().try_for_each(|path| paths.output(flag, path))?;
     }
     let targets = match (&args.prompts, out) {
@@ -70,6 +75,9 @@ pub fn targets(args: &ImageFlags, extras: &Extras, mut paths: Paths) -> Result<T
     for target in targets.iter().filter(|target| target.path != named) {
         paths.numbered_output("--out", &target.path)?;
     }
+    for target in targets.iter().filter(|_| extras.previews) {
+        paths.numbered_output("--preview", &preview::beside(&target))?;
+    }
     for (flag, path) in beside.into_iter().filter_map(|(flag, path)| Some((flag, path.as_ref()?))) {
         let files = targets.iter().map(|target| targets.beside(path, &target));
         files.filter(|file| file != path).try_for_each(|file| paths.numbered_output(flag, &file))?;
@@ -84,6 +92,29 @@ pub fn run(
     method: &dyn ImageMethod,
     extras: &Extras,
     targets: &Targets,
+) -> Result<()> {
+    run_accounted(args, pipeline, method, extras, targets).1
+}
+
+/// The same; what was asked for in a report is there however it ends.
+pub fn run_accounted(
+    args: &ImageFlags,
+    pipeline: &Pipeline,
+    method: &dyn ImageMethod,
+    extras: &Extras,
+    targets: &Targets,
+) -> (Account, Result<()>) {
+    let mut account = Account::default();
+    let done = make_all(args, pipeline, method, (extras, targets), &mut account);
+    (account, done)
+}
+
+fn make_all(
+    args: &ImageFlags,
+    pipeline: &Pipeline,
+    method: &dyn ImageMethod,
+    (extras, targets): (&Extras, &Targets),
+    account: &mut Account,
 ) -> Result<()> {
     let started = Instant::now();
     let settings = args.run.settings(pipeline)?;
@@ -112,8 +143,22 @@ pub fn run(
         machine::check_host_memory(args.run.device.memory_limit, bytes, "what --latents-out holds until the end")?;
     }
     let interrupt = machine::catch_interrupt()?;
+    account.interrupt = Arc::clone(&interrupt);
     let failures = Failures::new(args.output.strict || selection.len() == 1, reporter.clone());
-    let mut run = Run { args, work, extras, targets, noise, interrupt, reporter, failures, trace: None, writer: None };
+    let mut run = Run {
+        args,
+        work,
+        extras,
+        targets,
+        noise,
+        interrupt,
+        reporter,
+        failures,
+        trace: None,
+        previewed: HashSet::new(),
+        writer: None,
+        account,
+    };
     let latents = run.make(&chosen, started)?;
     if let (Some(path), false) = (&args.output.latents_out, selection.is_empty()) {
         match run.failures.count() {
@@ -157,6 +202,9 @@ struct Run<'a> {
     reporter: Reporter,
     failures: Failures,
     trace: Option<Trace>,
+    /// Images of which there is a preview.
+    previewed: HashSet<usize>,
+    account: &'a mut Account,
     /// Once there is something to write.
     writer: Option<Writer>,
 }
@@ -173,6 +221,9 @@ impl Run<'_> {
     fn make_batches(&mut self, chosen: &Chosen<'_>, started: Instant) -> Result<Vec<f32>> {
         let (mut latents, flags, selection) = (Vec::new(), &self.args.run, &chosen.selection);
         let mut executor = flags.device.executor(flags.check_finite)?;
+        if self.extras.report.is_some() {
+            executor = Box::new(Stopwatch::new(executor, self.account.times.clone()));
+        }
         let parts = self.work.plan(&flags.device, &*executor, selection, flags.batch)?;
         let largest = parts.iter().map(|part| part.planned.footprint().total()).max().unwrap_or_default();
         let units = parts.iter().map(Part::progress_units).fold(0, usize::saturating_add);
@@ -187,7 +238,9 @@ impl Run<'_> {
                 // Of what was loaded, not of what the files hold when the first image is saved.
                 self.work.pipeline.model.fingerprint()?;
                 let from_disk = machine::disk_bytes().saturating_sub(before);
-                self.report_load(started.elapsed().as_secs_f64(), from_disk, largest)?;
+                let seconds = started.elapsed().as_secs_f64();
+                (self.account.load_seconds, self.account.planned_bytes) = (seconds, largest);
+                self.report_load(seconds, from_disk, largest)?;
                 self.reporter.start("step", units);
             }
             for positions in batches.iter() {
@@ -208,8 +261,16 @@ impl Run<'_> {
             }
             self.observe(progress, targets, started)
         });
+        self.account.seconds += started.elapsed().as_secs_f64();
         for index in (0..targets.len()).filter(|index| saved[*index]) {
+            if self.extras.report.is_some() {
+                self.account.image(&targets[index]).noise = loaded.noise(index);
+            }
             self.save_extras(&targets[index], loaded, index)?;
+            if self.previewed.remove(&targets[index].index) || self.extras.previews && self.extras.resume {
+                let target = targets[index].clone();
+                self.later(move || preview::remove(&target))?;
+            }
         }
         if let (Ok(_), true) = (&made, self.extras.keeps_state) {
             let first = targets[0].clone();
@@ -235,11 +296,19 @@ impl Run<'_> {
         match progress {
             Progress::Step { .. } => self.reporter.step(),
             Progress::Again => {}
+            Progress::Preview { index, image } => {
+                let (target, size, rgb) = (targets[index].clone(), [image.width, image.height], image.rgb.clone());
+                self.previewed.insert(target.index);
+                self.later(move || preview::write(&target, size, &rgb))?;
+            }
             Progress::Remark { index, text } => {
                 self.reporter.warn(&format!("{}: {text}", targets[index].path.display()))
             }
             Progress::Iteration(report) => {
                 self.reporter.step();
+                if let (Some(_), Some(report)) = (&self.extras.report, report) {
+                    self.account.iteration(targets, report);
+                }
                 if let (Some(trace), Some(report)) = (&mut self.trace, report) {
                     trace.write(targets, report)?;
                 }
@@ -343,6 +412,7 @@ impl Run<'_> {
 
 /// Output folders exist and can be written to before the first image is computed.
 fn prepare_output(args: &ImageFlags, extras: &Extras, targets: &Targets) -> Result<()> {
+    extras.report.as_deref().map_or(Ok(()), atomic::probe)?;
     if let Some(path) = &extras.trace {
         atomic::check(path)?;
         trace::check(path)?;
@@ -359,6 +429,7 @@ fn prepare_output(args: &ImageFlags, extras: &Extras, targets: &Targets) -> Resu
     let first = targets.get(0);
     let [token, noise] =
         [&extras.save_token, &extras.save_noise].map(|path| path.as_ref().map(|path| targets.beside(path, &first)));
-    let files = [Some(&first.path), args.output.latents_out.as_ref(), token.as_ref(), noise.as_ref()];
+    let preview = extras.previews.then(|| preview::beside(&first));
+    let files = [Some(&first.path), args.output.latents_out.as_ref(), token.as_ref(), noise.as_ref(), preview.as_ref()];
     files.into_iter().flatten().try_for_each(|path| atomic::probe(path))
 }

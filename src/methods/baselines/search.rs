@@ -105,9 +105,11 @@ impl<C> Evaluate for Candidates<'_, '_, '_, '_, C> {
             candidates.iter().enumerate().map(|(image, candidate)| (self.job)(image, candidate)).collect();
         let made = self.images.run(&jobs, &mut |progress| match progress {
             Progress::Image { .. } => Ok(()),
-            Progress::Step { .. } | Progress::Iteration(_) | Progress::Remark { .. } | Progress::Again => {
-                (self.observe)(progress)
-            }
+            Progress::Step { .. }
+            | Progress::Preview { .. }
+            | Progress::Iteration(_)
+            | Progress::Remark { .. }
+            | Progress::Again => (self.observe)(progress),
         })?;
         let scores = self.judge.score(self.images, &jobs, &made)?;
         Ok(scores.into_iter().zip(made).collect())

@@ -2,8 +2,10 @@
 
 use super::options::Patience;
 use super::seed::{Best, Seed};
+use super::{Loaded, Phase};
 use crate::optimize::optimizer::OptimizerState;
 use crate::pipeline::generate::Job;
+use crate::weights::fingerprint;
 use crate::{Error, Result};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
@@ -122,11 +124,43 @@ impl State {
         }
         let seeds = numbers.seeds.iter().zip(first.chunks(len)).zip(best.chunks(len)).map(|((seed, first), best)| {
             let best = Best { noise: best.to_vec(), loss: f64::from_bits(seed.loss), iteration: seed.iteration };
-            Seed { first: first.to_vec(), best, patience: seed.patience, stopped: seed.stopped }
+            Seed { first: first.to_vec(), best, patience: seed.patience, stopped: seed.stopped, is_unlikely: false }
         });
         let optimizer = OptimizerState { taken: numbers.taken, moments };
         let state = State { iteration: numbers.iteration, noise, shared, seeds: seeds.collect(), optimizer };
         Some((numbers.key, state))
+    }
+}
+
+impl Loaded<'_, '_> {
+    /// What is kept of an earlier run of the jobs that was cut short.
+    pub(super) fn kept(&self, jobs: &[Job]) -> Result<Option<State>> {
+        let Some(checkpoints) = &self.checkpoints else { return Ok(None) };
+        let bytes = checkpoints.read(jobs)?;
+        bytes.map(|bytes| State::parse(&bytes, &self.key(jobs), (jobs.len(), self.len))).transpose()
+    }
+
+    /// Goes on there: the seeds, and how many iterations they have behind them.
+    pub(super) fn restore(&mut self, jobs: &[Job], state: State) -> Result<(Vec<Seed>, usize)> {
+        // Draws of the sampler are those of the jobs.
+        self.draw(jobs)?;
+        self.chain.set_noise(&state.noise)?;
+        self.optimizer.restore(self.chain.executor(), &state.optimizer)?;
+        Ok((state.seeds, state.iteration))
+    }
+
+    /// Of everything that decides the images of these jobs.
+    pub(super) fn key(&self, jobs: &[Job]) -> String {
+        format!("{:016x}", fingerprint(format!("{} {jobs:?}", self.settings).into_bytes()))
+    }
+
+    /// Keeps where the run is, before `iteration`.
+    pub(super) fn checkpoint(&mut self, phase: &Phase<'_>, seeds: Vec<Seed>, iteration: usize) -> Result<Vec<Seed>> {
+        let Some(checkpoints) = self.checkpoints.clone() else { return Ok(seeds) };
+        let (noise, optimizer) = (self.chain.noise()?, self.optimizer.state(self.chain.executor())?);
+        let state = State { iteration, noise, shared: phase.shared.to_vec(), seeds, optimizer };
+        checkpoints.write(phase.batch, &state.to_bytes(&self.key(phase.batch))?)?;
+        Ok(state.seeds)
     }
 }
 
@@ -143,6 +177,7 @@ mod tests {
             best: Best { noise: vec![-x, 0.1], loss: f64::from(x) / 3.0, iteration: 2 },
             patience,
             stopped: x > 1.0,
+            is_unlikely: false,
         };
         let optimizer = OptimizerState { taken: 7, moments: vec![vec![0.5; 4], vec![1e-30; 4]] };
         let (noise, shared) = (vec![1.0, 2.0, 3.0, 4.0], vec![5.0; 4]);

@@ -1,9 +1,9 @@
 //! The loss of SeedSelect at the end of a run as what gradient-free searches choose by.
 
 use super::options::{Convention, Options};
-use super::programs::{seen, tower};
+use super::programs::seen;
 use super::prompt::{LoadedPrompt, Prompt};
-use super::references::{Encoders, References, Targets, Wanted};
+use super::references::{Encoders, References, Targets, Wanted, tower};
 use crate::exec::{DataMut, Executor};
 use crate::methods::baselines::judge::{Criterion, Judge, PlannedJudge};
 use crate::optimize::objective::references::{appearance, semantics};
@@ -11,6 +11,7 @@ use crate::optimize::objective::{self, Objective, ObjectiveSpec, Objectives, rep
 use crate::pipeline::Pipeline;
 use crate::pipeline::generate::{self, Generator, Image, Job};
 use crate::plan::Planned;
+use crate::weights::Component;
 use crate::{Error, Result};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -50,7 +51,7 @@ impl Criterion for Likeness {
     ) -> Result<Box<dyn PlannedJudge + 'p>> {
         let convention = Convention::Default;
         let options = &self.options;
-        let tower = (options.semantics != 0.0).then(|| tower(pipeline, options.views)).transpose()?;
+        let tower = (options.semantics != 0.0).then(|| tower(pipeline, Component::Clip, options.views)).transpose()?;
         let reads_prompt = tower.is_some() && options.prompt != 0.0;
         let prompt = || Prompt::plan(pipeline, executor, settings.dtype, generator.sizes().batch);
         let seen = tower.clone().map(|tower| seen(tower, convention));
@@ -103,7 +104,7 @@ impl PlannedJudge for PlannedLikeness<'_> {
 
     fn load(self: Box<Self>, images: &mut generate::Loaded<'_, '_>) -> Result<Box<dyn Judge>> {
         let Likeness { references, seed, .. } = &self.likeness;
-        let encoders = self.encoders.load(self.pipeline, images.executor())?;
+        let mut encoders = self.encoders.load(self.pipeline, None)?;
         let targets = encoders.targets(images.executor(), references, *seed)?;
         let objectives = self.objectives.load(images.executor(), &self.pipeline.model)?;
         let prompt = self.prompt.map(|prompt| prompt.load(self.pipeline, images.executor())).transpose()?;

@@ -7,6 +7,7 @@ use super::programs::{Programs, Spec};
 use super::references::References;
 use super::start::Start;
 use super::subset::subset;
+use super::watch::Watch;
 use crate::exec::Executor;
 use crate::methods::{ImageMethod, LoadedMethod, PlannedMethod, Request};
 use crate::optimize::objective::Nfe;
@@ -30,12 +31,21 @@ pub struct SeedSelect {
     pub trace: bool,
     /// Where runs are kept between iterations.
     pub checkpoints: Option<Arc<dyn Checkpoints>>,
+    pub watch: Watch,
 }
 
 impl SeedSelect {
-    /// Without trace, checkpoints and other classes.
+    /// Without other classes, and with nothing kept or looked at but the images.
     pub fn new(options: Options, references: Arc<References>, seed: u64) -> SeedSelect {
-        SeedSelect { options, references, others: vec![], seed, trace: false, checkpoints: None }
+        SeedSelect {
+            options,
+            references,
+            others: vec![],
+            seed,
+            trace: false,
+            checkpoints: None,
+            watch: Watch::default(),
+        }
     }
 }
 
@@ -115,8 +125,12 @@ impl ImageMethod for SeedSelect {
         request: &Request<'_>,
     ) -> Result<Box<dyn PlannedMethod + 'p>> {
         self.check(request.batch)?;
-        let (references, others) = (self.references.pictures.len(), self.others.len());
-        let spec = Spec { options: &self.options, references, others };
+        let spec = Spec {
+            options: &self.options,
+            references: self.references.pictures.len(),
+            others: self.others.len(),
+            watch: &self.watch,
+        };
         let programs = Programs::plan(pipeline, executor, &spec, request)?;
         Ok(Box::new(PlannedSeedSelect { programs, method: self.clone() }))
     }

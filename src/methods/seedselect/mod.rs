@@ -12,7 +12,9 @@
 //! ```
 
 mod bootstrap;
+mod cache;
 mod checkpoint;
+mod held_out;
 mod judge;
 mod method;
 pub mod nao;
@@ -23,8 +25,11 @@ mod references;
 mod seed;
 mod start;
 mod subset;
+mod watch;
 
+pub use cache::ReferenceCache;
 pub use checkpoint::Checkpoints;
+pub use held_out::HeldOut;
 pub use judge::Likeness;
 pub use method::SeedSelect;
 pub use options::{Convention, LearningRate, Options, Patience};
@@ -32,6 +37,7 @@ pub use references::{References, Targets};
 pub use seed::Best;
 pub use start::Start;
 pub use subset::subset;
+pub use watch::Watch;
 
 use crate::Result;
 use crate::exec::{Data, Executor};
@@ -42,18 +48,20 @@ use crate::optimize::objective::references::buffer;
 use crate::optimize::optimizer::LoadedOptimizer;
 use crate::optimize::variable::Entry;
 use crate::pipeline::decode::Decoder;
-use crate::pipeline::generate::{self, Image, Job, to_channels_first, to_channels_last};
+use crate::pipeline::generate::{self, Image, Job, to_channels_first};
 use crate::pipeline::inversion::Inversion;
 use crate::pipeline::{Iteration, Observer, Progress};
-use crate::sampler::{self, Noise, draw};
-use crate::weights::fingerprint;
-use checkpoint::State;
+use held_out::LoadedHeldOut;
+use nao::chi::Chi;
 use programs::{Programs, TermName};
 use prompt::LoadedPrompt;
 use seed::Seed;
 use start::Inverter;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+
+/// Log-density of a noise's length below which a user is told: 5 from the likeliest length, whatever the dimensions.
+const UNLIKELY: f64 = -25.0;
 
 /// SeedSelect on an executor.
 pub struct Loaded<'p, 'e> {
@@ -64,6 +72,7 @@ pub struct Loaded<'p, 'e> {
     prompt: Option<LoadedPrompt>,
     /// The directions of other classes' features, where they count.
     others: Vec<Vec<f32>>,
+    judge: Option<LoadedHeldOut>,
     /// Where starts are among the inverted references.
     inverter: Option<Inverter<'p>>,
     options: Options,
@@ -73,8 +82,11 @@ pub struct Loaded<'p, 'e> {
     /// Numbers of a starting noise `[h, w, C]`, and its channels.
     len: usize,
     channels: usize,
+    /// How likely the length of a noise is.
+    chi: Chi,
     /// Report every iteration.
     trace: bool,
+    watch: Watch,
     /// How many references there are.
     references: usize,
     /// Of noises that images share.
@@ -125,19 +137,22 @@ impl<'p, 'e> Loaded<'p, 'e> {
     /// Loads weights and programs, and encodes the references.
     fn new(programs: Programs<'p>, executor: &'e mut dyn Executor, method: &SeedSelect) -> Result<Loaded<'p, 'e>> {
         let Programs { pipeline, options, images, terms, chain, optimizer, decode, encoders, .. } = programs;
+        let (judge, inversion, watch) = (programs.judge, programs.inversion, programs.watch);
         let (channels, len) = (programs.channels, programs.len);
-        let encoders = encoders.load(pipeline, executor)?;
+        let cache = watch.cache.as_deref();
+        let mut encoders = encoders.load(pipeline, cache)?;
         let targets = encoders.targets(executor, &method.references, method.seed)?;
         let prompt = programs.prompt.map(|prompt| prompt.load(pipeline, executor)).transpose()?;
         let classes = method.others.iter().map(|other| encoders.centroid(executor, other));
         let others = classes.collect::<Result<_>>()?;
+        let judge = judge.map(|judge| judge.load(pipeline, executor, &method.references, cache)).transpose()?;
         let inverter = |inversion: Inversion<'p>| -> Result<Inverter<'p>> {
             let means = encoders.means(executor, &method.references)?;
             let latents = means.iter().map(|mean| to_channels_first(mean, channels)).collect();
             let inversion = inversion.load(executor)?;
             Ok(Inverter { inversion, start: options.start, latents, inverted: HashMap::new() })
         };
-        let inverter = programs.inversion.map(inverter).transpose()?;
+        let inverter = inversion.map(inverter).transpose()?;
         let mut chain = chain.load::<f32>(executor)?;
         let optimizer = optimizer.load(chain.executor(), &pipeline.model)?;
         let decoder = Decoder::load(pipeline, chain.executor(), decode)?;
@@ -152,13 +167,16 @@ impl<'p, 'e> Loaded<'p, 'e> {
             targets,
             prompt,
             others,
+            judge,
             inverter,
             options,
             images,
             terms,
             len,
             channels,
+            chi: Chi::new(len)?,
             trace: method.trace,
+            watch,
             references: method.references.pictures.len(),
             seed: method.seed,
             found: HashMap::new(),
@@ -176,8 +194,8 @@ impl Loaded<'_, '_> {
             Some(iterations) => self.bootstrapped(jobs, iterations, observe)?,
             None => self.alone(jobs, observe)?,
         };
-        self.best = seeds.into_iter().map(|seed| seed.best).collect();
-        self.render(jobs, observe)
+        self.best = seeds.iter().map(|seed| seed.best.clone()).collect();
+        self.render(&seeds, jobs, observe)
     }
 
     /// Every image optimised for itself, towards all references.
@@ -203,51 +221,34 @@ impl Loaded<'_, '_> {
             }
             let noise = self.chain.noise()?;
             let losses = self.gradient(observe)?;
-            self.keep((&mut seeds, phase.jobs), &noise, &losses.total, iteration, observe)?;
+            self.keep(&mut seeds, (&noise, &losses.total), (phase, iteration), observe)?;
             let report = phase.trace.then(|| self.report(&seeds, &noise, losses, (phase, iteration))).transpose()?;
             self.optimizer.step(self.chain.executor(), phase.lr.at(iteration))?;
             if self.options.renormalise {
                 self.renormalise(&seeds)?;
             }
             observe(Progress::Iteration(report.as_ref()))?;
+            if self.watch.shows(phase.before + iteration) {
+                self.preview(&seeds, phase.jobs, observe)?;
+            }
             seeds = self.checkpoint(phase, seeds, iteration + 1)?;
         }
         if self.options.convention == Convention::Default && !seeds.iter().all(|seed| seed.stopped) {
             let noise = self.chain.noise()?;
             let losses = self.loss(observe)?;
-            self.keep((&mut seeds, phase.jobs), &noise, &losses.total, phase.iterations, observe)?;
+            self.keep(&mut seeds, (&noise, &losses.total), (phase, phase.iterations), observe)?;
         }
         Ok(seeds)
     }
 
-    /// What is kept of an earlier run of the jobs that was cut short.
-    fn kept(&self, jobs: &[Job]) -> Result<Option<State>> {
-        let Some(checkpoints) = &self.checkpoints else { return Ok(None) };
-        let bytes = checkpoints.read(jobs)?;
-        bytes.map(|bytes| State::parse(&bytes, &self.key(jobs), (jobs.len(), self.len))).transpose()
-    }
-
-    /// Goes on there: the seeds, and how many iterations they have behind them.
-    fn restore(&mut self, jobs: &[Job], state: State) -> Result<(Vec<Seed>, usize)> {
-        // Draws of the sampler are those of the jobs.
-        self.draw(jobs)?;
-        self.chain.set_noise(&state.noise)?;
-        self.optimizer.restore(self.chain.executor(), &state.optimizer)?;
-        Ok((state.seeds, state.iteration))
-    }
-
-    /// Of everything that decides the images of these jobs.
-    fn key(&self, jobs: &[Job]) -> String {
-        format!("{:016x}", fingerprint(format!("{} {jobs:?}", self.settings).into_bytes()))
-    }
-
-    /// Keeps where the run is, before `iteration`.
-    fn checkpoint(&mut self, phase: &Phase<'_>, seeds: Vec<Seed>, iteration: usize) -> Result<Vec<Seed>> {
-        let Some(checkpoints) = self.checkpoints.clone() else { return Ok(seeds) };
-        let (noise, optimizer) = (self.chain.noise()?, self.optimizer.state(self.chain.executor())?);
-        let state = State { iteration, noise, shared: phase.shared.to_vec(), seeds, optimizer };
-        checkpoints.write(phase.batch, &state.to_bytes(&self.key(phase.batch))?)?;
-        Ok(state.seeds)
+    /// Shows what the images would be by now. The next evaluation begins from the noises as they are.
+    fn preview(&mut self, seeds: &[Seed], jobs: &[Job], observe: &mut Observer<'_>) -> Result<()> {
+        self.chain.put_noise_aside()?;
+        self.render(seeds, jobs, &mut |progress| match progress {
+            Progress::Image { index, image } => observe(Progress::Preview { index, image }),
+            other => observe(other),
+        })?;
+        self.chain.take_noise_back()
     }
 
     /// What the images of the last batch were made from.
@@ -262,6 +263,9 @@ impl Loaded<'_, '_> {
             self.chain.write(&buffer::other(class), Data::F32(&centroid.repeat(jobs.len())))?;
         }
         self.prompt.iter().try_for_each(|prompt| prompt.write(self.chain.executor(), jobs))?;
+        if let Some(judge) = &self.judge {
+            judge.write(self.chain.executor(), jobs)?;
+        }
         Targets::write(targets, self.chain.executor())
     }
 
@@ -269,69 +273,6 @@ impl Loaded<'_, '_> {
     fn condition_on_all(&mut self, jobs: &[Job]) -> Result<()> {
         let all = self.targets.clone();
         self.condition(jobs, &vec![&all; jobs.len()])
-    }
-
-    /// The best of some starting noises of each image.
-    fn start(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Seed>> {
-        let own = self.draw(jobs)?;
-        if let Some(inverter) = &mut self.inverter {
-            inverter.prepare(self.chain.executor(), jobs, observe)?;
-        }
-        let mut seeds: Vec<Seed> = self.candidate(jobs, &own, 0)?.into_iter().map(Seed::new).collect();
-        if self.options.starts > 1 {
-            for index in 0..self.options.starts {
-                let noises = self.candidate(jobs, &own, index)?;
-                self.chain.set_noise(&noises.concat())?;
-                let losses = self.loss(observe)?;
-                for ((seed, noise), loss) in seeds.iter_mut().zip(&noises).zip(losses.total) {
-                    seed.take(noise, loss, 0);
-                }
-            }
-            seeds.iter().zip(jobs).try_for_each(|(seed, job)| seed.check(job.seed))?;
-            seeds.iter_mut().for_each(Seed::begin_at_best);
-        }
-        self.begin(&seeds)?;
-        Ok(seeds)
-    }
-
-    /// At the seeds' first noises, with an optimizer that has made no step.
-    fn begin(&mut self, seeds: &[Seed]) -> Result<()> {
-        let noise: Vec<f32> = seeds.iter().flat_map(|seed| seed.first.iter()).copied().collect();
-        self.chain.set_noise(&noise)?;
-        self.optimizer.reset(self.chain.executor())
-    }
-
-    /// Every image's own noise, and where the sampler adds noise, its draws.
-    fn draw(&mut self, jobs: &[Job]) -> Result<Vec<Vec<f32>>> {
-        let mut unit = vec![0.0; self.len];
-        let mut draws = vec![vec![]; 1 + self.chain.draws()];
-        let mut noises: Vec<Noise> = jobs.iter().map(|job| Noise::new(self.images.rng, job.seed)).collect();
-        for (index, all) in draws.iter_mut().enumerate() {
-            for (job, noise) in jobs.iter().zip(&mut noises) {
-                noise.normal(&mut unit);
-                all.extend(to_channels_last(job.draws.get(index).unwrap_or(&unit), self.channels));
-            }
-        }
-        let steps = draws.split_off(1);
-        self.chain.set_draws(&steps)?;
-        Ok(draws.concat().chunks(self.len).map(<[f32]>::to_vec).collect())
-    }
-
-    /// Starting noise `index` of every image, `[h, w, C]`: its own and others under its seed, or those among the inverted references.
-    fn candidate(&self, jobs: &[Job], own: &[Vec<f32>], index: usize) -> Result<Vec<Vec<f32>>> {
-        let noise = |(job, own): (&Job, &Vec<f32>)| {
-            let noise = match (&self.inverter, index) {
-                (Some(inverter), _) => inverter.draw(job, index)?,
-                (None, 0) => return Ok(own.clone()),
-                (None, _) => {
-                    let mut unit = vec![0.0; self.len];
-                    sampler::normal(job.seed, draw::SEARCH + index as u64, &mut unit);
-                    unit
-                }
-            };
-            Ok(to_channels_last(&noise, self.channels))
-        };
-        jobs.iter().zip(own).map(noise).collect()
     }
 
     /// Loss and gradient of the noise as it is.
@@ -359,6 +300,10 @@ impl Loaded<'_, '_> {
         let mut terms = BTreeMap::new();
         let scale = self.loss_scale();
         for ((term, weight), losses) in self.terms.iter().zip(losses) {
+            if let TermName::HeldOut(judge) = term {
+                terms.insert(term.to_string(), losses.iter().map(|loss| judge.score((*loss).into())).collect());
+                continue;
+            }
             total.iter_mut().zip(losses).for_each(|(total, loss)| *total += f64::from(*loss) / scale);
             terms.insert(term.to_string(), losses.iter().map(|loss| f64::from(*loss) / (weight * scale)).collect());
         }
@@ -372,21 +317,21 @@ impl Loaded<'_, '_> {
     /// Takes the noises of an evaluation where they are better, and looks whether to stop. `Error::NotFinite` where an image has none.
     fn keep(
         &self,
-        (seeds, jobs): (&mut [Seed], &[Job]),
-        noise: &[f32],
-        losses: &[f64],
-        iteration: usize,
+        seeds: &mut [Seed],
+        (noise, losses): (&[f32], &[f64]),
+        (phase, iteration): (&Phase<'_>, usize),
         observe: &mut Observer<'_>,
     ) -> Result<()> {
+        let behind = phase.before + iteration;
         // An image stops alone, whatever the others of its batch do.
         let rows = seeds.iter_mut().zip(noise.chunks(self.len)).zip(losses).enumerate();
         for (index, ((seed, noise), loss)) in rows.filter(|(_, ((seed, _), _))| !seed.stopped) {
             if !loss.is_finite() {
-                seed.check(jobs[index].seed)?;
+                seed.check(phase.jobs[index].seed)?;
                 seed.stopped = true;
-                let seed = jobs[index].seed;
+                let seed = phase.jobs[index].seed;
                 let text = format!(
-                    "seed {seed}: the loss is not finite after {iteration} iterations; what was best before is used"
+                    "seed {seed}: the loss is not finite after {behind} iterations; what was best before is used"
                 );
                 observe(Progress::Remark { index, text: &text })?;
                 continue;
@@ -396,8 +341,22 @@ impl Loaded<'_, '_> {
                 Convention::Released => seed.best = Best { noise: noise.to_vec(), loss: *loss, iteration },
             }
             seed.stopped = seed.patience.stops(*loss, self.options.patience);
+            if !seed.is_unlikely && self.chi.log_density(length(noise)) < UNLIKELY {
+                seed.is_unlikely = true;
+                let text = self.unlikely(phase.jobs[index].seed, length(noise), behind);
+                observe(Progress::Remark { index, text: &text })?;
+            }
         }
         Ok(())
+    }
+
+    /// That a noise has a length that those of a model do not have.
+    fn unlikely(&self, seed: u64, length: f64, iteration: usize) -> String {
+        let likeliest = self.chi.mode();
+        format!(
+            "seed {seed}: after {iteration} iterations the noise is {length:.1} long, the model's are {likeliest:.1}: its images \
+             may be flat or garish; --norm-prior 0.01 holds the length"
+        )
     }
 
     /// Brings every noise back to the length it began with.
@@ -425,6 +384,7 @@ impl Loaded<'_, '_> {
         };
         let mut terms = losses.terms;
         terms.insert("norm".into(), rows().map(length).collect());
+        terms.insert("log_density".into(), rows().map(|row| self.chi.log_density(length(row))).collect());
         Ok(Iteration {
             at: None,
             objective: "seedselect",
@@ -437,11 +397,11 @@ impl Loaded<'_, '_> {
         })
     }
 
-    /// The images of the noises that are returned.
-    fn render(&mut self, jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
-        let noise: Vec<f32> = self.best.iter().flat_map(|best| best.noise.iter()).copied().collect();
+    /// The images of the seeds' best noises.
+    fn render(&mut self, seeds: &[Seed], jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
+        let noise: Vec<f32> = seeds.iter().flat_map(|seed| seed.best.noise.iter()).copied().collect();
         self.chain.set_noise(&noise)?;
-        let (mut done, steps) = (0, self.images.sampler.steps);
+        let (mut done, steps) = (0, self.chain.image_steps());
         self.chain.sample(&mut || {
             done += 1;
             observe(Progress::Step { done, steps })

@@ -1,15 +1,17 @@
 //! The programs of SeedSelect: the run as a function of its noise with the terms of the loss, the optimizer, the decoder, the encoders,
 //! the inversion.
 
+use super::held_out::{HeldOut, PlannedHeldOut};
 use super::options::{Convention, Options, TEMPERATURE};
 use super::prompt::Prompt;
-use super::references::{Encoders, Wanted};
+use super::references::{Encoders, Wanted, tower};
 use super::start::{self, Start};
+use super::watch::Watch;
+use crate::Result;
 use crate::exec::Executor;
 use crate::methods::Request;
-use crate::models::detect;
 use crate::optimize::chain::{self, Chain, Storage, Term};
-use crate::optimize::objective::references::{Tower, View, appearance, contrast, norm_prior, semantics};
+use crate::optimize::objective::references::{Tower, appearance, contrast, norm_prior, semantics};
 use crate::optimize::objective::{Nfe, loss_scale};
 use crate::optimize::optimizer::PlannedOptimizer;
 use crate::optimize::variable::Entry;
@@ -20,9 +22,9 @@ use crate::plan::{Footprint, Planned, plan};
 use crate::program::DType;
 use crate::sampler;
 use crate::weights::Component;
-use crate::{Error, Result};
 use std::collections::HashSet;
 use std::fmt;
+use std::ops::Range;
 
 /// A term of the loss, as the trace calls it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +38,8 @@ pub enum TermName {
     },
     Appearance,
     NormPrior,
+    /// No part of the loss.
+    HeldOut(HeldOut),
 }
 
 impl fmt::Display for TermName {
@@ -45,6 +49,7 @@ impl fmt::Display for TermName {
             TermName::Contrast { after } => write!(f, "contrast.{after}"),
             TermName::Appearance => f.write_str("appearance"),
             TermName::NormPrior => f.write_str("norm_prior"),
+            TermName::HeldOut(_) => f.write_str("held_out"),
         }
     }
 }
@@ -56,6 +61,7 @@ pub struct Spec<'a> {
     pub references: usize,
     /// Other classes.
     pub others: usize,
+    pub watch: &'a Watch,
 }
 
 /// SeedSelect, planned but not loaded.
@@ -69,9 +75,11 @@ pub struct Programs<'p> {
     pub(super) decode: Planned,
     pub(super) encoders: Encoders,
     pub(super) prompt: Option<Prompt>,
+    pub(super) judge: Option<PlannedHeldOut>,
     pub(super) inversion: Option<Inversion<'p>>,
     references: usize,
     fresh: Fresh,
+    pub(super) watch: Watch,
     pub(super) channels: usize,
     pub(super) len: usize,
 }
@@ -84,11 +92,12 @@ impl<'p> Programs<'p> {
         spec: &Spec<'_>,
         request: &Request<'_>,
     ) -> Result<Programs<'p>> {
-        let frugal = Programs::within(pipeline, executor, spec, request, None)?;
+        let within = |budget| Programs::within(pipeline, executor, spec, request, budget);
+        let frugal = within(None)?;
         let footprint = frugal.footprint();
         let rest = footprint.total() - footprint.arena_bytes;
         match request.memory.and_then(|memory| memory.checked_sub(rest)) {
-            Some(budget) => Ok(Programs::within(pipeline, executor, spec, request, Some(budget)).unwrap_or(frugal)),
+            Some(budget) => Ok(within(Some(budget)).unwrap_or(frugal)),
             None => Ok(frugal),
         }
     }
@@ -96,7 +105,7 @@ impl<'p> Programs<'p> {
     fn within(
         pipeline: &'p Pipeline,
         executor: &dyn Executor,
-        &Spec { options, references, others }: &Spec<'_>,
+        &Spec { options, references, others, watch }: &Spec<'_>,
         request: &Request<'_>,
         budget: Option<usize>,
     ) -> Result<Programs<'p>> {
@@ -104,12 +113,15 @@ impl<'p> Programs<'p> {
         let (height, width) = pipeline.latent_size(images.width, images.height)?;
         programs::check_pixels(images.width, images.height, batch)?;
         let sizes = Sizes { batch, height, width, tokens: pipeline.tokens() };
-        let tower = options.has_features().then(|| tower(pipeline, options.views)).transpose()?;
+        let tower = options.has_features().then(|| tower(pipeline, Component::Clip, options.views)).transpose()?;
         let seen = tower.clone().map(|tower| seen(tower, options.convention));
         let (run, image_steps) = run(pipeline, options, images)?;
         let schedule = sampler::schedule(&pipeline.config.scheduler, &run)?;
         let point = (schedule.steps.len(), schedule.initial_scale);
-        let (names, terms) = terms((options, others), images.dtype, seen.as_ref(), point).into_iter().unzip();
+        let judge = watch.judge.map(|judge| judge.plan(pipeline, executor, images)).transpose()?;
+        let mut terms = terms((options, others), images.dtype, seen.as_ref(), point);
+        terms.extend(judge.iter().map(|judge| ((TermName::HeldOut(judge.kind()), 1.0), judge.term())));
+        let (names, terms) = terms.into_iter().unzip();
         let chain_options = chain::Options {
             width: images.width,
             height: images.height,
@@ -141,9 +153,11 @@ impl<'p> Programs<'p> {
             }),
             encoders,
             prompt: prompt.transpose()?,
+            judge,
             inversion: inverts.then(inversion).transpose()?,
             references,
             fresh: Fresh::of(request),
+            watch: watch.clone(),
             channels,
             len: channels * height * width,
         })
@@ -155,6 +169,7 @@ impl<'p> Programs<'p> {
         all.push(&self.decode);
         all.extend(self.encoders.programs());
         all.extend(self.prompt.iter().map(Prompt::program));
+        all.extend(self.judge.iter().flat_map(PlannedHeldOut::programs));
         all.extend(self.inversion.iter().flat_map(Inversion::programs));
         all
     }
@@ -165,11 +180,12 @@ impl<'p> Programs<'p> {
 
     /// Of a batch.
     fn runs(&self) -> Runs {
+        let first = self.options.iterations;
         let optimised = match self.options.bootstrap {
             None => self.optimisation(),
-            Some(iterations) => Runs { there_and_back: iterations, plain: self.last_look(), images: 0 },
+            Some(iterations) => self.phase(first..first + iterations),
         };
-        Runs { images: 1, ..optimised }
+        Runs { images: optimised.images + 1, ..optimised }
     }
 
     /// Of what is shared: the noise of bootstrapped images, for every batch with a prompt that the batch before has not.
@@ -182,12 +198,15 @@ impl<'p> Programs<'p> {
     /// From the starting noises to the last iterate.
     fn optimisation(&self) -> Runs {
         let starts = if self.options.starts > 1 { self.options.starts } else { 0 };
-        Runs { there_and_back: self.options.iterations, plain: starts + self.last_look(), images: 0 }
+        let phase = self.phase(0..self.options.iterations);
+        Runs { plain: starts + phase.plain, ..phase }
     }
 
-    /// Whether the last iterate is looked at.
-    fn last_look(&self) -> usize {
-        usize::from(self.options.convention == Convention::Default)
+    /// These iterations, their previews, and where the last iterate is looked at, that.
+    fn phase(&self, iterations: Range<usize>) -> Runs {
+        let previews = self.watch.previews(iterations.end) - self.watch.previews(iterations.start);
+        let last = usize::from(self.options.convention == Convention::Default);
+        Runs { there_and_back: iterations.len(), plain: last, images: previews }
     }
 
     /// Of all batches, each reference under each prompt.
@@ -220,7 +239,7 @@ struct Runs {
     there_and_back: usize,
     /// Without a gradient: trying starts, the last iterate.
     plain: usize,
-    /// With as many steps as images have.
+    /// With as many steps as images have: previews, the image.
     images: usize,
 }
 
@@ -259,17 +278,7 @@ impl Fresh {
     }
 }
 
-/// The model's CLIP, as references see it.
-pub(super) fn tower(pipeline: &Pipeline, views: &'static [View]) -> Result<Tower> {
-    if !pipeline.model.has(Component::Clip) {
-        let what = "this model has no CLIP to see references by; name one with --clip, or leave the semantic term out";
-        return Err(Error::Usage(what.into()));
-    }
-    let config = detect::clip_config(&pipeline.model, Component::Clip)?;
-    Ok(Tower { config: config.image, component: Component::Clip, preprocess: config.preprocess, views })
-}
-
-/// The same as generated images are seen by it.
+/// A tower as generated images are seen by it.
 pub(super) fn seen(tower: Tower, convention: Convention) -> Tower {
     match convention {
         Convention::Default => tower,

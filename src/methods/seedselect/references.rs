@@ -1,17 +1,18 @@
 //! Reference images and what the loss compares with: their features by a CLIP and their latents, and the means of those.
 
+use super::cache::{Encoder, ReferenceCache};
 use super::options::Convention;
 use crate::data::images::{self, Picture};
 use crate::data::resample;
 use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::models::preprocess::{Fit, Preprocess};
-use crate::models::{clip_image, vae};
+use crate::models::{clip_image, detect, vae};
 use crate::optimize::objective::references::{Tower, View, buffer};
 use crate::pipeline::Pipeline;
 use crate::plan::{Planned, plan};
 use crate::program::{Builder, DType, Program};
 use crate::sampler::{self, draw};
-use crate::weights::fingerprint;
+use crate::weights::{Component, fingerprint};
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 
@@ -126,10 +127,28 @@ fn mean(rows: &[Vec<f32>]) -> Vec<f64> {
     sum.iter().map(|sum| sum / rows.len() as f64).collect()
 }
 
-const TOWER_IMAGE: &str = "references.tower_image";
-const FEATURES: &str = "references.features";
+const SEEN: &str = "image";
+const FEATURES: &str = "features";
 const IMAGE: &str = "references.image";
 const MOMENTS: &str = "references.moments";
+
+/// A model's CLIP, as references see it.
+pub(super) fn tower(pipeline: &Pipeline, component: Component, views: &'static [View]) -> Result<Tower> {
+    if !pipeline.model.has(component) {
+        let what = match component {
+            Component::HeldOutClip => "this model has no CLIP besides that of the loss; name one with --judge",
+            _ => "this model has no CLIP to see references by; name one with --clip, or leave the semantic term out",
+        };
+        return Err(Error::Usage(what.into()));
+    }
+    let config = detect::clip_config(&pipeline.model, component)?;
+    Ok(Tower { config: config.image, component, preprocess: config.preprocess, views })
+}
+
+/// The buffer of an input or output `what` of a tower.
+fn of_tower(tower: &Tower, what: &str) -> String {
+    format!("references.{}.{what}", tower.component.name())
+}
 
 /// What is made of pictures.
 #[derive(Clone, Copy, Default)]
@@ -151,11 +170,19 @@ pub(super) struct Encoders {
 }
 
 /// The size of what is generated, and how references are brought to it.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Frame {
     convention: Convention,
     width: usize,
     height: usize,
+}
+
+impl Frame {
+    /// Numbers of its latents.
+    fn latents(self, pipeline: &Pipeline) -> usize {
+        let config = &pipeline.config.vae;
+        config.latent_channels * (self.height / config.factor()) * (self.width / config.factor())
+    }
 }
 
 impl Encoders {
@@ -171,11 +198,11 @@ impl Encoders {
         let planned_tower = |tower: &Tower| -> Result<(Tower, Planned)> {
             let side = tower.preprocess.side;
             let mut b = Builder::new("reference features", dtype);
-            let image = b.accumulator_input(TOWER_IMAGE, &[1, side, side, 3]);
+            let image = b.accumulator_input(of_tower(tower, SEEN), &[1, side, side, 3]);
             // Resized and cropped before, on the host: pictures come in all sizes.
             let image = Preprocess { fit: Fit::Squash, ..tower.preprocess }.append(&mut b, image);
             let features = clip_image::features(&mut b, &tower.config, tower.component, image);
-            b.output(FEATURES, features);
+            b.output(of_tower(tower, FEATURES), features);
             Ok((tower.clone(), plan(b.finish()?)))
         };
         let planned_vae = || -> Result<Planned> {
@@ -198,83 +225,83 @@ impl Encoders {
         self.tower.iter().map(|(_, planned)| planned).chain(&self.vae).collect()
     }
 
-    pub fn load<'p>(self, pipeline: &'p Pipeline, executor: &mut dyn Executor) -> Result<LoadedEncoders<'p>> {
+    /// Each network is loaded with the first picture that the cache does not have.
+    pub fn load<'a>(self, pipeline: &'a Pipeline, cache: Option<&'a dyn ReferenceCache>) -> Result<LoadedEncoders<'a>> {
         let Encoders { tower, vae, latents, frame } = self;
-        let mut load = |planned: Planned| executor.load(planned, &pipeline.model);
-        let tower = tower.map(|(tower, planned)| Ok((tower, load(planned)?))).transpose()?;
-        Ok(LoadedEncoders { pipeline, tower, vae: vae.map(load).transpose()?, latents, frame })
+        let encoder = |network, how: String| Encoder::new(cache, &pipeline.model, network, &how);
+        let of_tower = |(tower, planned): (Tower, Planned)| {
+            let encoder = encoder((tower.component, planned), format!("{:?} {:?}", tower.preprocess, tower.views))?;
+            Ok((tower, encoder))
+        };
+        let of_vae = |planned| encoder((Component::Vae, planned), format!("{frame:?}"));
+        let (tower, vae) = (tower.map(of_tower).transpose()?, vae.map(of_vae).transpose()?);
+        Ok(LoadedEncoders { pipeline, tower, vae, latents, frame })
     }
 }
 
-/// Encoders with their programs on an executor.
-pub(super) struct LoadedEncoders<'p> {
-    pipeline: &'p Pipeline,
-    tower: Option<(Tower, ProgramId)>,
-    vae: Option<ProgramId>,
+/// Encoders for an executor.
+pub(super) struct LoadedEncoders<'a> {
+    pipeline: &'a Pipeline,
+    tower: Option<(Tower, Encoder<'a>)>,
+    vae: Option<Encoder<'a>>,
     latents: bool,
     frame: Frame,
 }
 
 impl LoadedEncoders<'_> {
     /// What the loss compares with; `seed` is of what is drawn for it.
-    pub fn targets(&self, executor: &mut dyn Executor, references: &References, seed: u64) -> Result<Targets> {
+    pub fn targets(&mut self, executor: &mut dyn Executor, references: &References, seed: u64) -> Result<Targets> {
         let mut targets = self.seen(executor, references)?;
         if self.latents {
-            let draw = |index: u64| (self.frame.convention == Convention::Released).then_some((seed, index));
-            targets.latents = self.encode(executor, references, draw)?;
+            let is_drawn = self.frame.convention == Convention::Released;
+            targets.latents = self.encode(executor, references, |index| is_drawn.then_some((seed, index)))?;
         }
-        finite(targets.features.iter().chain(&targets.latents))?;
         Ok(targets)
     }
 
     /// The direction of the features of a class.
-    pub fn centroid(&self, executor: &mut dyn Executor, class: &References) -> Result<Vec<f32>> {
-        let targets = self.seen(executor, class)?;
-        finite(targets.features.iter())?;
-        Ok(targets.centroid())
-    }
-
-    /// Features alone.
-    fn seen(&self, executor: &mut dyn Executor, references: &References) -> Result<Targets> {
-        let Some((tower, program)) = &self.tower else { return Ok(Targets::default()) };
-        let views = |picture: &Picture| {
-            let mut all = Vec::new();
-            for view in tower.views {
-                let [top, left, height, width] = view.frame([picture.height, picture.width]);
-                let part = picture.part([top, left], [height, width]);
-                all.extend(features(executor, *program, tower, &part)?);
-            }
-            Ok(all)
-        };
-        let features = references.pictures.iter().map(views).collect::<Result<_>>()?;
-        Ok(Targets { features, latents: vec![], views: tower.views })
+    pub fn centroid(&mut self, executor: &mut dyn Executor, class: &References) -> Result<Vec<f32>> {
+        Ok(self.seen(executor, class)?.centroid())
     }
 
     /// The means of the posteriors, `[h, w, C]` at the UNet's scale.
-    pub fn means(&self, executor: &mut dyn Executor, references: &References) -> Result<Vec<Vec<f32>>> {
-        let means = self.encode(executor, references, |_| None)?;
-        finite(means.iter())?;
-        Ok(means)
+    pub fn means(&mut self, executor: &mut dyn Executor, references: &References) -> Result<Vec<Vec<f32>>> {
+        self.encode(executor, references, |_| None)
+    }
+
+    /// Features alone.
+    fn seen(&mut self, executor: &mut dyn Executor, references: &References) -> Result<Targets> {
+        let Some((tower, encoder)) = &mut self.tower else { return Ok(Targets::default()) };
+        let len = tower.views.len() * tower.config.projection;
+        let row = |picture: &Picture| {
+            encoder.row(executor, (picture, None), len, |executor, program| {
+                let mut all = Vec::with_capacity(len);
+                for view in tower.views {
+                    let [top, left, height, width] = view.frame([picture.height, picture.width]);
+                    all.extend(features(executor, program, tower, &picture.part([top, left], [height, width]))?);
+                }
+                Ok(all)
+            })
+        };
+        let features = references.pictures.iter().map(row).collect::<Result<_>>()?;
+        Ok(Targets { features, latents: vec![], views: tower.views })
     }
 
     fn encode(
-        &self,
+        &mut self,
         executor: &mut dyn Executor,
         references: &References,
         draw: impl Fn(u64) -> Option<(u64, u64)>,
     ) -> Result<Vec<Vec<f32>>> {
-        let Some(program) = self.vae else { return Ok(vec![]) };
-        let encode = |(index, picture): (usize, &Picture)| {
-            latents(self.pipeline, executor, program, self.frame, picture, draw(index as u64))
+        let Some(encoder) = &mut self.vae else { return Ok(vec![]) };
+        let (pipeline, frame) = (self.pipeline, self.frame);
+        let row = |(index, picture): (u64, &Picture)| {
+            let draw = draw(index);
+            encoder.row(executor, (picture, draw), frame.latents(pipeline), |executor, program| {
+                latents(pipeline, executor, program, frame, picture, draw)
+            })
         };
-        references.pictures.iter().enumerate().map(encode).collect()
-    }
-}
-
-fn finite<'x>(mut all: impl Iterator<Item = &'x Vec<f32>>) -> Result<()> {
-    match all.all(|values| values.iter().all(|x| x.is_finite())) {
-        true => Ok(()),
-        false => Err(Error::NotFinite("what is made of the reference images".into())),
+        (0..).zip(&references.pictures).map(row).collect()
     }
 }
 
@@ -284,10 +311,10 @@ fn features(executor: &mut dyn Executor, program: ProgramId, tower: &Tower, pict
         Fit::Squash => resample::squash(picture, side, side),
         Fit::Crop { short_side } => middle(&resample::cover(picture, short_side, short_side), short_side, side),
     };
-    executor.write(TOWER_IMAGE, Data::F32(&image))?;
+    executor.write(&of_tower(tower, SEEN), Data::F32(&image))?;
     executor.run(program)?;
     let mut features = vec![0.0; tower.config.projection];
-    executor.read(FEATURES, DataMut::F32(&mut features))?;
+    executor.read(&of_tower(tower, FEATURES), DataMut::F32(&mut features))?;
     Ok(features)
 }
 

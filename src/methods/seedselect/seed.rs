@@ -10,6 +10,8 @@ pub(super) struct Seed {
     pub best: Best,
     pub patience: Patience,
     pub stopped: bool,
+    /// It was said that the length of its noise is unlikely; a run that goes on says it again.
+    pub is_unlikely: bool,
 }
 
 /// A starting noise that is returned.
@@ -25,7 +27,7 @@ pub struct Best {
 impl Seed {
     pub fn new(first: Vec<f32>) -> Seed {
         let best = Best { noise: first.clone(), loss: f64::INFINITY, iteration: 0 };
-        Seed { first, best, patience: Patience::default(), stopped: false }
+        Seed { first, best, patience: Patience::default(), stopped: false, is_unlikely: false }
     }
 
     /// Keeps a noise of a lower loss.

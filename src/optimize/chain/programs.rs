@@ -80,7 +80,7 @@ pub enum Run {
         /// Sets the gradients that steps and objectives add to to 0.
         clear: Planned,
         step_backward: Box<Planned>,
-        /// One per objective.
+        /// One per objective; without a backward where it is only watched.
         objectives: Vec<Planned>,
     },
     /// Forward, losses and backward.
@@ -166,7 +166,10 @@ impl Spec<'_> {
         let mut objectives = Vec::new();
         for index in 0..self.terms.len() {
             let (program, request) = self.objective(index)?;
-            objectives.push(plan_gradient(&program, &request, budget, workspace)?.0);
+            objectives.push(match self.terms[index].watched {
+                true => plan(program, workspace),
+                false => plan_gradient(&program, &request, budget, workspace)?.0,
+            });
         }
         let run = Run::Latents { clear, step_backward: Box::new(step_backward), objectives };
         Ok((run, Storage::Latents(recompute)))
@@ -275,7 +278,8 @@ impl Spec<'_> {
         for done in 0..=self.steps {
             // Before the step that follows, so that its gradient is added after that step's, as in the other form.
             for index in (0..self.terms.len()).filter(|index| self.after[*index] == done) {
-                losses.push((self.append(&mut b, index, state.latents).minimize, Cotangent::Ones));
+                let loss = self.append(&mut b, index, state.latents).minimize;
+                losses.extend((!self.terms[index].watched).then_some((loss, Cotangent::Ones)));
             }
             if done < self.steps {
                 let suffix = of_step(done);

@@ -209,6 +209,17 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
         self.steps
     }
 
+    /// Those of [`Loaded::sample`].
+    pub fn image_steps(&self) -> usize {
+        self.images().len()
+    }
+
+    /// The plain run beside the run, where there is one, else the run.
+    fn images(&self) -> Range<usize> {
+        let all = self.schedule.steps.len();
+        if all > self.steps { self.steps..all } else { 0..all }
+    }
+
     /// Draws of noise that the sampler adds in a run.
     pub fn draws(&self) -> usize {
         if self.schedule.needs.noise { self.steps } else { 0 }
@@ -217,6 +228,16 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
     /// The starting noise, `[B, h, w, C]`, unit variance.
     pub fn set_noise(&mut self, noise: &[F]) -> Result<()> {
         self.executor.write(NOISE, F::data(noise))
+    }
+
+    /// Keeps the starting noise in the place of its gradient, which is lost; the next gradient is written there too.
+    pub fn put_noise_aside(&mut self) -> Result<()> {
+        self.executor.copy((NOISE, 0), (&gradient_of(NOISE), 0), self.latents_len())
+    }
+
+    /// Takes it back, bit for bit.
+    pub fn take_noise_back(&mut self) -> Result<()> {
+        self.executor.copy((&gradient_of(NOISE), 0), (NOISE, 0), self.latents_len())
     }
 
     /// The starting noise as it is now.
@@ -262,8 +283,7 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
     /// Final latents in [`LATENTS`], of a run from the noise as it is now: the plain one, where there is one beside the run. There are no
     /// losses of it. `step` is called after every step, and may end it by an error.
     pub fn sample(&mut self, step: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        let all = self.schedule.steps.len();
-        let steps = if all > self.steps { self.steps..all } else { 0..all };
+        let steps = self.images();
         if steps.start == 0 {
             self.executor.run(self.start)?;
         } else {

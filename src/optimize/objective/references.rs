@@ -19,6 +19,8 @@ pub mod buffer {
         }
     }
 
+    /// The same of the whole in the features of a held-out CLIP.
+    pub const HELD_OUT_CENTROID: &str = "references.centroid.held_out";
     /// Features of length 1 of the prompts, `[B, projection]`.
     pub const PROMPT: &str = "references.prompt";
     /// Clean latents at the UNet's scale, `[B, h, w, C]`.
@@ -77,6 +79,14 @@ impl View {
 }
 
 impl Tower {
+    /// The buffer of what its features of a view are compared with.
+    fn centroid(&self, view: View) -> String {
+        match self.component {
+            Component::HeldOutClip => buffer::HELD_OUT_CENTROID.into(),
+            _ => buffer::centroid(view),
+        }
+    }
+
     /// Features of length 1, `[B, projection]`, of a view of an image.
     fn features(&self, s: &mut StepContext<'_>, view: View, image: ValueId) -> ValueId {
         let image = match (view, &s.b.shape(image)[..]) {
@@ -105,7 +115,7 @@ pub fn semantics(tower: &Tower, prompt: f64, weight: f64) -> Objective<'_> {
         for view in tower.views {
             let features = tower.features(s, *view, image);
             let shape = s.b.shape(features);
-            let centroid = s.b.accumulator_input(buffer::centroid(*view), &shape);
+            let centroid = s.b.accumulator_input(tower.centroid(*view), &shape);
             terms.push(distance(s, features, centroid, weight));
             if prompt != 0.0 {
                 let text = s.b.input(buffer::PROMPT, &shape);
