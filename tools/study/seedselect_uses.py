@@ -243,15 +243,14 @@ def make(args, arms: list[str]) -> None:
 
 
 def spread(values: list[float], scale: float = 100, form: str = ".1f") -> str:
-    """Mean and 95 % interval; nothing of nothing."""
-    if not values:
-        return ""
+    """Mean and 95 % interval."""
     return "{:{f}} [{:{f}}, {:{f}}]".format(*(scale * x for x in (np.mean(values), *seedselect.interval(np.array(values)))), f=form)
 
 
 def against(values: dict, base: dict, **form) -> str:
-    """Paired differences; nothing against itself."""
-    return "" if values == base else spread([values[k] - base[k] for k in values.keys() & base.keys()], **form)
+    """Differences, paired by episode or concept; nothing where none has both."""
+    both = sorted(values.keys() & base.keys())
+    return spread([values[k] - base[k] for k in both], **form) if both else ""
 
 
 def accuracies(tasks: list[Task], counted: slice, arm: str) -> dict[int, float]:
@@ -264,10 +263,12 @@ def table_of_classifiers(args, use: str, arms: list[str]) -> None:
     print(f"\n| {use} | arm | episodes | accuracy, % | against {ALONE}, points | against + ddim, points |\n|---|---|---|---|---|---|")
     for name, tasks, counted in rows(args, use):
         of = {arm: accuracies(tasks, counted, arm) for arm in dict.fromkeys((ALONE, "ddim", *arms, REAL))}
-        for arm in (ALONE, *arms, REAL):
-            differences = " | ".join(against(of[arm], of[base], form="+.1f") for base in (ALONE, "ddim"))
+        for arm in (arm for arm in (ALONE, *arms, REAL) if of[arm]):
+            # Each arm against those that stand before it.
+            bases = {ALONE: [], "ddim": [ALONE]}.get(arm, [ALONE, "ddim"])
+            differences = [against(of[arm], of[base], form="+.1f") if base in bases else "" for base in (ALONE, "ddim")]
             label = arm if arm == ALONE else f"+ {arm}"
-            print(f"| {name} | {label} | {len(of[arm])} | {spread(list(of[arm].values()))} | {differences} |")
+            print(f"| {name} | {label} | {len(of[arm])} | {spread(list(of[arm].values()))} | {' | '.join(differences)} |")
 
 
 def counts(images: np.ndarray, centres: np.ndarray) -> np.ndarray:
@@ -291,12 +292,12 @@ def table_of_diversity(args, arms: list[str]) -> None:
     found = [measured(concept, count, arms) for concept in concepts]
     column = lambda arm, k: {c: float(of[arm][k]) for c, of in enumerate(found) if arm in of}  # noqa: E731
     print(f"\n| diversity of {count} images | concepts | entropy, bits | against {REAL} | NDB of {BINS} | s per image |\n|---|---|---|---|---|---|")
-    for arm in (REAL, *arms):
+    for arm in (arm for arm in (REAL, *arms) if column(arm, 0)):
         entropy, ndb = column(arm, 0), column(arm, 1)
-        line = f"| {arm} | {len(entropy)} | {spread(list(entropy.values()), scale=1, form='.2f')}"
-        line += f" | {against(entropy, column(REAL, 0), scale=1, form='+.2f')} | {spread(list(ndb.values()), scale=1, form='.2f')}"
-        folders = [home(concepts[c], arm, seedselect.REFERENCES) for c in entropy]
-        print(f"{line} | {seconds_each(folders):.1f} |" if arm != REAL and folders else f"{line} | |")
+        difference = against(entropy, column(REAL, 0), scale=1, form="+.2f") if arm != REAL else ""
+        seconds = f"{seconds_each([home(concepts[c], arm, seedselect.REFERENCES) for c in entropy]):.1f}" if arm != REAL else ""
+        line = f"| {arm} | {len(entropy)} | {spread(list(entropy.values()), scale=1, form='.2f')} | {difference}"
+        print(f"{line} | {spread(list(ndb.values()), scale=1, form='.2f')} | {seconds} |", flush=True)
 
 
 def main() -> None:
