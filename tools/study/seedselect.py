@@ -57,11 +57,12 @@ def words(arm: str, references: Path) -> list[str]:
     sys.exit(f"'{arm}' is no arm; ddim, {', '.join(SEARCHES)}, seed")
 
 
-def draw_references(args, concept: str, folder: Path, index: int) -> None:
+def draw_references(concept: str, folder: Path, seed: int, count: int) -> None:
+    """A folder of real images of a concept, where it is not there."""
     if not folder.exists():
         part = folder.with_suffix(".part")
         draw = [sys.executable, str(SHAPES / "draw.py"), str(part), "--prompt", concept]
-        run([*draw, "--count", str(REFERENCES), "--seed", str(7_000_000 + index)])
+        run([*draw, "--count", str(count), "--seed", str(seed)])
         part.rename(folder)
 
 
@@ -72,7 +73,7 @@ def make(args, name: str, arm: str, index: int, concept: str) -> None:
     if (images / "score.jsonl").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    draw_references(args, concept, references, index)
+    draw_references(concept, references, 7_000_000 + index, REFERENCES)
     images.mkdir(exist_ok=True)
     first, *rest = words(arm, references)
     sampling = [f"--steps={STEPS}", f"--guidance={GUIDANCE}", f"--seed={1000 * index}", f"--count={SEEDS}", f"--batch={SEEDS}"]
