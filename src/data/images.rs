@@ -10,6 +10,7 @@ use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
 /// A decoded image.
+#[derive(Clone)]
 pub struct Picture {
     pub width: usize,
     pub height: usize,
@@ -20,6 +21,12 @@ pub struct Picture {
 }
 
 impl Picture {
+    /// The pixels from `[top, left]` on, `[height, width]` of them.
+    pub fn part(&self, [top, left]: [usize; 2], [height, width]: [usize; 2]) -> Picture {
+        let row = |y: usize| &self.rgb[3 * ((top + y) * self.width + left)..][..3 * width];
+        Picture { width, height, rgb: (0..height).flat_map(row).copied().collect(), prompt: None }
+    }
+
     /// 16 hex digits that tell pictures apart by size and pixels, whatever file they came in. No cryptography.
     pub fn fingerprint(&self) -> String {
         let sides = [self.width as u64, self.height as u64].map(u64::to_le_bytes);

@@ -36,6 +36,19 @@ impl Clip {
         Ok(Clip { component, preprocess: config.preprocess, config, text, tokenizer })
     }
 
+    /// From what [`Reward::write`] writes to features of the prompts of length 1 in the buffer `output`, `[batch, projection]`.
+    pub(crate) fn text(&self, dtype: DType, batch: usize, output: &str) -> Result<Program> {
+        let mut b = Builder::new(format!("{} text", self.name()), dtype);
+        let ids = b.input_i32(self.buffer("ids", batch), &[batch, self.tokenizer.max_length()]);
+        let ends = b.input_i32(self.buffer("ends", batch), &[batch]);
+        let mut tower = ClipText::new(&mut b, &self.text, self.component);
+        let x = tower.embed(ids);
+        let features = tower.features(x, ends);
+        let unit = clip_image::unit(&mut b, features);
+        b.output(output, unit);
+        b.finish()
+    }
+
     /// The name of a buffer for `batch` prompts: another number of them has buffers of its own.
     fn buffer(&self, what: &str, batch: usize) -> String {
         format!("{}.{what} {batch}", self.name())
@@ -91,15 +104,7 @@ impl Reward for Clip {
     }
 
     fn prepare(&self, dtype: DType, batch: usize) -> Result<Option<Program>> {
-        let mut b = Builder::new(format!("{} text", self.name()), dtype);
-        let ids = b.input_i32(self.buffer("ids", batch), &[batch, self.tokenizer.max_length()]);
-        let ends = b.input_i32(self.buffer("ends", batch), &[batch]);
-        let mut tower = ClipText::new(&mut b, &self.text, self.component);
-        let x = tower.embed(ids);
-        let features = tower.features(x, ends);
-        let unit = clip_image::unit(&mut b, features);
-        b.output(self.buffer("text", batch), unit);
-        b.finish().map(Some)
+        self.text(dtype, batch, &self.buffer("text", batch)).map(Some)
     }
 
     /// Prompts are cut at the tower's length, as CLIP's are.

@@ -128,7 +128,7 @@ fn evaluate(pipeline: &Pipeline, executor: &mut dyn Executor, dtype: DType, at_o
     let side = pipeline.config.image_size;
     let sampler = Settings { method: Method::Ddim, spacing: None, steps: 2, eta: 0.0, guidance: 3.0, cfg_pp: false };
     let budget = at_once.then_some(usize::MAX);
-    let options = Options { width: side, height: side, batch: 1, dtype, sampler, budget };
+    let options = Options { width: side, height: side, batch: 1, dtype, sampler, image_steps: None, budget };
     let chain = Chain::plan(pipeline, executor, &options, &[Entry::Latents], vec![objective()]).unwrap();
     assert_eq!(chain.storage() == Storage::Activations, at_once);
     let mut chain = chain.load::<f32>(executor).unwrap();

@@ -14,7 +14,7 @@ use rarebit::metrics::shapes::World;
 use rarebit::models::detect;
 use rarebit::optimize::chain::{self, Chain, Term};
 use rarebit::optimize::objective::Nfe;
-use rarebit::optimize::objective::references::{Tower, appearance, buffer, contrast, norm_prior, semantics};
+use rarebit::optimize::objective::references::{Tower, View, appearance, buffer, contrast, norm_prior, semantics};
 use rarebit::optimize::search::mix::Mix;
 use rarebit::optimize::variable::Entry;
 use rarebit::pipeline::generate::{self, Generator, Image, Job};
@@ -47,7 +47,7 @@ fn settings(steps: usize) -> generate::Settings {
 
 fn tower(pipeline: &Pipeline) -> Tower {
     let config = detect::clip_config(&pipeline.model, Component::Clip).unwrap();
-    Tower { config: config.image, component: Component::Clip, preprocess: config.preprocess }
+    Tower { config: config.image, component: Component::Clip, preprocess: config.preprocess, views: View::WHOLE }
 }
 
 fn job(seed: u64) -> Job {
@@ -195,7 +195,7 @@ fn moved(z: &[f64], by: &[f64], h: f64) -> Vec<f64> {
 fn central_differences() {
     let pipeline = pipeline();
     let tower = tower(&pipeline);
-    let semantic = || vec![Term::after(1, semantics(&tower, 3.0)), Term::at_end(semantics(&tower, 7.0))];
+    let semantic = || vec![Term::after(1, semantics(&tower, 0.0, 3.0)), Term::at_end(semantics(&tower, 0.0, 7.0))];
     let scale = 1.0;
     let cases: Vec<(&str, Vec<Term<'_>>)> = vec![
         ("semantics", semantic()),
@@ -241,7 +241,7 @@ fn the_algebra_of_the_loss() {
         exact(&pipeline, (2, 4.0), terms, |mut exact| found = exact.evaluate(&inputs::noise("z", 0, LEN)).1);
         found
     };
-    let semantic = |weight: f64| Term::at_end(semantics(&tower, weight));
+    let semantic = |weight: f64| Term::at_end(semantics(&tower, 0.0, weight));
     let together = gradient(vec![semantic(10.0), Term::at_end(appearance(1.0))]);
     let (one, other) = (gradient(vec![semantic(1.0)]), gradient(vec![Term::at_end(appearance(1.0))]));
     let length = dot(&together, &together).sqrt();
@@ -289,18 +289,19 @@ fn the_best_noise_makes_the_image() {
     assert_eq!(made.steps, 6 * (2 + 2 * 4 + 1 + 1));
 }
 
-/// The same where the sampler adds noise, and where an empty unconditional branch is zeros: what conditions a run is what conditions an image.
+/// The same of every sampler where the run that is optimised has fewer steps or, since the sampler adds noise, all; and where an empty
+/// unconditional branch is zeros: what conditions a run is what conditions an image.
 #[test]
 fn any_model_and_sampler_make_the_image_again() {
     let shapes = pipeline();
     let sdxl = Golden::open("tiny-sdxl").pipeline();
     let side = 8 * sdxl.config.vae.factor();
-    let noisy = sampler::Settings { method: Method::EulerAncestral, ..sampler(4, 4.0) };
-    let cases = [
-        (&shapes, generate::Settings { sampler: noisy, ..settings(4) }),
-        (&sdxl, generate::Settings { width: side, height: side, ..settings(3) }),
-    ];
-    let options = Options { iterations: 2, semantics: 0.0, ..Options::DEFAULT };
+    let of =
+        |method: Method| generate::Settings { sampler: sampler::Settings { method, ..sampler(5, 4.0) }, ..settings(5) };
+    let mut cases: Vec<_> = Method::ALL.iter().map(|method| (&shapes, of(*method))).collect();
+    cases.push((&sdxl, generate::Settings { width: side, height: side, ..settings(3) }));
+    let options =
+        Options { iterations: 1, starts: 1, semantics: 0.0, appearance: 1.0, steps: Some(2), ..Options::DEFAULT };
     let method = SeedSelect::new(options, Arc::new(references(&shapes, &[100])), 0);
     for (pipeline, settings) in cases {
         let mut cpu = Cpu::<f32>::new();

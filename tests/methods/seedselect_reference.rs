@@ -10,7 +10,7 @@ use rarebit::methods::seedselect::{LearningRate, Options as SeedOptions, Referen
 use rarebit::methods::{ImageMethod, Request};
 use rarebit::models::clip_image;
 use rarebit::optimize::chain::{Chain, Options, Term};
-use rarebit::optimize::objective::references::{Tower, appearance, buffer, norm_prior, semantics};
+use rarebit::optimize::objective::references::{Tower, View, appearance, buffer, norm_prior, semantics};
 use rarebit::optimize::optimizer::{Optimizer, Rule};
 use rarebit::optimize::variable::Entry;
 use rarebit::pipeline::generate::{self, Job};
@@ -33,7 +33,7 @@ enum What {
 /// The CLIP of a run, as it sees generated images.
 fn tower(run: &Run<'_>, pipeline: &Pipeline) -> Tower {
     let clip = run.clip(pipeline);
-    Tower { component: Component::Clip, preprocess: run.preprocess(&clip), config: clip.image }
+    Tower { component: Component::Clip, preprocess: run.preprocess(&clip), config: clip.image, views: View::WHOLE }
 }
 
 fn terms<'a>(run: &Run<'_>, pipeline: &Pipeline, tower: &'a Tower) -> (Vec<What>, Vec<Term<'a>>) {
@@ -41,7 +41,7 @@ fn terms<'a>(run: &Run<'_>, pipeline: &Pipeline, tower: &'a Tower) -> (Vec<What>
     let (weights, steps) = (run.state_weights(), run.count("steps"));
     let mut terms = vec![];
     for (state, weight) in weights.iter().enumerate().filter(|_| semantic > 0.0) {
-        let term = Term::after(steps + 1 + state - weights.len(), semantics(tower, semantic * weight));
+        let term = Term::after(steps + 1 + state - weights.len(), semantics(tower, 0.0, semantic * weight));
         terms.push((What::Distance(state), term));
     }
     if of_appearance > 0.0 {

@@ -67,12 +67,7 @@ impl Again<'_> {
         executor: &mut dyn Executor,
     ) -> Result<(Vec<Chosen>, usize, f64)> {
         let Again { args, pipeline, method, account, .. } = self;
-        let likeness = Likeness {
-            references: method.references.clone(),
-            semantics: method.options.semantics,
-            appearance: method.options.appearance,
-            seed: method.seed,
-        };
+        let likeness = Likeness { references: method.references.clone(), options: method.options, seed: method.seed };
         let searched = Searched { search: Search::BestOf, n, by: Box::new(likeness) };
         let settings = args.run.settings(pipeline)?;
         let work = Work { pipeline, settings: &settings, method: &searched };

@@ -7,6 +7,7 @@ use crate::cli::flags::values;
 use crate::cli::paths::Paths;
 use crate::methods::ImageMethod;
 use crate::methods::seedselect::{self, LearningRate, Options, References, SeedSelect};
+use crate::optimize::objective::references::View;
 use crate::optimize::optimizer::Clip;
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
@@ -31,19 +32,22 @@ pub struct SeedFlags {
     /// defaults and quirks
     #[arg(long, value_enum, default_value = "default")]
     pub mode: Mode,
-    /// Steps of the optimiser, each a sampling run there and back [default: 30]
+    /// Steps of the optimiser, each a sampling run there and back [default: 6; released 30]
     #[arg(long, value_name = "K", value_parser = values::number_of, allow_negative_numbers = true)]
     iterations: Option<usize>,
-    /// Learning rate of the first three iterations [default: 0.1]
+    /// Learning rate of the first three iterations [default: 0.03; released 0.1]
     #[arg(long, value_parser = values::amount, allow_negative_numbers = true)]
     lr: Option<f64>,
-    /// Learning rate from the fourth iteration on [default: a tenth of --lr]
+    /// Learning rate from the fourth iteration on [default: --lr; released a tenth of it]
     #[arg(long, value_parser = values::amount, allow_negative_numbers = true)]
     lr_later: Option<f64>,
     /// Decay of AdamW [default: 0; released 0.01]
     #[arg(long, value_parser = values::amount, allow_negative_numbers = true)]
     weight_decay: Option<f64>,
-    /// Starting noises that are tried; the best is optimised [default: 4; released 1]
+    /// Steps of the sampler while noises are tried and optimised; the image has --steps [default: 8; released --steps]
+    #[arg(long, value_name = "N", value_parser = values::count, allow_negative_numbers = true)]
+    optimise_steps: Option<usize>,
+    /// Starting noises that are tried; the best is optimised [default: 24; released 1]
     #[arg(long, value_name = "N", value_parser = values::count, allow_negative_numbers = true)]
     starts: Option<usize>,
     /// What starting noises are drawn from: noise: the image's seed; nao: the likely paths from the middle of the inverted references
@@ -63,9 +67,15 @@ pub struct SeedFlags {
     /// Weight of the distance to the references in CLIP's features [default: 10]
     #[arg(long, value_name = "W", value_parser = values::amount, allow_negative_numbers = true, help_heading = "Loss")]
     semantics: Option<f64>,
-    /// Weight of the squared distance to the mean latents of the references [default: 1]
+    /// Weight of the squared distance to the mean latents of the references [default: 0; released 1]
     #[arg(long, value_name = "W", value_parser = values::amount, allow_negative_numbers = true, help_heading = "Loss")]
     appearance: Option<f64>,
+    /// Weight of the distance to the prompt in CLIP's features, relative to that to the references [default: 0.3; released 0]
+    #[arg(long, value_name = "W", value_parser = values::amount, allow_negative_numbers = true, help_heading = "Loss")]
+    prompt_weight: Option<f64>,
+    /// What CLIP is shown of an image: the whole, or that and four parts without a margin [default: parts; released whole]
+    #[arg(long, value_enum, help_heading = "Loss")]
+    views: Option<Views>,
     /// Weight of how unlikely the length of the noise is (NAO, ReNO) [default: 0]
     #[arg(long, value_name = "W", value_parser = values::amount, allow_negative_numbers = true, help_heading = "Loss")]
     norm_prior: Option<f64>,
@@ -91,6 +101,12 @@ pub struct SeedFlags {
         help_heading = "Extensions"
     )]
     clip_norm: Option<f64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Views {
+    Whole,
+    Parts,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -137,7 +153,8 @@ impl SeedFlags {
         let first = self.lr.unwrap_or(usual.lr.first);
         let later = match (self.lr_later, self.lr) {
             (Some(later), _) => later,
-            (None, Some(lr)) => lr / 10.0,
+            (None, Some(lr)) if self.mode == Mode::Released => lr / 10.0,
+            (None, Some(lr)) => lr,
             (None, None) => usual.lr.later,
         };
         let clip = self.clip_gradient.map(Clip::Value).or(self.clip_norm.map(Clip::GlobalNorm));
@@ -153,6 +170,13 @@ impl SeedFlags {
             semantics: self.semantics.unwrap_or(usual.semantics),
             appearance: self.appearance.unwrap_or(usual.appearance),
             norm_prior: self.norm_prior.unwrap_or(usual.norm_prior),
+            prompt: self.prompt_weight.unwrap_or(usual.prompt),
+            views: match self.views {
+                None => usual.views,
+                Some(Views::Whole) => View::WHOLE,
+                Some(Views::Parts) => View::ALL,
+            },
+            steps: self.optimise_steps.or(usual.steps),
             contrast: self.contrast.unwrap_or(usual.contrast),
             renormalise: self.renormalise,
             clip,

@@ -6,7 +6,7 @@ use super::references::{Encoders, References, Wanted, tower};
 use crate::exec::{Data, Executor};
 use crate::metrics::shapes::World;
 use crate::optimize::chain::Term;
-use crate::optimize::objective::references::{Tower, buffer, semantics};
+use crate::optimize::objective::references::{Tower, View, buffer, semantics};
 use crate::optimize::objective::reward;
 use crate::pipeline::Pipeline;
 use crate::pipeline::generate::{self, Job};
@@ -42,7 +42,7 @@ impl HeldOut {
         let size = [images.width, images.height];
         match self {
             HeldOut::Clip => {
-                let tower = tower(pipeline, Component::HeldOutClip)?;
+                let tower = tower(pipeline, Component::HeldOutClip, View::WHOLE)?;
                 let wanted = Wanted { tower: Some(&tower), ..Wanted::default() };
                 let encoders = Encoders::plan(pipeline, executor, images.dtype, wanted, (Convention::Default, size))?;
                 Ok(PlannedHeldOut::Clip { tower, encoders })
@@ -82,7 +82,7 @@ impl PlannedHeldOut {
     /// Of the final image, beside the terms of the loss.
     pub fn term(&self) -> Term<'_> {
         let objective = match self {
-            PlannedHeldOut::Clip { tower, .. } => semantics(tower, 1.0),
+            PlannedHeldOut::Clip { tower, .. } => semantics(tower, 0.0, 1.0),
             PlannedHeldOut::Shapes(attributes) => reward(attributes),
         };
         Term::at_end(objective).watched()

@@ -2,6 +2,7 @@
 
 use super::options::{Convention, Options};
 use super::programs::seen;
+use super::prompt::{LoadedPrompt, Prompt};
 use super::references::{Encoders, References, Targets, Wanted, tower};
 use crate::exec::{DataMut, Executor};
 use crate::methods::baselines::judge::{Criterion, Judge, PlannedJudge};
@@ -19,24 +20,26 @@ use std::sync::Arc;
 #[derive(Clone)]
 pub struct Likeness {
     pub references: Arc<References>,
-    pub semantics: f64,
-    pub appearance: f64,
+    /// Whose loss: its weights, and what the CLIP is shown.
+    pub options: Options,
     /// Of what is drawn for references.
     pub seed: u64,
 }
 
 impl Likeness {
-    /// With the weights of SeedSelect's loss.
+    /// By the loss of SeedSelect's defaults.
     pub fn new(references: Arc<References>, seed: u64) -> Likeness {
-        let Options { semantics, appearance, .. } = Options::DEFAULT;
-        Likeness { references, semantics, appearance, seed }
+        Likeness { references, options: Options::DEFAULT, seed }
     }
 }
 
 impl Criterion for Likeness {
     fn record(&self) -> Value {
-        let Likeness { references, semantics, appearance, .. } = self;
-        json!({"references": references.fingerprint(), "semantics": semantics, "appearance": appearance})
+        let Options { semantics, appearance, prompt, views, .. } = self.options;
+        json!({
+            "references": self.references.fingerprint(), "semantics": semantics, "appearance": appearance, "prompt": prompt,
+            "views": views.len()
+        })
     }
 
     fn plan<'p>(
@@ -47,10 +50,14 @@ impl Criterion for Likeness {
         settings: &generate::Settings,
     ) -> Result<Box<dyn PlannedJudge + 'p>> {
         let convention = Convention::Default;
-        let tower = (self.semantics != 0.0).then(|| tower(pipeline, Component::Clip)).transpose()?;
+        let options = &self.options;
+        let tower = (options.semantics != 0.0).then(|| tower(pipeline, Component::Clip, options.views)).transpose()?;
+        let reads_prompt = tower.is_some() && options.prompt != 0.0;
+        let prompt = || Prompt::plan(pipeline, executor, settings.dtype, generator.sizes().batch);
         let seen = tower.clone().map(|tower| seen(tower, convention));
-        let mut terms: Vec<Objective<'_>> = seen.iter().map(|tower| semantics(tower, self.semantics)).collect();
-        terms.extend((self.appearance != 0.0).then(|| appearance(self.appearance)));
+        let semantics = |tower| semantics(tower, options.prompt, options.semantics);
+        let mut terms: Vec<Objective<'_>> = seen.iter().map(semantics).collect();
+        terms.extend((options.appearance != 0.0).then(|| appearance(options.appearance)));
         let spec = ObjectiveSpec {
             pipeline,
             dtype: settings.dtype,
@@ -61,11 +68,12 @@ impl Criterion for Likeness {
             loss_scale: 1.0,
             budget: None,
         };
-        let wanted = Wanted { tower: tower.as_ref(), latents: self.appearance != 0.0, means: false };
+        let wanted = Wanted { tower: tower.as_ref(), latents: options.appearance != 0.0, means: false };
         let frame = (convention, [settings.width, settings.height]);
         Ok(Box::new(PlannedLikeness {
             pipeline,
             terms: terms.len(),
+            prompt: reads_prompt.then(prompt).transpose()?,
             objectives: Objectives::plan(&spec, executor, &terms)?,
             encoders: Encoders::plan(pipeline, executor, settings.dtype, wanted, frame)?,
             likeness: self.clone(),
@@ -75,6 +83,7 @@ impl Criterion for Likeness {
 
 struct PlannedLikeness<'p> {
     pipeline: &'p Pipeline,
+    prompt: Option<Prompt>,
     objectives: Objectives,
     terms: usize,
     encoders: Encoders,
@@ -85,6 +94,7 @@ impl PlannedJudge for PlannedLikeness<'_> {
     fn programs(&self) -> Vec<&Planned> {
         let mut all = self.objectives.all();
         all.extend(self.encoders.programs());
+        all.extend(self.prompt.iter().map(Prompt::program));
         all
     }
 
@@ -97,11 +107,13 @@ impl PlannedJudge for PlannedLikeness<'_> {
         let mut encoders = self.encoders.load(self.pipeline, None)?;
         let targets = encoders.targets(images.executor(), references, *seed)?;
         let objectives = self.objectives.load(images.executor(), &self.pipeline.model)?;
-        Ok(Box::new(LoadedLikeness { objectives, terms: self.terms, targets }))
+        let prompt = self.prompt.map(|prompt| prompt.load(self.pipeline, images.executor())).transpose()?;
+        Ok(Box::new(LoadedLikeness { prompt, objectives, terms: self.terms, targets }))
     }
 }
 
 struct LoadedLikeness {
+    prompt: Option<LoadedPrompt>,
     objectives: objective::Loaded,
     terms: usize,
     targets: Targets,
@@ -114,6 +126,7 @@ impl Judge for LoadedLikeness {
 
     fn score(&mut self, images: &mut generate::Loaded<'_, '_>, jobs: &[Job], _made: &[Image]) -> Result<Vec<f64>> {
         Targets::write(&vec![&self.targets; jobs.len()], images.executor())?;
+        self.prompt.iter().try_for_each(|prompt| prompt.write(images.executor(), jobs))?;
         let (mut scores, mut losses) = (vec![0.0; jobs.len()], vec![0.0; jobs.len()]);
         for term in 0..self.terms {
             self.objectives.run(images, term, &vec![0; jobs.len()], 0)?;

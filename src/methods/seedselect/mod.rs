@@ -2,7 +2,7 @@
 //! like a few reference images of a rare concept. The model stays as it is.
 //!
 //! ```text
-//! c = the mean CLIP features of the references, u = their mean latents
+//! c = the mean CLIP features of the references, u = their mean latents, p = the features of the prompt
 //! z = the best of some starting noises, of the image's own or among those that the references are inverted to
 //! for every iteration:
 //!     s_0 = z;  s_i+1 = a sampling step of s_i                           i = 0 .. T-1
@@ -21,6 +21,7 @@ mod method;
 pub mod nao;
 mod options;
 mod programs;
+mod prompt;
 mod references;
 mod seed;
 mod start;
@@ -54,6 +55,7 @@ use crate::pipeline::{Iteration, Observer, Progress};
 use held_out::LoadedHeldOut;
 use nao::chi::Chi;
 use programs::{Programs, TermName};
+use prompt::LoadedPrompt;
 use seed::Seed;
 use start::Inverter;
 use std::collections::{BTreeMap, HashMap};
@@ -68,6 +70,7 @@ pub struct Loaded<'p, 'e> {
     optimizer: LoadedOptimizer,
     decoder: Decoder,
     targets: Targets,
+    prompt: Option<LoadedPrompt>,
     /// The directions of other classes' features, where they count.
     others: Vec<Vec<f32>>,
     judge: Option<LoadedHeldOut>,
@@ -140,6 +143,7 @@ impl<'p, 'e> Loaded<'p, 'e> {
         let cache = watch.cache.as_deref();
         let mut encoders = encoders.load(pipeline, cache)?;
         let targets = encoders.targets(executor, &method.references, method.seed)?;
+        let prompt = programs.prompt.map(|prompt| prompt.load(pipeline, executor)).transpose()?;
         let classes = method.others.iter().map(|other| encoders.centroid(executor, other));
         let others = classes.collect::<Result<_>>()?;
         let judge = judge.map(|judge| judge.load(pipeline, executor, &method.references, cache)).transpose()?;
@@ -162,6 +166,7 @@ impl<'p, 'e> Loaded<'p, 'e> {
             optimizer,
             decoder,
             targets,
+            prompt,
             others,
             judge,
             inverter,
@@ -258,6 +263,7 @@ impl Loaded<'_, '_> {
         for (class, centroid) in self.others.iter().enumerate() {
             self.chain.write(&buffer::other(class), Data::F32(&centroid.repeat(jobs.len())))?;
         }
+        self.prompt.iter().try_for_each(|prompt| prompt.write(self.chain.executor(), jobs))?;
         if let Some(judge) = &self.judge {
             judge.write(self.chain.executor(), jobs)?;
         }
@@ -272,7 +278,7 @@ impl Loaded<'_, '_> {
 
     /// Loss and gradient of the noise as it is.
     fn gradient(&mut self, observe: &mut Observer<'_>) -> Result<Losses> {
-        let (mut done, steps) = (0, 2 * self.images.sampler.steps);
+        let (mut done, steps) = (0, 2 * self.chain.steps());
         let losses = self.chain.gradient_observed(&mut || {
             done += 1;
             observe(Progress::Step { done, steps })
@@ -282,7 +288,7 @@ impl Loaded<'_, '_> {
 
     /// Loss alone.
     fn loss(&mut self, observe: &mut Observer<'_>) -> Result<Losses> {
-        let (mut done, steps) = (0, self.images.sampler.steps);
+        let (mut done, steps) = (0, self.chain.steps());
         let losses = self.chain.loss_observed(&mut || {
             done += 1;
             observe(Progress::Step { done, steps })
@@ -396,7 +402,11 @@ impl Loaded<'_, '_> {
     fn render(&mut self, seeds: &[Seed], jobs: &[Job], observe: &mut Observer<'_>) -> Result<Vec<Image>> {
         let noise: Vec<f32> = seeds.iter().flat_map(|seed| seed.best.noise.iter()).copied().collect();
         self.chain.set_noise(&noise)?;
-        self.loss(observe)?;
+        let (mut done, steps) = (0, self.chain.image_steps());
+        self.chain.sample(&mut || {
+            done += 1;
+            observe(Progress::Step { done, steps })
+        })?;
         self.decoder.finish(self.chain.executor(), jobs, observe)
     }
 }

@@ -1,6 +1,7 @@
 //! What SeedSelect is asked for: the terms of its loss, how long and how hard it is minimized, and which iterate is returned.
 
 use super::start::Start;
+use crate::optimize::objective::references::View;
 use crate::optimize::optimizer::{Clip, Optimizer, Rule};
 use crate::{Error, Result};
 use serde_json::{Value, json};
@@ -41,8 +42,15 @@ pub struct Options {
     pub semantics: f64,
     pub appearance: f64,
     pub norm_prior: f64,
+    /// Of the distance to the prompt itself, relative to that to the references: both are taken of the same features.
+    pub prompt: f64,
+    /// What the CLIP is shown of an image.
+    pub views: &'static [View],
     /// Of the distance to other classes; an extension.
     pub contrast: f64,
+    /// Steps of the sampler while noises are tried and optimised, where images have more: the image of a noise changes little with them.
+    /// A sampler that adds noise takes all.
+    pub steps: Option<usize>,
     /// Starting noises that are tried; the one of the lowest loss is optimised.
     pub starts: usize,
     /// What they are drawn from.
@@ -78,7 +86,10 @@ impl Options {
         semantics: 10.0,
         appearance: 1.0,
         norm_prior: 0.0,
+        prompt: 0.0,
+        views: View::WHOLE,
         contrast: 0.0,
+        steps: None,
         starts: 1,
         start: Start::Noise,
         inversion_steps: 50,
@@ -88,11 +99,18 @@ impl Options {
         renormalise: false,
     };
 
-    /// The best iterate of the same schedule, without decay, from the best of some starts.
+    /// What `tools/study/seedselect.py` found best on the tuning set: the best iterate, small steps from the best of many starts, few steps of the
+    /// sampler, a loss that is hard to fool.
     pub const DEFAULT: Options = Options {
         convention: Convention::Default,
+        iterations: 6,
+        lr: LearningRate { first: 0.03, from: 3, later: 0.03 },
         weight_decay: 0.0,
-        starts: 4,
+        appearance: 0.0,
+        prompt: 0.3,
+        views: View::ALL,
+        steps: Some(8),
+        starts: 24,
         patience: Some(3),
         ..Options::RELEASED
     };
@@ -100,6 +118,9 @@ impl Options {
     /// `Error::Usage` where they make no sense for a batch of so many images.
     pub fn check(&self, batch: usize) -> Result<()> {
         let wrong = |what: &str| Err(Error::Usage(what.to_string()));
+        if self.steps == Some(0) {
+            return wrong("--optimise-steps 0: must be 1 or more");
+        }
         if self.starts == 0 {
             return wrong("the best of 0 starting noises: must be 1 or more");
         }
@@ -143,7 +164,7 @@ impl Options {
             "released": self.convention == Convention::Released, "iterations": self.iterations, "lr": self.lr.first,
             "lr_from": self.lr.from, "lr_later": self.lr.later, "weight_decay": self.weight_decay, "semantics": self.semantics,
             "appearance": self.appearance, "norm_prior": self.norm_prior, "starts": self.starts, "patience": self.patience,
-            "clip": clip, "renormalise": self.renormalise
+            "clip": clip, "renormalise": self.renormalise, "prompt": self.prompt, "views": self.views.len(), "steps": self.steps
         });
         if self.contrast != 0.0 {
             record["contrast"] = json!({"weight": self.contrast, "temperature": TEMPERATURE});

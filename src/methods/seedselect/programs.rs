@@ -3,6 +3,7 @@
 
 use super::held_out::{HeldOut, PlannedHeldOut};
 use super::options::{Convention, Options, TEMPERATURE};
+use super::prompt::Prompt;
 use super::references::{Encoders, Wanted, tower};
 use super::start::{self, Start};
 use super::watch::Watch;
@@ -18,6 +19,7 @@ use crate::pipeline::inversion::Inversion;
 use crate::pipeline::programs::{self, Sizes};
 use crate::pipeline::{Pipeline, generate};
 use crate::plan::{Footprint, Planned, plan};
+use crate::program::DType;
 use crate::sampler;
 use crate::weights::Component;
 use std::collections::HashSet;
@@ -72,6 +74,7 @@ pub struct Programs<'p> {
     pub(super) optimizer: PlannedOptimizer,
     pub(super) decode: Planned,
     pub(super) encoders: Encoders,
+    pub(super) prompt: Option<Prompt>,
     pub(super) judge: Option<PlannedHeldOut>,
     pub(super) inversion: Option<Inversion<'p>>,
     references: usize,
@@ -110,11 +113,13 @@ impl<'p> Programs<'p> {
         let (height, width) = pipeline.latent_size(images.width, images.height)?;
         programs::check_pixels(images.width, images.height, batch)?;
         let sizes = Sizes { batch, height, width, tokens: pipeline.tokens() };
-        let tower = options.has_features().then(|| tower(pipeline, Component::Clip)).transpose()?;
+        let tower = options.has_features().then(|| tower(pipeline, Component::Clip, options.views)).transpose()?;
         let seen = tower.clone().map(|tower| seen(tower, options.convention));
-        let scale = sampler::schedule(&pipeline.config.scheduler, &images.sampler)?.initial_scale;
+        let (run, image_steps) = run(pipeline, options, images)?;
+        let schedule = sampler::schedule(&pipeline.config.scheduler, &run)?;
+        let point = (schedule.steps.len(), schedule.initial_scale);
         let judge = watch.judge.map(|judge| judge.plan(pipeline, executor, images)).transpose()?;
-        let mut terms = terms((options, others), images, seen.as_ref(), scale);
+        let mut terms = terms((options, others), images.dtype, seen.as_ref(), point);
         terms.extend(judge.iter().map(|judge| ((TermName::HeldOut(judge.kind()), 1.0), judge.term())));
         let (names, terms) = terms.into_iter().unzip();
         let chain_options = chain::Options {
@@ -122,8 +127,8 @@ impl<'p> Programs<'p> {
             height: images.height,
             batch,
             dtype: images.dtype,
-            sampler: images.sampler,
-            image_steps: None,
+            sampler: run,
+            image_steps,
             budget,
         };
         let chain = Chain::plan(pipeline, executor, &chain_options, &[Entry::Latents], terms)?;
@@ -133,6 +138,8 @@ impl<'p> Programs<'p> {
         let wanted = Wanted { tower: tower.as_ref(), latents: options.appearance != 0.0, means: inverts };
         let how = (options.convention, [images.width, images.height]);
         let encoders = Encoders::plan(pipeline, executor, images.dtype, wanted, how)?;
+        let reads_prompt = options.semantics != 0.0 && options.prompt != 0.0;
+        let prompt = reads_prompt.then(|| Prompt::plan(pipeline, executor, images.dtype, batch));
         let inversion = || start::plan(pipeline, executor, images, options.inversion_steps);
         Ok(Programs {
             pipeline,
@@ -145,6 +152,7 @@ impl<'p> Programs<'p> {
                 executor.workspace(program, node)
             }),
             encoders,
+            prompt: prompt.transpose()?,
             judge,
             inversion: inverts.then(inversion).transpose()?,
             references,
@@ -160,6 +168,7 @@ impl<'p> Programs<'p> {
         all.extend(self.optimizer.all());
         all.push(&self.decode);
         all.extend(self.encoders.programs());
+        all.extend(self.prompt.iter().map(Prompt::program));
         all.extend(self.judge.iter().flat_map(PlannedHeldOut::programs));
         all.extend(self.inversion.iter().flat_map(Inversion::programs));
         all
@@ -171,33 +180,33 @@ impl<'p> Programs<'p> {
 
     /// Of a batch.
     fn runs(&self) -> Runs {
-        let (first, image) = (self.options.iterations, 1);
-        let Runs { there_and_back, plain } = match self.options.bootstrap {
+        let first = self.options.iterations;
+        let optimised = match self.options.bootstrap {
             None => self.optimisation(),
             Some(iterations) => self.phase(first..first + iterations),
         };
-        Runs { there_and_back, plain: plain + image }
+        Runs { images: optimised.images + 1, ..optimised }
     }
 
     /// Of what is shared: the noise of bootstrapped images, for every batch with a prompt that the batch before has not.
     fn shared_runs(&self) -> Runs {
-        let Runs { there_and_back, plain } = self.optimisation();
+        let Runs { there_and_back, plain, .. } = self.optimisation();
         let batches = if self.options.bootstrap.is_some() { self.fresh.batches } else { 0 };
-        Runs { there_and_back: batches * there_and_back, plain: batches * plain }
+        Runs { there_and_back: batches * there_and_back, plain: batches * plain, images: 0 }
     }
 
     /// From the starting noises to the last iterate.
     fn optimisation(&self) -> Runs {
         let starts = if self.options.starts > 1 { self.options.starts } else { 0 };
-        let Runs { there_and_back, plain } = self.phase(0..self.options.iterations);
-        Runs { there_and_back, plain: starts + plain }
+        let phase = self.phase(0..self.options.iterations);
+        Runs { plain: starts + phase.plain, ..phase }
     }
 
     /// These iterations, their previews, and where the last iterate is looked at, that.
     fn phase(&self, iterations: Range<usize>) -> Runs {
         let previews = self.watch.previews(iterations.end) - self.watch.previews(iterations.start);
         let last = usize::from(self.options.convention == Convention::Default);
-        Runs { there_and_back: iterations.len(), plain: previews + last }
+        Runs { there_and_back: iterations.len(), plain: last, images: previews }
     }
 
     /// Of all batches, each reference under each prompt.
@@ -206,12 +215,12 @@ impl<'p> Programs<'p> {
     }
 
     pub fn progress_units(&self) -> usize {
-        self.runs().progress_units(self.images.sampler.steps)
+        self.runs().progress_units(&self.chain)
     }
 
     pub fn shared_units(&self) -> usize {
         let inversion = self.inversion.as_ref().map_or(0, Inversion::calls);
-        self.inversions() * inversion + self.shared_runs().progress_units(self.images.sampler.steps)
+        self.inversions() * inversion + self.shared_runs().progress_units(&self.chain)
     }
 
     pub fn nfe(&self) -> Nfe {
@@ -228,19 +237,23 @@ impl<'p> Programs<'p> {
 /// Runs of the sampler from start to end.
 struct Runs {
     there_and_back: usize,
-    /// Without a gradient: trying starts, previews, the last iterate, the image.
+    /// Without a gradient: trying starts, the last iterate.
     plain: usize,
+    /// With as many steps as images have: previews, the image.
+    images: usize,
 }
 
 impl Runs {
-    fn progress_units(&self, steps: usize) -> usize {
-        self.there_and_back * (1 + 2 * steps) + self.plain * steps
+    fn progress_units(&self, chain: &Chain<'_>) -> usize {
+        let steps = chain.steps();
+        self.there_and_back * (1 + 2 * steps) + self.plain * steps + self.images * chain.image_steps()
     }
 
     /// Where each step is computed again on the way back, that is a forward too.
     fn nfe(&self, chain: &Chain<'_>) -> Nfe {
         let (calls, again) = (chain.calls(), usize::from(matches!(chain.storage(), Storage::Latents(_))));
-        Nfe { forward: calls * (self.plain + self.there_and_back * (1 + again)), backward: calls * self.there_and_back }
+        let optimising = calls * (self.plain + self.there_and_back * (1 + again));
+        Nfe { forward: optimising + chain.image_calls() * self.images, backward: calls * self.there_and_back }
     }
 }
 
@@ -273,22 +286,35 @@ pub(super) fn seen(tower: Tower, convention: Convention) -> Tower {
     }
 }
 
-/// The terms that count, each with its name and what it is multiplied with, with so many other classes; `scale` is that of the noise a
-/// run starts from.
+/// The sampler of the run that is optimised, and the steps of the images where those are more.
+fn run(
+    pipeline: &Pipeline,
+    options: &Options,
+    images: &generate::Settings,
+) -> Result<(sampler::Settings, Option<usize>)> {
+    let all = images.sampler;
+    let adds_noise = sampler::schedule(&pipeline.config.scheduler, &all)?.needs.noise;
+    Ok(match options.steps.filter(|steps| *steps < all.steps && !adds_noise) {
+        Some(steps) => (sampler::Settings { steps, ..all }, Some(all.steps)),
+        None => (all, None),
+    })
+}
+
+/// The terms that count, each with its name and what it is multiplied with, with so many other classes, for a run of so many steps
+/// and the scale of the noise that it starts from.
 fn terms<'a>(
     (options, others): (&Options, usize),
-    images: &generate::Settings,
+    dtype: DType,
     tower: Option<&'a Tower>,
-    scale: f64,
+    (steps, scale): (usize, f64),
 ) -> Vec<((TermName, f64), Term<'a>)> {
-    let steps = images.sampler.steps;
-    let loss_scale = loss_scale(images.dtype);
+    let loss_scale = loss_scale(dtype);
     let mut terms = Vec::new();
     if let Some(tower) = tower {
         for (after, fraction) in Options::states(steps) {
             let [weight, apart] = [options.semantics, options.contrast].map(|weight| weight * fraction);
             if weight != 0.0 {
-                let term = Term::after(after, semantics(tower, loss_scale * weight));
+                let term = Term::after(after, semantics(tower, options.prompt, loss_scale * weight));
                 terms.push(((TermName::Semantics { after }, weight), term));
             }
             if apart != 0.0 {

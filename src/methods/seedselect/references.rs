@@ -7,7 +7,7 @@ use crate::data::resample;
 use crate::exec::{Data, DataMut, Executor, ProgramId};
 use crate::models::preprocess::{Fit, Preprocess};
 use crate::models::{clip_image, detect, vae};
-use crate::optimize::objective::references::{Tower, buffer};
+use crate::optimize::objective::references::{Tower, View, buffer};
 use crate::pipeline::Pipeline;
 use crate::plan::{Planned, plan};
 use crate::program::{Builder, DType, Program};
@@ -69,34 +69,46 @@ impl References {
 /// What the loss compares with, a row per reference.
 #[derive(Clone, Debug, Default)]
 pub struct Targets {
-    /// `[projection]`, of any length.
+    /// `[views, projection]`, of any length.
     features: Vec<Vec<f32>>,
+    /// What the features are of.
+    views: &'static [View],
     /// `[h, w, C]`, clean, at the UNet's scale.
     latents: Vec<Vec<f32>>,
 }
 
 impl Targets {
-    /// The mean of the features, of length 1 (the released code's main.py, line 123).
+    /// The mean of the features of the whole images, of length 1 (the released code's main.py, line 123).
     pub fn centroid(&self) -> Vec<f32> {
+        self.centroid_of(0)
+    }
+
+    /// The same of view `index`.
+    fn centroid_of(&self, index: usize) -> Vec<f32> {
         let mean = mean(&self.features);
-        let length = mean.iter().map(|x| x * x).sum::<f64>().sqrt();
-        mean.iter().map(|x| (x / length) as f32).collect()
+        let view = mean.chunks((mean.len() / self.views.len().max(1)).max(1)).nth(index).unwrap_or_default();
+        let length = view.iter().map(|x| x * x).sum::<f64>().sqrt();
+        view.iter().map(|x| (x / length) as f32).collect()
     }
 
     /// Those of some references alone, by their indices.
     pub fn of(&self, subset: &[usize]) -> Targets {
         let chosen = |rows: &[Vec<f32>]| subset.iter().filter_map(|index| rows.get(*index).cloned()).collect();
-        Targets { features: chosen(&self.features), latents: chosen(&self.latents) }
+        Targets { features: chosen(&self.features), latents: chosen(&self.latents), views: self.views }
     }
 
     /// Writes those of each image where the loss reads them; of a term that counts nothing there is none.
     pub(super) fn write(images: &[&Targets], executor: &mut dyn Executor) -> Result<()> {
-        let all = |row: fn(&Targets) -> Vec<f32>| images.iter().flat_map(|targets| row(targets)).collect::<Vec<f32>>();
         if images.iter().all(|targets| !targets.features.is_empty()) {
-            executor.write(buffer::CENTROID, Data::F32(&all(Targets::centroid)))?;
+            let views = images.first().map_or(View::WHOLE, |targets| targets.views);
+            for (index, view) in views.iter().enumerate() {
+                let all: Vec<f32> = images.iter().flat_map(|targets| targets.centroid_of(index)).collect();
+                executor.write(&buffer::centroid(*view), Data::F32(&all))?;
+            }
         }
         if images.iter().all(|targets| !targets.latents.is_empty()) {
-            executor.write(buffer::LATENTS, Data::F32(&all(Targets::mean_latents)))?;
+            let all: Vec<f32> = images.iter().flat_map(|targets| targets.mean_latents()).collect();
+            executor.write(buffer::LATENTS, Data::F32(&all))?;
         }
         Ok(())
     }
@@ -121,7 +133,7 @@ const IMAGE: &str = "references.image";
 const MOMENTS: &str = "references.moments";
 
 /// A model's CLIP, as references see it.
-pub(super) fn tower(pipeline: &Pipeline, component: Component) -> Result<Tower> {
+pub(super) fn tower(pipeline: &Pipeline, component: Component, views: &'static [View]) -> Result<Tower> {
     if !pipeline.model.has(component) {
         let what = match component {
             Component::HeldOutClip => "this model has no CLIP besides that of the loss; name one with --judge",
@@ -130,7 +142,7 @@ pub(super) fn tower(pipeline: &Pipeline, component: Component) -> Result<Tower> 
         return Err(Error::Usage(what.into()));
     }
     let config = detect::clip_config(&pipeline.model, component)?;
-    Ok(Tower { config: config.image, component, preprocess: config.preprocess })
+    Ok(Tower { config: config.image, component, preprocess: config.preprocess, views })
 }
 
 /// The buffer of an input or output `what` of a tower.
@@ -218,7 +230,7 @@ impl Encoders {
         let Encoders { tower, vae, latents, frame } = self;
         let encoder = |network, how: String| Encoder::new(cache, &pipeline.model, network, &how);
         let of_tower = |(tower, planned): (Tower, Planned)| {
-            let encoder = encoder((tower.component, planned), format!("{:?}", tower.preprocess))?;
+            let encoder = encoder((tower.component, planned), format!("{:?} {:?}", tower.preprocess, tower.views))?;
             Ok((tower, encoder))
         };
         let of_vae = |planned| encoder((Component::Vae, planned), format!("{frame:?}"));
@@ -239,7 +251,7 @@ pub(super) struct LoadedEncoders<'a> {
 impl LoadedEncoders<'_> {
     /// What the loss compares with; `seed` is of what is drawn for it.
     pub fn targets(&mut self, executor: &mut dyn Executor, references: &References, seed: u64) -> Result<Targets> {
-        let mut targets = Targets { features: self.features(executor, references)?, latents: vec![] };
+        let mut targets = self.seen(executor, references)?;
         if self.latents {
             let is_drawn = self.frame.convention == Convention::Released;
             targets.latents = self.encode(executor, references, |index| is_drawn.then_some((seed, index)))?;
@@ -249,7 +261,7 @@ impl LoadedEncoders<'_> {
 
     /// The direction of the features of a class.
     pub fn centroid(&mut self, executor: &mut dyn Executor, class: &References) -> Result<Vec<f32>> {
-        Ok(Targets { features: self.features(executor, class)?, latents: vec![] }.centroid())
+        Ok(self.seen(executor, class)?.centroid())
     }
 
     /// The means of the posteriors, `[h, w, C]` at the UNet's scale.
@@ -257,14 +269,22 @@ impl LoadedEncoders<'_> {
         self.encode(executor, references, |_| None)
     }
 
-    fn features(&mut self, executor: &mut dyn Executor, references: &References) -> Result<Vec<Vec<f32>>> {
-        let Some((tower, encoder)) = &mut self.tower else { return Ok(vec![]) };
+    /// Features alone.
+    fn seen(&mut self, executor: &mut dyn Executor, references: &References) -> Result<Targets> {
+        let Some((tower, encoder)) = &mut self.tower else { return Ok(Targets::default()) };
+        let len = tower.views.len() * tower.config.projection;
         let row = |picture: &Picture| {
-            encoder.row(executor, (picture, None), tower.config.projection, |executor, program| {
-                features(executor, program, tower, picture)
+            encoder.row(executor, (picture, None), len, |executor, program| {
+                let mut all = Vec::with_capacity(len);
+                for view in tower.views {
+                    let [top, left, height, width] = view.frame([picture.height, picture.width]);
+                    all.extend(features(executor, program, tower, &picture.part([top, left], [height, width]))?);
+                }
+                Ok(all)
             })
         };
-        references.pictures.iter().map(row).collect()
+        let features = references.pictures.iter().map(row).collect::<Result<_>>()?;
+        Ok(Targets { features, latents: vec![], views: tower.views })
     }
 
     fn encode(
@@ -347,7 +367,8 @@ mod tests {
 
     #[test]
     fn means_of_rows() {
-        let targets = Targets { features: vec![vec![3.0, 0.0], vec![0.0, 4.0]], latents: vec![vec![1.0], vec![4.0]] };
+        let features = vec![vec![3.0, 0.0], vec![0.0, 4.0]];
+        let targets = Targets { features, latents: vec![vec![1.0], vec![4.0]], views: View::WHOLE };
         // The longer one counts more.
         assert_eq!(targets.centroid(), [0.6, 0.8]);
         assert_eq!(targets.mean_latents(), [2.5]);

@@ -171,9 +171,22 @@ impl<'p> Chain<'p> {
         self.steps * rows(self.sizes, &self.schedule)
     }
 
-    /// The same of a plain run.
+    /// The same of a run that makes an image: the plain one beside it, where there is one.
     pub fn image_calls(&self) -> usize {
-        (self.schedule.steps.len() - self.steps) * rows(self.sizes, &self.schedule)
+        self.image_steps() * rows(self.sizes, &self.schedule)
+    }
+
+    /// Steps of the run.
+    pub fn steps(&self) -> usize {
+        self.steps
+    }
+
+    /// Steps of a run that makes an image.
+    pub fn image_steps(&self) -> usize {
+        match self.schedule.steps.len() - self.steps {
+            0 => self.steps,
+            plain => plain,
+        }
     }
 
     pub fn footprint(&self) -> Footprint {

@@ -204,6 +204,22 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
         Ok(conditioning::read(self.pipeline, self.executor, ENCODED, 1, 0..1)?.swap_remove(0))
     }
 
+    /// Steps of the run.
+    pub fn steps(&self) -> usize {
+        self.steps
+    }
+
+    /// Those of [`Loaded::sample`].
+    pub fn image_steps(&self) -> usize {
+        self.images().len()
+    }
+
+    /// The plain run beside the run, where there is one, else the run.
+    fn images(&self) -> Range<usize> {
+        let all = self.schedule.steps.len();
+        if all > self.steps { self.steps..all } else { 0..all }
+    }
+
     /// Draws of noise that the sampler adds in a run.
     pub fn draws(&self) -> usize {
         if self.schedule.needs.noise { self.steps } else { 0 }
@@ -264,15 +280,17 @@ impl<'p, 'e, F: HostFloat> Loaded<'p, 'e, F> {
         self.losses()
     }
 
-    /// The plain run of the other number of steps, from the noise as it is now: final latents in [`LATENTS`], no losses. `step` is called
-    /// after every step, and may end it by an error. Without such a run in the options it is an error.
+    /// Final latents in [`LATENTS`], of a run from the noise as it is now: the plain one, where there is one beside the run. There are no
+    /// losses of it. `step` is called after every step, and may end it by an error.
     pub fn sample(&mut self, step: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        if self.steps == self.schedule.steps.len() {
-            return Err(Error::Usage("no plain run was planned beside this one".into()));
+        let steps = self.images();
+        if steps.start == 0 {
+            self.executor.run(self.start)?;
+        } else {
+            let latents: Vec<F> = self.noise()?.into_iter().map(|x| x.scaled(self.image_scale)).collect();
+            self.executor.write(LATENTS, F::data(&latents))?;
         }
-        let latents: Vec<F> = self.noise()?.into_iter().map(|x| x.scaled(self.image_scale)).collect();
-        self.executor.write(LATENTS, F::data(&latents))?;
-        for index in self.steps..self.schedule.steps.len() {
+        for index in steps {
             self.write_step(index, "")?;
             self.executor.run(self.step)?;
             step()?;
