@@ -113,7 +113,7 @@ fn run_batch(loaded: &mut dyn LoadedMethod, jobs: &[Job]) -> Made {
     let images = loaded
         .run(jobs, &mut |progress| {
             match progress {
-                Progress::Iteration(report) => iterations.push(report.unwrap().clone()),
+                Progress::Iteration(report) => iterations.extend(report.cloned()),
                 Progress::Step { .. } => done += 1,
                 Progress::Remark { index, text } => remarks.push((index, text.to_string())),
                 Progress::Preview { image, .. } => previews.push(image.clone()),

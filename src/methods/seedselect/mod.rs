@@ -11,6 +11,7 @@
 //! the image of the z of the lowest L
 //! ```
 
+mod begin;
 mod bootstrap;
 mod cache;
 mod checkpoint;
