@@ -541,7 +541,7 @@ fn finds_back_to_its_own_image() {
 fn unlikely_lengths_are_said() {
     let pipeline = pipeline();
     let chi = Chi::new(LEN).unwrap();
-    for (lr, expected) in [(0.01, 0), (0.6, 2)] {
+    for (lr, is_said) in [(0.01, false), (0.6, true)] {
         let lr = LearningRate { first: lr, from: 9, later: lr };
         let made = run(
             &pipeline,
@@ -554,10 +554,8 @@ fn unlikely_lengths_are_said() {
             assert!(lengths.iter().zip(densities).all(|(r, f)| chi.log_density(*r) == *f));
         }
         let is_far = |image: usize| made.iterations.iter().any(|it| (it.terms["norm"][image] - chi.mode()).abs() > 5.0);
-        assert_eq!(
-            ([0, 1].into_iter().filter(|image| is_far(*image)).count(), made.remarks.len()),
-            (expected, expected)
-        );
+        let far = [0, 1].into_iter().filter(|image| is_far(*image)).count();
+        assert_eq!((far > 0, made.remarks.len()), (is_said, far));
         for (index, text) in &made.remarks {
             assert!(text.contains(&format!("seed {}", index + 3)) && text.contains("--norm-prior"), "{text}");
         }
@@ -701,7 +699,7 @@ fn references_are_kept() {
     let contrasted = SeedSelect { options: Options { contrast: 1.0, ..options }, others: vec![class], ..kept.clone() };
     assert_eq!(written(&contrasted).0, 1, "of another class the features");
     let mut other = Pipeline::open(rarebit::assets::shapes().unwrap(), None).unwrap();
-    other.model.add(Component::Clip, &data_folder("tiny-clip-l")).unwrap();
+    other.model.add(Component::Clip, &data_folder("tiny-clip-h")).unwrap();
     let before = rows.written.load(Ordering::Relaxed);
     run(&other, &kept, 2, &[job(3)]);
     assert_eq!(rows.written.load(Ordering::Relaxed) - before, 3);

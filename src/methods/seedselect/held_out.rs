@@ -45,7 +45,7 @@ impl HeldOut {
                 let tower = tower(pipeline, Component::HeldOutClip, View::WHOLE)?;
                 let wanted = Wanted { tower: Some(&tower), ..Wanted::default() };
                 let encoders = Encoders::plan(pipeline, executor, images.dtype, wanted, (Convention::Default, size))?;
-                Ok(PlannedHeldOut::Clip { tower, encoders })
+                Ok(PlannedHeldOut::Clip { tower, encoders: Box::new(encoders) })
             }
             HeldOut::Shapes => {
                 let world = World::embedded()?;
@@ -67,7 +67,7 @@ impl HeldOut {
 }
 
 pub(super) enum PlannedHeldOut {
-    Clip { tower: Tower, encoders: Encoders },
+    Clip { tower: Tower, encoders: Box<Encoders> },
     Shapes(Attributes),
 }
 
