@@ -77,7 +77,7 @@ impl View {
 }
 
 impl Tower {
-    /// Features of length 1, `[B, projection]`, of a view of an image.
+    /// Features of length 1, `[B, projection]`, of a view of an image, as an accumulator as the centroids are.
     fn features(&self, s: &mut StepContext<'_>, view: View, image: ValueId) -> ValueId {
         let image = match (view, &s.b.shape(image)[..]) {
             (View::Corner { .. }, &[_, height, width, _]) => {
@@ -86,7 +86,8 @@ impl Tower {
             }
             _ => image,
         };
-        s.image_features(&self.config, self.component, &self.preprocess, image)
+        let features = s.image_features(&self.config, self.component, &self.preprocess, image);
+        s.b.to_accumulator(features)
     }
 }
 
