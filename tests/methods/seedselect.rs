@@ -2,12 +2,15 @@
 
 use crate::common::golden::Golden;
 use crate::common::inputs;
+use crate::common::low_precision::LowPrecision;
+use rarebit::Error;
+use rarebit::autodiff::{Cotangent, Request as Differentiation, differentiate};
 use rarebit::data::images::Picture;
-use rarebit::exec::Data;
-use rarebit::exec::cpu::Cpu;
+use rarebit::exec::cpu::{Cpu, Real};
+use rarebit::exec::{Data, DataMut, Executor};
 use rarebit::methods::seedselect::{LearningRate, Options, References, SeedSelect, Start, subset};
 use rarebit::methods::{ImageMethod, LoadedMethod, Request};
-use rarebit::models::detect;
+use rarebit::models::{clip_image, detect};
 use rarebit::optimize::chain::{self, Chain, Term};
 use rarebit::optimize::objective::Nfe;
 use rarebit::optimize::objective::references::{Tower, View, appearance, buffer, contrast, norm_prior, semantics};
@@ -15,7 +18,8 @@ use rarebit::optimize::search::mix::Mix;
 use rarebit::optimize::variable::Entry;
 use rarebit::pipeline::generate::{self, Generator, Image, Job};
 use rarebit::pipeline::{Iteration, Pipeline, Progress};
-use rarebit::program::DType;
+use rarebit::plan::plan;
+use rarebit::program::{Builder, DType};
 use rarebit::sampler::{self, Method, Rng};
 use rarebit::weights::Component;
 use std::sync::Arc;
@@ -77,7 +81,7 @@ fn run_batches(pipeline: &Pipeline, method: &SeedSelect, steps: usize, batches: 
     let mut cpu = Cpu::<f32>::new();
     let (settings, batch) = (settings(steps), batches[0].len());
     let prompts: Vec<&str> = batches.iter().flat_map(|jobs| jobs.iter().map(|job| job.prompt.as_str())).collect();
-    let request = Request { settings: &settings, batch, prompts: &prompts, memory: None };
+    let request = Request { settings: &settings, batch, prompts: &prompts, memory: Some(8 << 30) };
     let planned = method.plan(pipeline, &cpu, &request).unwrap();
     let units = planned.shared_units() + batches.len() * planned.progress_units();
     let mut loaded = planned.load(&mut cpu).unwrap();
@@ -249,6 +253,45 @@ fn the_algebra_of_the_loss() {
     });
 }
 
+/// A cosine is that of directions: it has no slope along the features themselves, whatever their length.
+#[test]
+fn the_distance_has_no_slope_along_the_features() {
+    fn worst<T: Real>() -> f64 {
+        let (rows, width) = (4, 64);
+        let mut b = Builder::new("distance", T::DTYPE);
+        let features = b.input("features", &[rows, width]);
+        let centroid = b.accumulator_input(buffer::CENTROID, &[rows, width]);
+        let unit = clip_image::unit(&mut b, features);
+        let cosine = b.dot(unit, centroid);
+        let loss = b.affine(cosine, -1.0, 1.0);
+        let request =
+            Differentiation { objectives: vec![(loss, Cotangent::Ones)], leaves: vec![(features, "gradient".into())] };
+        let program = differentiate(&b.finish().unwrap(), &request, None).unwrap();
+        let mut cpu = Cpu::<T>::new();
+        let planned = plan(program, |program, node| cpu.workspace(program, node));
+        let id = cpu.load(planned, &inputs::no_weights()).unwrap();
+        let mut features = inputs::noise("features", 0, rows * width);
+        features
+            .chunks_mut(width)
+            .zip([0.01, 1.0, 3.0, 100.0])
+            .for_each(|(row, by)| row.iter_mut().for_each(|x| *x *= by));
+        cpu.write("features", Data::F64(&features)).unwrap();
+        cpu.write(buffer::CENTROID, Data::F64(&inputs::noise("centroid", 0, rows * width))).unwrap();
+        cpu.run(id).unwrap();
+        let mut gradient = vec![0.0; rows * width];
+        cpu.read("gradient", DataMut::F64(&mut gradient)).unwrap();
+        let along = |(f, g): (&[f64], &[f64])| {
+            let lengths = (dot(f, f) * dot(g, g)).sqrt();
+            assert!(lengths > 1e-3, "no gradient");
+            dot(f, g).abs() / lengths
+        };
+        features.chunks(width).zip(gradient.chunks(width)).map(along).fold(0.0, |a, b| if b <= a { a } else { b })
+    }
+    let (single, double) = (worst::<f32>(), worst::<f64>());
+    println!("f32 {single:.1e}, f64 {double:.1e}");
+    assert!(single < 1e-6 && double < 1e-14, "{single:.1e} {double:.1e}");
+}
+
 /// The image is the plain sampling of the noise that is returned, bit for bit, and that noise is the best one.
 #[test]
 fn the_best_noise_makes_the_image() {
@@ -318,9 +361,9 @@ fn nothing_but_the_job_decides_an_image() {
     let pipeline = pipeline();
     let method = method(&pipeline, Options { patience: Some(0), ..FEW });
     let jobs = [job(3), job(4), job(5)];
-    let together = run(&pipeline, &method, 4, &jobs);
+    let together = run(&pipeline, &method, 2, &jobs);
     for (index, job) in jobs.iter().enumerate() {
-        let alone = run(&pipeline, &method, 4, std::slice::from_ref(job));
+        let alone = run(&pipeline, &method, 2, std::slice::from_ref(job));
         assert!(alone.images[0].rgb == together.images[index].rgb, "image {index}");
         assert!(alone.noises[0] == together.noises[index], "noise {index}");
     }
@@ -527,7 +570,7 @@ fn memory_is_planned() {
         (planned.footprint().total(), planned.nfe())
     };
     let ((ten, _), (fifty, frugal)) = (plan(10, None), plan(50, None));
-    assert!(fifty - ten <= 40 * 4 * LEN + (1 << 20), "{ten} and {fifty}");
+    assert!(fifty - ten <= 1 << 20, "{ten} and {fifty}");
     let (kept, keeping) = plan(50, Some(8 << 30));
     assert!(kept > fifty && keeping.forward < frugal.forward && keeping.backward == frugal.backward);
     assert!(plan(50, Some(fifty)).0 <= fifty);
@@ -546,4 +589,34 @@ fn mistakes() {
     assert!(refused(&none, 1).contains("no reference images"));
     let nothing = method(&pipeline, Options { semantics: 0.0, appearance: 0.0, ..FEW });
     assert!(refused(&nothing, 1).contains("nothing of the references"));
+}
+
+/// The gradient of the loss to the starting noise in 16 bits, exact but for storage, beside that in f32: the cosine of the angle between
+/// them. With more steps it falls: over 20 it is 0.9985 in f16 and 0.987 in bf16, of which users are told.
+#[test]
+fn sixteen_bits_keep_the_direction() {
+    let pipeline = pipeline();
+    let method = method(&pipeline, Options { iterations: 1, starts: 1, ..Options::DEFAULT });
+    let gradient = |executor: &mut dyn Executor, dtype: DType, steps: usize| {
+        let settings = generate::Settings { dtype, ..settings(steps) };
+        let request = Request { settings: &settings, batch: 1, prompts: &[PROMPT], memory: None };
+        let mut loaded = method.plan(&pipeline, executor, &request).unwrap().load(executor).unwrap();
+        let stopped = loaded.run(&[job(3)], &mut |progress| match progress {
+            Progress::Iteration(_) => Err(Error::Interrupted),
+            Progress::Step { .. } | Progress::Image { .. } | Progress::Remark { .. } | Progress::Again => Ok(()),
+        });
+        assert!(matches!(stopped, Err(Error::Interrupted)));
+        let mut gradient = vec![0.0; LEN];
+        loaded.executor().read(&format!("d.{}", chain::NOISE), DataMut::F32(&mut gradient)).unwrap();
+        gradient.into_iter().map(f64::from).collect::<Vec<f64>>()
+    };
+    for (steps, least) in [(1, [0.9998, 0.9995]), (4, [0.9995, 0.99])] {
+        let single = gradient(&mut Cpu::<f32>::new(), DType::F32, steps);
+        for (dtype, least) in [DType::F16, DType::BF16].into_iter().zip(least) {
+            let found = gradient(&mut LowPrecision::default(), dtype, steps);
+            let cosine = dot(&found, &single) / (dot(&found, &found) * dot(&single, &single)).sqrt();
+            println!("{steps} steps, {dtype}: {cosine:.5}");
+            assert!(cosine > least, "{steps} steps, {dtype}: {cosine:.5}");
+        }
+    }
 }
