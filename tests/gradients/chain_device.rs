@@ -88,7 +88,7 @@ impl Executor for Counting {
 fn options(pipeline: &Pipeline, dtype: DType, method: Method, budget: Option<usize>) -> Options {
     let side = 8 * pipeline.config.vae.factor().max(2);
     let sampler = Settings { method, spacing: None, steps: 4, eta: 0.0, guidance: 3.0, cfg_pp: false };
-    Options { width: side, height: side, batch: 2, dtype, sampler, budget }
+    Options { width: side, height: side, batch: 2, dtype, sampler, image_steps: None, budget }
 }
 
 fn noise(name: &str, chain: &Chain<'_>) -> Vec<f64> {

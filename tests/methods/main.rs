@@ -11,4 +11,5 @@ mod minority_reference;
 mod nao;
 mod planning;
 mod seedselect;
+mod seedselect_linear;
 mod seedselect_reference;

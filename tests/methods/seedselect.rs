@@ -2,16 +2,19 @@
 
 use crate::common::golden::{Golden, data_folder};
 use crate::common::inputs;
+use crate::common::low_precision::LowPrecision;
+use rarebit::Error;
+use rarebit::autodiff::{Cotangent, Request as Differentiation, differentiate};
 use rarebit::data::images::Picture;
-use rarebit::exec::Data;
-use rarebit::exec::cpu::Cpu;
+use rarebit::exec::cpu::{Cpu, Real};
+use rarebit::exec::{Data, DataMut, Executor};
 use rarebit::methods::seedselect::nao::chi::Chi;
 use rarebit::methods::seedselect::{
     HeldOut, LearningRate, Options, ReferenceCache, References, SeedSelect, Start, Watch, subset,
 };
 use rarebit::methods::{ImageMethod, LoadedMethod, Request};
 use rarebit::metrics::shapes::World;
-use rarebit::models::detect;
+use rarebit::models::{clip_image, detect};
 use rarebit::optimize::chain::{self, Chain, Term};
 use rarebit::optimize::objective::Nfe;
 use rarebit::optimize::objective::references::{Tower, View, appearance, buffer, contrast, norm_prior, semantics};
@@ -19,7 +22,8 @@ use rarebit::optimize::search::mix::Mix;
 use rarebit::optimize::variable::Entry;
 use rarebit::pipeline::generate::{self, Generator, Image, Job};
 use rarebit::pipeline::{Iteration, Pipeline, Progress};
-use rarebit::program::DType;
+use rarebit::plan::plan;
+use rarebit::program::{Builder, DType};
 use rarebit::rewards::{Attributes, Scorer};
 use rarebit::sampler::{self, Method, Rng};
 use rarebit::weights::Component;
@@ -28,6 +32,8 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
+/// Memory that holds every step's activations: the fastest way.
+const EVERYTHING: Option<usize> = Some(8 << 30);
 const PROMPT: &str = "a red star on a dark blue background";
 /// Numbers of a starting noise of the embedded model.
 const LEN: usize = 4 * 16 * 16;
@@ -80,7 +86,7 @@ struct Made {
 }
 
 fn run(pipeline: &Pipeline, method: &SeedSelect, steps: usize, jobs: &[Job]) -> Made {
-    run_within(None, pipeline, method, steps, jobs)
+    run_within(EVERYTHING, pipeline, method, steps, jobs)
 }
 
 fn run_within(memory: Option<usize>, pipeline: &Pipeline, method: &SeedSelect, steps: usize, jobs: &[Job]) -> Made {
@@ -272,6 +278,45 @@ fn the_algebra_of_the_loss() {
     });
 }
 
+/// A cosine is that of directions: it has no slope along the features themselves, whatever their length.
+#[test]
+fn the_distance_has_no_slope_along_the_features() {
+    fn worst<T: Real>() -> f64 {
+        let (rows, width) = (4, 64);
+        let mut b = Builder::new("distance", T::DTYPE);
+        let features = b.input("features", &[rows, width]);
+        let centroid = b.accumulator_input(buffer::CENTROID, &[rows, width]);
+        let unit = clip_image::unit(&mut b, features);
+        let cosine = b.dot(unit, centroid);
+        let loss = b.affine(cosine, -1.0, 1.0);
+        let request =
+            Differentiation { objectives: vec![(loss, Cotangent::Ones)], leaves: vec![(features, "gradient".into())] };
+        let program = differentiate(&b.finish().unwrap(), &request, None).unwrap();
+        let mut cpu = Cpu::<T>::new();
+        let planned = plan(program, |program, node| cpu.workspace(program, node));
+        let id = cpu.load(planned, &inputs::no_weights()).unwrap();
+        let mut features = inputs::noise("features", 0, rows * width);
+        features
+            .chunks_mut(width)
+            .zip([0.01, 1.0, 3.0, 100.0])
+            .for_each(|(row, by)| row.iter_mut().for_each(|x| *x *= by));
+        cpu.write("features", Data::F64(&features)).unwrap();
+        cpu.write(buffer::CENTROID, Data::F64(&inputs::noise("centroid", 0, rows * width))).unwrap();
+        cpu.run(id).unwrap();
+        let mut gradient = vec![0.0; rows * width];
+        cpu.read("gradient", DataMut::F64(&mut gradient)).unwrap();
+        let along = |(f, g): (&[f64], &[f64])| {
+            let lengths = (dot(f, f) * dot(g, g)).sqrt();
+            assert!(lengths > 1e-3, "no gradient");
+            dot(f, g).abs() / lengths
+        };
+        features.chunks(width).zip(gradient.chunks(width)).map(along).fold(0.0, |a, b| if b <= a { a } else { b })
+    }
+    let (single, double) = (worst::<f32>(), worst::<f64>());
+    println!("f32 {single:.1e}, f64 {double:.1e}");
+    assert!(single < 1e-6 && double < 1e-14, "{single:.1e} {double:.1e}");
+}
+
 /// The image is the plain sampling of the noise that is returned, bit for bit, and that noise is the best one.
 #[test]
 fn the_best_noise_makes_the_image() {
@@ -341,9 +386,9 @@ fn nothing_but_the_job_decides_an_image() {
     let pipeline = pipeline();
     let method = method(&pipeline, Options { patience: Some(0), ..FEW });
     let jobs = [job(3), job(4), job(5)];
-    let together = run(&pipeline, &method, 4, &jobs);
+    let together = run(&pipeline, &method, 2, &jobs);
     for (index, job) in jobs.iter().enumerate() {
-        let alone = run(&pipeline, &method, 4, std::slice::from_ref(job));
+        let alone = run(&pipeline, &method, 2, std::slice::from_ref(job));
         assert!(alone.images[0].rgb == together.images[index].rgb, "image {index}");
         assert!(alone.noises[0] == together.noises[index], "noise {index}");
     }
@@ -358,7 +403,7 @@ fn starts_among_the_inverted_references() {
         let options = Options { start, inversion_steps: 5, iterations: 0, starts: 1, ..Options::DEFAULT };
         let method = method(&pipeline, options);
         let jobs = [job(3), job(4), job(5), Job { prompt: "a blue ring".into(), ..job(3) }];
-        let made = run_batches(None, &pipeline, &method, 4, &[&jobs[..2], &jobs[2..]]);
+        let made = run_batches(EVERYTHING, &pipeline, &method, 4, &[&jobs[..2], &jobs[2..]]);
         // Of each batch the loss of its noises and the images. The second has a prompt more, under which all is inverted again.
         assert_eq!(made.iter().map(|made| made.steps).collect::<Vec<_>>(), [3 * 5 + 2 * 4; 2]);
         let noises: Vec<&Vec<f32>> = made.iter().flat_map(|made| &made.noises).collect();
@@ -421,7 +466,7 @@ fn bootstrapped_images() {
     let options = Options { bootstrap: Some(2), iterations: 3, starts: 2, ..Options::DEFAULT };
     let method = method(&pipeline, options);
     let jobs: Vec<Job> = (0..9).map(job).collect();
-    let made = run_batches(None, &pipeline, &method, 3, &jobs.chunks(1).collect::<Vec<_>>());
+    let made = run_batches(EVERYTHING, &pipeline, &method, 3, &jobs.chunks(1).collect::<Vec<_>>());
     // Two starts, three iterations there and back and the last noise for all; for each two iterations, the last noise, the image.
     let (shared, own) = (3 * (2 + 2 * 3 + 1), 3 * (2 * 2 + 1 + 1));
     assert_eq!(made[0].steps, shared + own);
@@ -632,7 +677,7 @@ fn bootstrapped_images_are_watched() {
     let watched = SeedSelect { watch, ..plain.clone() };
     let jobs = [job(0), job(1)];
     let batches: Vec<&[Job]> = jobs.chunks(1).collect();
-    let [without, with] = [&plain, &watched].map(|method| run_batches(None, &pipeline, method, 3, &batches));
+    let [without, with] = [&plain, &watched].map(|method| run_batches(EVERYTHING, &pipeline, method, 3, &batches));
     for (with, without) in with.iter().zip(&without) {
         assert!(with.noises == without.noises && with.images[0].rgb == without.images[0].rgb);
         assert!(with.iterations.iter().all(|line| line.terms["held_out"].len() == 1));
@@ -718,7 +763,7 @@ fn memory_is_planned() {
         (planned.footprint().total(), planned.nfe())
     };
     let ((ten, _), (fifty, frugal)) = (plan(10, None), plan(50, None));
-    assert!(fifty - ten <= 40 * 4 * LEN + (1 << 20), "{ten} and {fifty}");
+    assert!(fifty - ten <= 1 << 20, "{ten} and {fifty}");
     let (kept, keeping) = plan(50, Some(8 << 30));
     assert!(kept > fifty && keeping.forward < frugal.forward && keeping.backward == frugal.backward);
     assert!(plan(50, Some(fifty)).0 <= fifty);
@@ -737,4 +782,34 @@ fn mistakes() {
     assert!(refused(&none, 1).contains("no reference images"));
     let nothing = method(&pipeline, Options { semantics: 0.0, appearance: 0.0, ..FEW });
     assert!(refused(&nothing, 1).contains("nothing of the references"));
+}
+
+/// The gradient of the loss to the starting noise in 16 bits, exact but for storage, beside that in f32: the cosine of the angle between
+/// them. With more steps it falls: over 20 it is 0.9985 in f16 and 0.987 in bf16, of which users are told.
+#[test]
+fn sixteen_bits_keep_the_direction() {
+    let pipeline = pipeline();
+    let method = method(&pipeline, Options { iterations: 1, starts: 1, ..Options::DEFAULT });
+    let gradient = |executor: &mut dyn Executor, dtype: DType, steps: usize| {
+        let settings = generate::Settings { dtype, ..settings(steps) };
+        let request = Request { settings: &settings, batch: 1, prompts: &[PROMPT], memory: None };
+        let mut loaded = method.plan(&pipeline, executor, &request).unwrap().load(executor).unwrap();
+        let stopped = loaded.run(&[job(3)], &mut |progress| match progress {
+            Progress::Iteration(_) => Err(Error::Interrupted),
+            Progress::Step { .. } | Progress::Image { .. } | Progress::Remark { .. } | Progress::Again => Ok(()),
+        });
+        assert!(matches!(stopped, Err(Error::Interrupted)));
+        let mut gradient = vec![0.0; LEN];
+        loaded.executor().read(&format!("d.{}", chain::NOISE), DataMut::F32(&mut gradient)).unwrap();
+        gradient.into_iter().map(f64::from).collect::<Vec<f64>>()
+    };
+    for (steps, least) in [(1, [0.9998, 0.9995]), (4, [0.9995, 0.99])] {
+        let single = gradient(&mut Cpu::<f32>::new(), DType::F32, steps);
+        for (dtype, least) in [DType::F16, DType::BF16].into_iter().zip(least) {
+            let found = gradient(&mut LowPrecision::default(), dtype, steps);
+            let cosine = dot(&found, &single) / (dot(&found, &found) * dot(&single, &single)).sqrt();
+            println!("{steps} steps, {dtype}: {cosine:.5}");
+            assert!(cosine > least, "{steps} steps, {dtype}: {cosine:.5}");
+        }
+    }
 }

@@ -257,7 +257,8 @@ impl<T: Real> Executor for Cpu<T> {
     }
 
     fn run(&mut self, program: ProgramId) -> Result<()> {
-        T::run(self, program)
+        // From outside the pool each op would be handed over by itself.
+        rayon::scope(|_| T::run(self, program))
     }
 
     fn set_check_finite(&mut self, on: bool) {

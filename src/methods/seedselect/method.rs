@@ -14,6 +14,7 @@ use crate::optimize::objective::Nfe;
 use crate::pipeline::generate::{self, Image, Job, to_channels_first};
 use crate::pipeline::{Observer, Pipeline};
 use crate::plan::Planned;
+use crate::program::DType;
 use crate::{Error, Result};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -114,6 +115,11 @@ impl ImageMethod for SeedSelect {
         if settings.sampler.steps > 50 {
             remarks
                 .push(format!("--steps {}: every iteration runs all of them there and back", settings.sampler.steps));
+        }
+        if settings.dtype == DType::BF16 && settings.sampler.steps > 4 {
+            let what = "bf16 rounds the gradient of a run of many steps off its way: over 20 steps of the embedded model its cosine to \
+                        that in f32 is 0.987; in f16 it is 0.998";
+            remarks.push(what.into());
         }
         remarks
     }

@@ -87,7 +87,7 @@ impl Tower {
         }
     }
 
-    /// Features of length 1, `[B, projection]`, of a view of an image.
+    /// Features of length 1, `[B, projection]`, of a view of an image, as an accumulator as the centroids are.
     fn features(&self, s: &mut StepContext<'_>, view: View, image: ValueId) -> ValueId {
         let image = match (view, &s.b.shape(image)[..]) {
             (View::Corner { .. }, &[_, height, width, _]) => {
@@ -96,7 +96,8 @@ impl Tower {
             }
             _ => image,
         };
-        s.image_features(&self.config, self.component, &self.preprocess, image)
+        let features = s.image_features(&self.config, self.component, &self.preprocess, image);
+        s.b.to_accumulator(features)
     }
 }
 
@@ -119,6 +120,7 @@ pub fn semantics(tower: &Tower, prompt: f64, weight: f64) -> Objective<'_> {
             terms.push(distance(s, features, centroid, weight));
             if prompt != 0.0 {
                 let text = s.b.input(buffer::PROMPT, &shape);
+                let text = s.b.to_accumulator(text);
                 terms.push(distance(s, features, text, weight * prompt));
             }
         }
