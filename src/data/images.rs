@@ -228,6 +228,16 @@ mod tests {
     }
 
     #[test]
+    fn parts_are_cut_out() {
+        let rgb = (0..4 * 3).flat_map(|i| [i, i, 100 + i]).collect();
+        let picture = Picture { width: 4, height: 3, rgb, prompt: None };
+        let part = picture.part([1, 2], [2, 2]);
+        let first: Vec<u8> = part.rgb.chunks(3).map(|pixel| pixel[0]).collect();
+        assert_eq!((part.width, part.height, first), (2, 2, vec![6, 7, 10, 11]));
+        assert_eq!(picture.part([0, 0], [3, 4]).rgb, picture.rgb);
+    }
+
+    #[test]
     fn every_kind_of_png_becomes_rgb() {
         use png::BitDepth::*;
         let gray = [[1; 3], [2; 3], [3; 3], [4; 3]].concat();

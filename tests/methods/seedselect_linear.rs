@@ -237,7 +237,8 @@ fn apart<T: Real + HostFloat + Into<f64>>(unet: &Linear, steps: usize, guidance:
     let Linear { pipeline, contexts, matrices } = unet;
     let side = SIDE * pipeline.config.vae.factor();
     let sampler = sampler::Settings { method: Method::Ddim, spacing: None, steps, eta: 0.0, guidance, cfg_pp: false };
-    let options = Options { width: side, height: side, batch: 1, dtype: T::DTYPE, sampler, image_steps: None, budget: None };
+    let options =
+        Options { width: side, height: side, batch: 1, dtype: T::DTYPE, sampler, image_steps: None, budget: None };
     let mut cpu = Cpu::<T>::new();
     let terms = vec![Term::at_end(appearance(1.0))];
     let chain = Chain::plan(pipeline, &cpu, &options, &[Entry::Latents], terms).unwrap();

@@ -421,7 +421,7 @@ fn the_method_is_the_references() {
             appearance,
             norm_prior,
             weight_decay,
-            ..SeedOptions::DEFAULT
+            ..crate::seedselect::PAPER
         };
         let references = Arc::new(References::read(&run.references()).unwrap());
         let method = SeedSelect { trace: true, ..SeedSelect::new(options, references, 0) };

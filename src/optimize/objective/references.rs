@@ -189,3 +189,20 @@ pub fn norm_prior(weight: f64, scale: f64) -> Objective<'static> {
         s.b.affine(excess, weight * d / 2.0, -weight * d / 2.0)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn views_lie_in_the_image() {
+        let frames: Vec<[usize; 4]> = View::ALL.iter().map(|view| view.frame([64, 96])).collect();
+        assert_eq!(frames, [[0, 0, 64, 96], [0, 0, 60, 90], [0, 6, 60, 90], [4, 0, 60, 90], [4, 6, 60, 90]]);
+        for sides in [[1, 1], [1, 9], [15, 2]] {
+            for view in View::ALL {
+                let [top, left, height, width] = view.frame(sides);
+                assert!(height > 0 && width > 0 && top + height <= sides[0] && left + width <= sides[1]);
+            }
+        }
+    }
+}
