@@ -30,7 +30,11 @@ GUIDANCE = 4
 SETS = {"tune": slice(0, 40), "report": slice(40, 120)}
 ARMS = {
     "tune": ["ddim"],
-    "report": ["ddim", "best-of 126", "zero-order 126", "evolution 126", "seed", "seed norm-prior=0.01", "seed mode=released"],
+    # As many images as the default costs: 24 starts of 8 steps, 6 iterations of 8 steps there and back, the last iterate, the image of 20.
+    "report": [
+        *["ddim", "best-of 21", "zero-order 21", "evolution 21"],
+        *["seed", "seed start=nao", "seed norm-prior=0.01", "seed mode=released"],
+    ],
 }
 SEARCHES = ("best-of", "zero-order", "epsilon-greedy", "evolution")
 RESAMPLES = 10_000
