@@ -7,25 +7,34 @@ use crate::common::inputs::noise;
 use crate::common::low_precision::LowPrecision;
 use crate::common::minority::settings;
 use crate::common::optimised::{Distance, Optimised, optimise};
+use crate::common::seedselect::Run;
 use crate::common::tolerance::TYPES;
 use rarebit::Result;
 use rarebit::exec::cpu::Cpu;
 use rarebit::exec::cuda::Settings as Emulation;
 use rarebit::exec::{Data, DataMut, Executor, ProgramId};
 use rarebit::methods::minority::Minority;
+use rarebit::methods::seedselect::{Convention, LearningRate, Options, References, SeedSelect};
+use rarebit::methods::{ImageMethod, Request};
+use rarebit::optimize::chain;
+use rarebit::optimize::objective::loss_scale;
 use rarebit::pipeline::Pipeline;
 use rarebit::pipeline::Progress;
 use rarebit::pipeline::generate::{Generator, Image, Job, Settings};
 use rarebit::pipeline::networks::{AddedConditions, Networks, Tensor};
+use rarebit::pipeline::programs::gradient_of;
 use rarebit::plan::Planned;
 use rarebit::program::*;
 use rarebit::sampler::{self, Method, Rng};
 use rarebit::weights::Model;
 use std::cell::RefCell;
+use std::sync::Arc;
 
 /// A network in 16 bits may be this many times as far off as exact arithmetic with the same storage, and in f32 this far.
 const MARGIN: f64 = 2.0;
 const SINGLE: f64 = 2e-5;
+/// The same after two iterations of SeedSelect.
+const SELECTED: f64 = 1e-4;
 
 fn emulated() -> Emulation {
     Emulation::default().workers(2)
@@ -171,6 +180,55 @@ fn an_optimised_image_has_the_same_bits_in_a_batch() {
         assert!(together.images[index].latents == alone.images[0].latents, "seed {seed}");
     }
     assert!(together.images[0].latents != together.images[1].latents);
+}
+
+/// What two iterations of SeedSelect lead to: the losses, the gradient of the second, the noise, the latents. Those of a run of which f64
+/// says that no number of its first gradient is near 0: Adam's first step is a sign.
+fn selected(executor: &mut dyn Executor, dtype: DType) -> [(&'static str, Vec<f32>); 4] {
+    let golden = Golden::open("seedselect");
+    let run = Run::short(&golden).into_iter().find(|run| run.name() == "tiny-sd1/default").unwrap();
+    let pipeline = run.pipeline();
+    let lr = LearningRate { first: run.lr(0), from: 3, later: run.lr(3) };
+    let options = Options { convention: Convention::Default, iterations: 2, lr, ..Options::RELEASED };
+    let references = References::read(&run.references()).unwrap();
+    let method = SeedSelect { trace: true, ..SeedSelect::new(options, Arc::new(references), 0) };
+    let [height, width] = run.size().map(|side| side * pipeline.config.vae.factor());
+    let settings = Settings { width, height, sampler: run.sampler(), rng: Rng::Philox, dtype };
+    let prompt = run.case.text("prompt");
+    let request = Request { settings: &settings, batch: 1, prompts: &[&prompt], memory: None };
+    let mut loaded = method.plan(&pipeline, executor, &request).unwrap().load(executor).unwrap();
+    let job = Job { prompt: prompt.clone(), negative: run.negative(), seed: run.count("seed") as u64, draws: vec![] };
+    let mut losses = vec![];
+    let mut images = loaded
+        .run(&[job], &mut |progress| {
+            if let Progress::Iteration(Some(iteration)) = progress {
+                losses.push(iteration.score[0] as f32);
+            }
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(losses.len(), 2);
+    let noise = loaded.noise(0).unwrap();
+    let mut gradient = vec![0.0; noise.len()];
+    loaded.executor().read(&gradient_of(chain::NOISE), DataMut::F32(&mut gradient)).unwrap();
+    gradient.iter_mut().for_each(|x| *x /= loss_scale(dtype) as f32);
+    [("losses", losses), ("gradient", gradient), ("noise", noise), ("latents", images.remove(0).latents)]
+}
+
+#[test]
+fn a_selected_seed_agrees_with_the_cpu() {
+    let expected = selected(&mut Cpu::<f64>::new(), DType::F64);
+    for dtype in [DType::F32, DType::F16] {
+        let found = selected(&mut cuda(emulated()), dtype);
+        let honest = (dtype != DType::F32).then(|| selected(&mut LowPrecision::default(), dtype));
+        for (index, ((what, found), (_, expected))) in found.iter().zip(&expected).enumerate() {
+            let error = relative_error(found, expected);
+            let storage = honest.as_ref().map(|honest| relative_error(&honest[index].1, expected));
+            println!("{dtype:5} {what:10} {error:.2e}, of storage {storage:?}");
+            let limit = storage.map_or(SELECTED, |storage| MARGIN * storage);
+            assert!(error <= limit, "{dtype} {what}: {error:e} of {limit:e}");
+        }
+    }
 }
 
 /// Notes what the host sends to a device and fetches from it.
