@@ -464,7 +464,8 @@ fn starts_among_the_inverted_references() {
     }
 }
 
-/// From the noise that a picture is inverted to the loss is lower than from any.
+/// From the noise that a picture is inverted to the loss is lower than from any, though it is brought to a likely length first (and the
+/// picture is then not made again).
 #[test]
 fn inverted_references_are_like_themselves() {
     let pipeline = pipeline();
@@ -475,7 +476,7 @@ fn inverted_references_are_like_themselves() {
         run(&pipeline, &method, 6, &[job(3)]).iterations[0].score[0]
     };
     let [noise, nao, lol] = [Start::Noise, Start::Nao, Start::Lol].map(loss);
-    assert!(nao < 0.5 * noise && lol.is_finite(), "{nao} and {lol}, from a noise {noise}");
+    assert!(nao < 0.8 * noise && lol < 0.8 * noise, "{nao} and {lol}, from a noise {noise}");
 }
 
 /// What inverts is planned and counted with the rest.

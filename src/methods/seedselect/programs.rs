@@ -190,9 +190,9 @@ impl<'p> Programs<'p> {
 
     /// Of what is shared: the noise of bootstrapped images, for every batch with a prompt that the batch before has not.
     fn shared_runs(&self) -> Runs {
-        let Runs { there_and_back, plain, .. } = self.optimisation();
+        let Runs { there_and_back, plain, images } = self.optimisation();
         let batches = if self.options.bootstrap.is_some() { self.fresh.batches } else { 0 };
-        Runs { there_and_back: batches * there_and_back, plain: batches * plain, images: 0 }
+        Runs { there_and_back: batches * there_and_back, plain: batches * plain, images: batches * images }
     }
 
     /// From the starting noises to the last iterate.
