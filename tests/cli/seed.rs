@@ -29,7 +29,8 @@ fn an_image_like_its_references() {
     let references = references(&out);
     let (image, trace, noise) = (path(&out, "i.png"), path(&out, "t.jsonl"), path(&out, "n.safetensors"));
     let own = ["--references", &references, "--out", &image];
-    let all = [&["seed", PROMPT][..], &own, &FAST, &["--trace", &trace, "--save-noise", &noise]].concat();
+    let seen = ["--appearance", "1", "--trace", &trace, "--save-noise", &noise];
+    let all = [&["seed", PROMPT][..], &own, &FAST, &seen].concat();
     assert_eq!(succeeds(&all).trim(), image);
     let found: Vec<Value> =
         fs::read_to_string(&trace).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -302,7 +303,8 @@ fn references_are_read_once() {
     let out = TempDir::new().unwrap();
     let references = references(&out);
     let [image, cache] = ["i.png", "cache"].map(|name| path(&out, name));
-    let args = [&["seed", PROMPT, "--references", &references, "--out", &image][..], &FAST].concat();
+    let own = ["--references", &references, "--appearance", "1", "--out", &image];
+    let args = [&["seed", PROMPT][..], &own, &FAST].concat();
     succeeds(&args);
     let expected = fs::read(&image).unwrap();
     let kept = [&args[..], &["--cache", &cache]].concat();
@@ -333,7 +335,8 @@ fn a_report_of_a_run() {
     let out = TempDir::new().unwrap();
     let references = references(&out);
     let [image, file] = ["i.png", "r.json"].map(|name| path(&out, name));
-    let own = ["--steps", "4", "--iterations", "1", "--starts", "1", "--lr", "0", "--quiet", "--judge", "shapes"];
+    let often = ["--steps", "4", "--iterations", "1", "--starts", "1", "--lr", "0", "--quiet", "--judge", "shapes"];
+    let own = [&often[..], &["--appearance", "1"]].concat();
     let args = [&["seed", PROMPT, "--references", &references, "--out", &image][..], &own].concat();
     succeeds(&[&args[..], &["--report", &file, "--equal-compute"]].concat());
     let report: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
@@ -380,7 +383,8 @@ fn what_was_best_before_is_kept() {
     let out = TempDir::new().unwrap();
     let references = references(&out);
     let [image, plain] = ["i.png", "plain.png"].map(|name| path(&out, name));
-    let own = ["--steps", "4", "--iterations", "3", "--starts", "1", "--quiet", "--lr", "1e30", "--seed", "7"];
+    let far = ["--steps", "4", "--iterations", "3", "--starts", "1", "--quiet", "--lr", "1e30", "--seed", "7"];
+    let own = [&far[..], &["--appearance", "1"]].concat();
     let args = [&["seed", PROMPT, "--references", &references, "--out", &image][..], &own].concat();
     let output = rarebit(&args);
     let said = text(&output.stderr);
